@@ -1,0 +1,68 @@
+"""How much attention each block received: the exact sum, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+
+QUERIES_AT_ONCE = 128
+"""Bounds the ``[heads, queries, tokens]`` scratch to a few MiB at usual lengths."""
+
+
+def block_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    seq_len: int,
+    block_size: int,
+    scale: float,
+    soft_cap: float = 0.0,
+    decay: float = 1.0,
+    query_blocks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention probability mass per block, summed over heads, for one request.
+
+    The last ``num_queries`` of ``seq_len`` tokens are the queries; query ``t`` of them sees
+    keys ``0 .. seq_len - num_queries + t``. The softmax is the exact one, in float32.
+
+    Args:
+        query: ``[num_queries, num_heads, head_size]``.
+        key: ``[num_kv_heads, num_blocks * block_size, head_size]``, ``num_heads`` a multiple of
+            ``num_kv_heads``; entries from ``seq_len`` on are ignored.
+        seq_len: tokens, ``(num_blocks - 1) * block_size < seq_len <= num_blocks * block_size``.
+        block_size: tokens per block.
+        scale: of the logits.
+        soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)``; 0 = off.
+        decay: weight lost per token of age: query ``t`` counts ``decay ** (num_queries - 1 - t)``.
+        query_blocks: int ``[num_queries]``, consecutive from 0; where given, the mass is summed
+            per block of queries instead of over all of them.
+
+    Returns:
+        float32 ``[num_blocks]``, or ``[query_blocks.max() + 1, num_blocks]``.
+
+    """
+    num_queries, num_heads, head_size = query.shape
+    num_kv_heads, padded = key.shape[0], key.shape[1]
+    num_blocks = padded // block_size
+    key = key.float()[:, None]
+    grouped = query.float().view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_size)
+    rows = 1 if query_blocks is None else int(query_blocks[-1]) + 1
+    mass = torch.zeros(rows, num_blocks)
+    for start in range(0, num_queries, QUERIES_AT_ONCE):
+        stop = min(start + QUERIES_AT_ONCE, num_queries)
+        logits = torch.matmul(grouped[start:stop].permute(1, 2, 0, 3), key.transpose(-1, -2))
+        logits *= scale
+        if soft_cap:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        last_visible = torch.arange(start, stop) + (seq_len - num_queries)
+        hidden = torch.arange(padded)[None, :] > last_visible[:, None]
+        logits.masked_fill_(hidden, float("-inf"))
+        per_query = torch.softmax(logits, dim=-1).sum((0, 1))
+        per_query = per_query.view(stop - start, num_blocks, block_size).sum(-1)
+        if decay != 1.0:
+            age = num_queries - 1 - torch.arange(start, stop)
+            per_query *= (decay ** age.float())[:, None]
+        if query_blocks is None:
+            mass[0] += per_query.sum(0)
+        else:
+            mass.index_add_(0, query_blocks[start:stop], per_query)
+    return mass[0] if query_blocks is None else mass

@@ -1,0 +1,317 @@
+"""Settings: parsed once, validated once, frozen. Neither vLLM nor torch is imported here."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from .policies import (
+    ATTENTION,
+    GRAPH,
+    KEY_NORM,
+    PolicyParameterError,
+    get_policy,
+    policy_names,
+)
+
+SCORES = ("sum", "mean", "decay")
+REQUEST_KEYS = ("kv_policy", "kv_sparsity", "kv_budget_tokens", "kv_policy_args")
+
+
+class EvictionConfigError(ValueError):
+    """A setting is wrong; the message is one sentence that says what to change."""
+
+
+@dataclass(frozen=True)
+class RequestSettings:
+    """What one request follows: a policy with its parameters, and a budget.
+
+    ``budget_tokens`` (absolute) replaces ``sparsity`` (relative) where it is given.
+    """
+
+    policy: str
+    sparsity: float
+    budget_tokens: int | None
+    policy_args: Mapping[str, Any]
+
+    @property
+    def evicts(self) -> bool:
+        """False: no block of the request is ever evicted, and no score is gathered for it."""
+        return get_policy(self.policy).select is not None and (
+            self.sparsity > 0 or self.budget_tokens is not None
+        )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The inputs gathered for this request; none where it never evicts."""
+        if not self.evicts:
+            return frozenset()
+        return get_policy(self.policy).needed(self.policy_args)
+
+    def keep(self, num_tokens: int, block_size: int, min_blocks: int) -> int:
+        """How many full blocks a sequence of ``num_tokens`` may hold."""
+        if self.budget_tokens is not None:
+            return self.budget_tokens // block_size
+        # The slack keeps 0.7 * 10 blocks at 3 where (1 - 0.7) * 10 is 3.0000000000000004.
+        blocks = math.ceil((1.0 - self.sparsity) * num_tokens / block_size - 1e-9)
+        return max(min_blocks, blocks)
+
+
+@dataclass(frozen=True)
+class EvictionConfig:
+    """Server-wide settings: the connector's extra configuration, field by field.
+
+    A request follows ``policy`` with ``sparsity`` or ``budget_tokens`` unless it says otherwise
+    (``kv_policy``, ``kv_sparsity``, ``kv_budget_tokens``, ``kv_policy_args``).
+    """
+
+    policy: str = "h2o"
+    sparsity: float = 0.0
+    """Share of a sequence's blocks that is evicted, 0 <= sparsity < 1. 0 is stock vLLM."""
+    budget_tokens: int | None = None
+    """Absolute budget in tokens of full blocks, instead of ``sparsity``."""
+    policy_args: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Parameters by policy: ``{"cab": {"local": 0.6, "bridge": 0.1, "importance": 0.3}}``."""
+    sink_blocks: int = 1
+    """So many first blocks of a sequence are never evicted."""
+    min_blocks: int = 4
+    """No relative budget is smaller than this."""
+    score: str = "sum"
+    """How a block's attention mass adds up: ``sum``, ``mean`` per query, or ``decay``."""
+    score_half_life: int = 256
+    """Tokens after which attention counts half; for ``score="decay"``."""
+    score_queries: str | int = "all"
+    """``all`` queries of a chunk are scored, or its last so many."""
+    layer_groups: int = 1
+    """Groups of layers with a block table, and victims, each; divides the number of layers."""
+    request_policies: str | tuple[str, ...] = "any"
+    """Policies that requests may ask for. Narrow it and scores nobody can need are skipped."""
+    seed: int = 0
+    check_integrity: bool = False
+    """Check block conservation at every step (for tests; costs time in proportion to blocks)."""
+    trace_decisions: bool = False
+    """Report each decision (tokens processed, kept blocks) with the finished request."""
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any]) -> EvictionConfig:
+        """Build from untyped settings (JSON, command line).
+
+        Raises:
+            EvictionConfigError: the first thing that is wrong, in one sentence.
+
+        """
+        known = {f.name for f in fields(cls)}
+        for name in settings:
+            if name not in known:
+                raise EvictionConfigError(
+                    f"unknown eviction setting {name!r}{_suggest(name, known)}"
+                )
+        values = dict(settings)
+        if isinstance(values.get("request_policies"), list):
+            values["request_policies"] = tuple(values["request_policies"])
+        config = cls(**values)
+        config = replace(
+            config,
+            sparsity=parse_sparsity("sparsity", config.sparsity),
+            score_queries=_parse_score_queries(config.score_queries),
+        )
+        config._validate()
+        return config
+
+    def _validate(self) -> None:
+        for name, least in (
+            ("sink_blocks", 0),
+            ("min_blocks", 2),
+            ("score_half_life", 1),
+            ("layer_groups", 1),
+            ("seed", 0),
+        ):
+            _parse_int(name, getattr(self, name), least)
+        for name in ("check_integrity", "trace_decisions"):
+            if not isinstance(getattr(self, name), bool):
+                raise EvictionConfigError(f"{name} is {getattr(self, name)!r}; give true or false")
+        if self.min_blocks <= self.sink_blocks:
+            raise EvictionConfigError(
+                f"min_blocks is {self.min_blocks} but {self.sink_blocks} sink blocks and one "
+                f"recent block are protected; set min_blocks to at least {self.sink_blocks + 1}"
+            )
+        if self.score not in SCORES:
+            raise EvictionConfigError(f"score is {self.score!r}; use one of: {', '.join(SCORES)}")
+        if not isinstance(self.policy_args, Mapping):
+            raise EvictionConfigError(
+                f'policy_args is {self.policy_args!r}; give a mapping like {{"cab": {{...}}}}'
+            )
+        if self.request_policies != "any":
+            if not isinstance(self.request_policies, tuple):
+                raise EvictionConfigError(
+                    f'request_policies is {self.request_policies!r}; give "any" or a list'
+                )
+            for name in self.request_policies:
+                _policy(name)
+        for name in self.policy_args:
+            _resolve(name, self.policy_args[name])
+        self._settings(self.policy, self.sparsity, self.budget_tokens, None, "")
+
+    def needs(self) -> frozenset[str]:
+        """Everything that some request of this server may need."""
+        names = policy_names() if self.request_policies == "any" else self.request_policies
+        needs: frozenset[str] = frozenset()
+        for name in {*names, self.policy}:
+            policy = get_policy(name)
+            needs |= policy.needed(_resolve(name, self.policy_args.get(name)))
+        if self.request_policies == "any":
+            # A request may choose parameters (cab's bridge definition) that need more.
+            needs |= {ATTENTION, KEY_NORM, GRAPH}
+        return needs
+
+    def check_budget(self, block_size: int) -> None:
+        """Refuse a server-wide ``budget_tokens`` that cannot hold the protected blocks."""
+        if self.budget_tokens is not None:
+            _check_budget_tokens("budget_tokens", self.budget_tokens, self.sink_blocks, block_size)
+
+    def request_settings(
+        self, extra_args: Mapping[str, Any] | None, block_size: int
+    ) -> RequestSettings:
+        """The settings one request follows.
+
+        Args:
+            extra_args: ``SamplingParams.extra_args``; keys other than ``REQUEST_KEYS`` belong
+                to others and are ignored, unless they look like a misspelt one of ours.
+            block_size: tokens per KV block.
+
+        Raises:
+            EvictionConfigError: a value is wrong; the request has to be refused.
+
+        """
+        extra = extra_args or {}
+        for name in extra:
+            if name not in REQUEST_KEYS and difflib.get_close_matches(
+                str(name), REQUEST_KEYS, cutoff=0.85
+            ):
+                raise EvictionConfigError(
+                    f"unknown request setting {name!r}{_suggest(name, REQUEST_KEYS)}"
+                )
+        policy = extra.get("kv_policy", self.policy)
+        _policy(policy)
+        if (
+            self.request_policies != "any"
+            and policy != self.policy
+            and policy not in self.request_policies
+        ):
+            raise EvictionConfigError(
+                f"kv_policy {policy!r} is not offered by this server; "
+                f"use one of: {', '.join(sorted({self.policy, *self.request_policies}))}"
+            )
+        if "kv_sparsity" in extra and "kv_budget_tokens" in extra:
+            raise EvictionConfigError("give kv_sparsity or kv_budget_tokens, not both")
+        sparsity, budget = self.sparsity, self.budget_tokens
+        if "kv_sparsity" in extra:
+            sparsity, budget = parse_sparsity("kv_sparsity", extra["kv_sparsity"]), None
+        elif "kv_budget_tokens" in extra:
+            sparsity, budget = 0.0, extra["kv_budget_tokens"]
+        elif get_policy(policy).select is None:
+            sparsity, budget = 0.0, None
+        settings = self._settings(policy, sparsity, budget, extra.get("kv_policy_args"), "kv_")
+        if settings.budget_tokens is not None:
+            _check_budget_tokens(
+                "kv_budget_tokens", settings.budget_tokens, self.sink_blocks, block_size
+            )
+        return settings
+
+    def _settings(
+        self, policy: str, sparsity: float, budget: Any, overrides: Any, prefix: str
+    ) -> RequestSettings:
+        evicting = sparsity > 0 or budget is not None
+        if _policy(policy).select is None and evicting:
+            raise EvictionConfigError(
+                f"policy {policy} never evicts, so {prefix}sparsity or {prefix}budget_tokens "
+                f"would do nothing; choose another policy or drop them"
+            )
+        if budget is not None:
+            if not prefix and sparsity > 0:
+                raise EvictionConfigError("give sparsity or budget_tokens, not both")
+            budget = _parse_int(f"{prefix}budget_tokens", budget, 1)
+        if overrides is not None and not isinstance(overrides, Mapping):
+            raise EvictionConfigError(
+                f"kv_policy_args is {overrides!r}; give a mapping of parameter to value"
+            )
+        args = {**self.policy_args.get(policy, {}), **(overrides or {})}
+        return RequestSettings(policy, sparsity, budget, _resolve(policy, args))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values (the connector's extra configuration)."""
+        values = asdict(self)
+        if isinstance(values["request_policies"], tuple):
+            values["request_policies"] = list(values["request_policies"])
+        return values
+
+
+def parse_sparsity(name: str, value: Any) -> float:
+    """``value`` as a sparsity.
+
+    Raises:
+        EvictionConfigError: not a number with 0 <= value < 1.
+
+    """
+    try:
+        sparsity = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        sparsity = math.nan
+    if not 0.0 <= sparsity < 1.0:
+        raise EvictionConfigError(
+            f"{name} is {value!r}; give a number from 0 (evict nothing) to below 1"
+        )
+    return sparsity
+
+
+def _parse_int(name: str, value: Any, least: int) -> int:
+    if isinstance(value, str) and value.isdigit():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise EvictionConfigError(f"{name} is {value!r}; give a whole number of at least {least}")
+    return value
+
+
+def _parse_score_queries(value: Any) -> str | int:
+    if value == "all":
+        return value
+    try:
+        return _parse_int("score_queries", value, 1)
+    except EvictionConfigError:
+        raise EvictionConfigError(
+            f'score_queries is {value!r}; give "all" or how many of a chunk\'s last queries count'
+        ) from None
+
+
+def _policy(name: Any):
+    try:
+        return get_policy(name if isinstance(name, str) else repr(name))
+    except PolicyParameterError as error:
+        raise EvictionConfigError(str(error)) from None
+
+
+def _resolve(name: str, args: Any) -> dict[str, Any]:
+    policy = _policy(name)
+    if args is not None and not isinstance(args, Mapping):
+        raise EvictionConfigError(f"policy_args of {name} is {args!r}; give a mapping")
+    try:
+        return policy.resolve(args)
+    except PolicyParameterError as error:
+        raise EvictionConfigError(str(error)) from None
+
+
+def _check_budget_tokens(name: str, budget: int, sink_blocks: int, block_size: int) -> None:
+    least = (sink_blocks + 1) * block_size
+    if budget < least:
+        raise EvictionConfigError(
+            f"{name} is {budget}, below the protected blocks ({sink_blocks} sink and one recent, "
+            f"of {block_size} tokens each); give at least {least}"
+        )
+
+
+def _suggest(name: Any, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"

@@ -1,0 +1,213 @@
+"""The KV connector: carries the two messages, admits requests, exports records and metrics.
+
+It moves no KV data; the load and save hooks of the interface do nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from .attention.state import worker_state
+from .checks import check_engine
+from .config import EvictionConfig, EvictionConfigError
+from .ledger import Ledger
+from .manager import EvictableManager
+from .messages import EvictionPlan, ScoreReport
+from .metrics import COUNTERS, LIVE_SHARE, REQUESTS, EvictionPromMetrics, EvictionStats
+
+RECORD_KEY = "kv_eviction"
+"""Key of a request's record in ``RequestOutput.kv_transfer_params``."""
+
+
+class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
+    """Scheduler and worker half of the plugin's communication."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.config = EvictionConfig.parse(self._kv_transfer_config.kv_connector_extra_config)
+        self._ledger: Ledger | None = None
+        self._needs: dict[str, frozenset[str]] = {}
+        self._reported: Counter[str] = Counter()
+        self._reported_requests: Counter[str] = Counter()
+        self._scoring_seconds = 0.0
+        if role == KVConnectorRole.SCHEDULER:
+            check_engine(vllm_config)
+
+    # Scheduler side
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        """Join the managers of all layer groups to one ledger."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._pool = kv_cache_manager.block_pool
+        self._managers = list(kv_cache_manager.coordinator.single_type_managers)
+        if not all(isinstance(manager, EvictableManager) for manager in self._managers):
+            raise EvictionConfigError(
+                "the engine runs without the eviction worker; "
+                "pass worker_cls as eviction_engine_args gives it"
+            )
+        ledger = Ledger(
+            self.config,
+            self._managers[0].block_size,
+            len(self._managers),
+            self._pool.num_gpu_blocks,
+        )
+        self._ledger = ledger
+        for manager in self._managers:
+            manager.attach(ledger)
+
+    @property
+    def ledger(self) -> Ledger:
+        """The scheduler's bookkeeping; only after ``bind_kv_cache_manager``."""
+        assert self._ledger is not None
+        return self._ledger
+
+    def on_new_request(self, request: Any) -> None:
+        """Settle which settings a request follows.
+
+        Bad ones are refused before they come here (``validation.py``); on a front end without
+        that check the request follows the server's settings, and says so in its record.
+        """
+        params = request.sampling_params
+        extra = params.extra_args if params is not None else None
+        refused = None
+        try:
+            settings = self.config.request_settings(extra, self.ledger.block_size)
+        except EvictionConfigError as error:
+            refused = str(error)
+            settings = self.config.request_settings(None, self.ledger.block_size)
+        tokens = np.asarray(request.prompt_token_ids or (), dtype=np.int64)
+        seed = (params.seed if params is not None else None) or 0
+        # The prompt, not the request's id, tells requests apart: the same run repeats exactly.
+        self.ledger.admit(
+            request, settings, crc32(tokens.tobytes(), self.config.seed + seed), refused
+        )
+
+    def build_connector_meta(self, scheduler_output: Any) -> EvictionPlan:
+        """What the workers must know for the step just scheduled."""
+        ledger = self.ledger
+        scheduled = scheduler_output.num_scheduled_tokens
+        cached = scheduler_output.scheduled_cached_reqs
+        before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        needs = {}
+        for new in scheduler_output.scheduled_new_reqs:
+            before[new.req_id] = new.num_computed_tokens
+            state = ledger.requests.get(new.req_id)
+            if state is not None and state.settings.needs:
+                needs[new.req_id] = state.settings.needs
+        step = ledger.schedule({r: before[r] + n for r, n in scheduled.items() if r in before})
+        used = self._pool.num_gpu_blocks - 1 - self._pool.get_num_free_blocks()
+        for request_id in scheduled:
+            table = sum(len(manager.req_to_blocks[request_id]) for manager in self._managers)
+            ledger.note_blocks(request_id, table, used)
+        if self.config.check_integrity:
+            self.check_integrity()
+        return EvictionPlan(step=step, evicted=ledger.take_evictions(), needs=needs)
+
+    def check_integrity(self) -> None:
+        """Conservation: every block is the null block, free, or held exactly once.
+
+        Raises:
+            AssertionError: which equation does not hold.
+
+        """
+        held: set[int] = set()
+        for manager in self._managers:
+            mine = manager.check_integrity()
+            assert not held & mine, f"blocks {sorted(held & mine)} are held by two layer groups"
+            held |= mine
+        free = self._pool.get_num_free_blocks()
+        total = self._pool.num_gpu_blocks - 1
+        assert free + len(held) == total, f"{free} free + {len(held)} held != {total} blocks"
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Take in the workers' report."""
+        report = connector_output.kv_connector_worker_meta
+        if isinstance(report, ScoreReport):
+            self.ledger.observe(report.step, report.scores, report.graph)
+            self._scoring_seconds += report.scoring_seconds
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Hand the request's record out with its last output."""
+        record = self.ledger.finish(request.request_id)
+        return False, {RECORD_KEY: record} if record else None
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        pass
+
+    # Statistics
+
+    def get_kv_connector_stats(self) -> EvictionStats | None:
+        """Counters since the last call (scheduler side only)."""
+        if self._ledger is None:
+            return None
+        totals = Counter(self._ledger.totals)
+        totals["scoring_seconds"] = self._scoring_seconds
+        increments = {name: totals[name] - self._reported[name] for name in COUNTERS}
+        requests = self._ledger.requests_by_policy - self._reported_requests
+        self._reported = totals
+        self._reported_requests = Counter(self._ledger.requests_by_policy)
+        seen, evicted = self._ledger.live_blocks
+        if not (any(increments.values()) or requests or seen):
+            return None
+        data: dict[str, Any] = {**increments, REQUESTS: dict(requests)}
+        if seen:
+            data[LIVE_SHARE] = 1.0 - evicted / seen
+        return EvictionStats(data=data)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> EvictionStats:
+        return EvictionStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[type, type],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> EvictionPromMetrics:
+        return EvictionPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    # Worker side
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Allocate the scores, one number per block and channel."""
+        worker_state().allocate(kv_caches)
+
+    def build_connector_worker_meta(self) -> ScoreReport | None:
+        return worker_state().report()
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        pass

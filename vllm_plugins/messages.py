@@ -1,0 +1,59 @@
+"""The two messages of a step, carried by official fields of vLLM's KV connector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+
+@dataclass
+class EvictionPlan(KVConnectorMetadata):
+    """Scheduler to workers, with every step.
+
+    Attributes:
+        step: number of the step, echoed by the report.
+        evicted: ``{request_id: {group: [position, ...]}}``; these entries of the group's block
+            table are null from this step on.
+        needs: what to gather for requests seen for the first time or again after preemption
+            (see ``policies.base``); requests that need nothing are not listed.
+
+    """
+
+    step: int = 0
+    evicted: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    needs: dict[str, frozenset[str]] = field(default_factory=dict)
+
+
+@dataclass
+class ScoreReport(KVConnectorWorkerMetadata):
+    """Workers to scheduler, with every step's output.
+
+    Attributes:
+        step: newest step the scores include.
+        scores: channel (``policies.ATTENTION``, ``policies.KEY_NORM``) to float32
+            ``[num_blocks]``, one number per physical block.
+        graph: (request id, group, querying block, key blocks, mass) of this step.
+        scoring_seconds: time this step spent on scores.
+
+    """
+
+    step: int
+    scores: dict[str, np.ndarray]
+    graph: list[tuple[str, int, int, np.ndarray, np.ndarray]] = field(default_factory=list)
+    scoring_seconds: float = 0.0
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Sum over tensor-parallel ranks, each of which saw its own heads."""
+        assert isinstance(other, ScoreReport)
+        assert other.step == self.step
+        return ScoreReport(
+            step=self.step,
+            scores={name: self.scores[name] + other.scores[name] for name in self.scores},
+            graph=self.graph + other.graph,
+            scoring_seconds=max(self.scoring_seconds, other.scoring_seconds),
+        )

@@ -1,0 +1,90 @@
+"""Counters of a whole engine, through vLLM's own statistics and Prometheus export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import Counter, Gauge
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+COUNTERS = {
+    "blocks_evicted": "KV blocks evicted and returned to the pool.",
+    "decisions": "Eviction decisions taken (one request, one layer group).",
+    "decision_seconds": "Seconds the scheduler spent deciding.",
+    "scoring_seconds": "Seconds workers spent on scores.",
+    "refused_settings": "Requests whose own settings were wrong and replaced by the server's.",
+    "policy_errors": "Requests whose policy failed, so that nothing more was evicted.",
+}
+LIVE_SHARE = "live_share"
+REQUESTS = "requests"
+
+
+@dataclass
+class EvictionStats(KVConnectorStats):
+    """``data``: ``COUNTERS`` as increments, ``live_share`` now, ``requests`` by policy."""
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> EvictionStats:
+        for name in COUNTERS:
+            self.data[name] = self.data.get(name, 0) + other.data.get(name, 0)
+        requests = dict(self.data.get(REQUESTS, {}))
+        for policy, count in other.data.get(REQUESTS, {}).items():
+            requests[policy] = requests.get(policy, 0) + count
+        self.data[REQUESTS] = requests
+        if LIVE_SHARE in other.data:
+            self.data[LIVE_SHARE] = other.data[LIVE_SHARE]
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        shown = {f"kv_eviction_{name}": round(self.data.get(name, 0), 4) for name in COUNTERS}
+        if LIVE_SHARE in self.data:
+            shown["kv_eviction_live_share"] = round(self.data[LIVE_SHARE], 4)
+        return shown
+
+
+class EvictionPromMetrics(KVConnectorPromMetrics):
+    """``vllm:kv_eviction_*`` on ``/metrics``."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: dict[type, type],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._counters = {
+            name: metric_types[Counter](
+                name=f"vllm:kv_eviction_{name}", documentation=text, labelnames=labelnames
+            )
+            for name, text in COUNTERS.items()
+        }
+        self._live_share = metric_types[Gauge](
+            name="vllm:kv_eviction_live_share",
+            documentation="Share of the running requests' full blocks that is still held.",
+            labelnames=labelnames,
+        )
+        self._requests = metric_types[Counter](
+            name="vllm:kv_eviction_requests",
+            documentation="Requests by the policy they follow.",
+            labelnames=[*labelnames, "policy"],
+        )
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add one step's ``EvictionStats.data``."""
+        labels = self.per_engine_labelvalues[engine_idx]
+        for name, counter in self._counters.items():
+            counter.labels(*labels).inc(transfer_stats_data.get(name, 0))
+        if LIVE_SHARE in transfer_stats_data:
+            self._live_share.labels(*labels).set(transfer_stats_data[LIVE_SHARE])
+        for policy, count in transfer_stats_data.get(REQUESTS, {}).items():
+            self._requests.labels(*labels, policy).inc(count)

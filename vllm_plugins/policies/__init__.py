@@ -1,0 +1,18 @@
+"""Eviction policies: pure functions over NumPy arrays, without vLLM and torch."""
+
+from .base import ATTENTION, GRAPH, KEY_NORM, RNG, Policy, PolicyParameterError
+from .registry import ENTRY_POINT_GROUP, get_policy, policy_names
+from .select import keep_highest
+
+__all__ = [
+    "ATTENTION",
+    "ENTRY_POINT_GROUP",
+    "GRAPH",
+    "KEY_NORM",
+    "RNG",
+    "Policy",
+    "PolicyParameterError",
+    "get_policy",
+    "keep_highest",
+    "policy_names",
+]

@@ -1,0 +1,99 @@
+"""What a policy is: a name, a pure function, and what that function needs to be told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+ATTENTION = "attention"
+"""Attention mass each block received (higher = keep)."""
+KEY_NORM = "key_norm"
+"""Mean of ``||v|| / ||k||`` over the tokens of a block (higher = keep)."""
+GRAPH = "graph"
+"""Keyword ``graph``: block-to-block attention mass, ``[n, n]``."""
+RNG = "rng"
+"""Keyword ``rng``: a ``numpy.random.Generator`` seeded for the request."""
+
+NEEDS = frozenset({ATTENTION, KEY_NORM, GRAPH, RNG})
+
+Needs = frozenset[str] | Callable[[Mapping[str, Any]], frozenset[str]]
+
+
+class PolicyParameterError(ValueError):
+    """A policy parameter is unknown or out of range; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One eviction policy.
+
+    ``select(scores, positions, keep, *, num_sink_blocks, [graph], [rng], **parameters)``
+    returns the indices to keep:
+
+    - ``scores``: float ``[n]``, one per live, full block, higher = keep (zeros where the
+      policy needs neither attention nor key norms);
+    - ``positions``: int ``[n]``, strictly ascending: the block's place in the sequence
+      (block ``i`` holds tokens ``i * block_size`` to ``(i + 1) * block_size - 1``);
+    - ``keep``: how many blocks may stay, ``num_sink_blocks < keep < n``;
+    - result: int ``[<= keep]``, indices into ``positions``, sorted, without repeats, the sink
+      blocks (``positions < num_sink_blocks``) and the last block among them.
+
+    The function sees arrays and returns an array; it holds no state. ``needs`` names the
+    inputs that cost something to gather, fixed or as a function of the parameters; nothing
+    else is computed for a request that follows the policy.
+    """
+
+    name: str
+    select: Callable[..., np.ndarray] | None
+    needs: Needs = frozenset()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Mapping[str, Any]], None] | None = None
+
+    def resolve(self, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Defaults with ``overrides`` laid over them.
+
+        Raises:
+            PolicyParameterError: an unknown name, a value of the wrong type, or values that
+                the policy's own check refuses.
+
+        """
+        merged = dict(self.parameters)
+        for name, value in (overrides or {}).items():
+            if name not in merged:
+                known = ", ".join(sorted(merged)) or "none"
+                raise PolicyParameterError(
+                    f"policy {self.name} has no parameter {name!r}; it has: {known}"
+                )
+            merged[name] = _coerce(self.name, name, value, merged[name])
+        if self.check is not None:
+            self.check(merged)
+        return merged
+
+    def needed(self, parameters: Mapping[str, Any]) -> frozenset[str]:
+        """The inputs (see ``NEEDS``) that ``select`` wants under ``parameters``."""
+        return self.needs(parameters) if callable(self.needs) else self.needs
+
+
+def _coerce(policy: str, name: str, value: Any, default: Any) -> Any:
+    if isinstance(default, float) and isinstance(value, int | float) and value is not True:
+        return float(value)
+    if type(value) is type(default):
+        return value
+    raise PolicyParameterError(
+        f"parameter {name} of policy {policy} is {value!r}; "
+        f"give a {type(default).__name__} like {default!r}"
+    )
+
+
+def check_shares(policy: str, parameters: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """Refuse shares of the budget that are negative or do not sum to 1."""
+    values = [parameters[name] for name in names]
+    if any(value < 0 for value in values) or abs(sum(values) - 1.0) > 1e-6:
+        listed = ", ".join(f"{name}={value:g}" for name, value in zip(names, values, strict=True))
+        raise PolicyParameterError(
+            f"the shares of policy {policy} must be at least 0 and sum to 1, "
+            f"but {listed} sum to {sum(values):g}"
+        )

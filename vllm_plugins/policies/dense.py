@@ -1,0 +1,5 @@
+"""The baseline: nothing is evicted."""
+
+from .base import Policy
+
+POLICY = Policy(name="dense", select=None)

@@ -1,0 +1,41 @@
+"""H2O: heavy hitters + recent (Zhang et al., NeurIPS 2023, arXiv:2306.14048), by blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .base import ATTENTION, Policy, check_shares
+from .select import keep_highest, num_recent
+
+
+def h2o(
+    scores: np.ndarray,
+    positions: np.ndarray,
+    keep: int,
+    *,
+    num_sink_blocks: int,
+    recent: float = 0.2,
+    heavy: float = 0.8,
+) -> np.ndarray:
+    """Keep the ``recent`` share of the budget by position, the ``heavy`` share by score.
+
+    A block's score is the attention mass it received (its tokens' column sums of the
+    attention matrix, over queries, heads and the layers of a group). Sinks count as heavy
+    hitters: they come out of the heavy share.
+    """
+    return keep_highest(
+        scores,
+        positions,
+        keep,
+        num_sink_blocks=num_sink_blocks,
+        num_recent_blocks=num_recent(keep, recent),
+    )
+
+
+POLICY = Policy(
+    name="h2o",
+    select=h2o,
+    needs=frozenset({ATTENTION}),
+    parameters={"recent": 0.2, "heavy": 0.8},
+    check=lambda p: check_shares("h2o", p, ("recent", "heavy")),
+)

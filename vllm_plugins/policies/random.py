@@ -1,0 +1,46 @@
+"""The control: what a heavy share chosen by chance is worth."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .base import RNG, Policy, PolicyParameterError
+from .select import keep_highest, num_recent
+
+
+def random(
+    scores: np.ndarray,
+    positions: np.ndarray,
+    keep: int,
+    *,
+    num_sink_blocks: int,
+    rng: np.random.Generator,
+    recent: float = 0.2,
+) -> np.ndarray:
+    """Sinks and H2O's recent window, then blocks drawn uniformly.
+
+    It differs from H2O in the heavy share alone, so the gap between the two is what the
+    scores are worth. Repeated decisions are repeated draws among the survivors.
+    """
+    return keep_highest(
+        rng.random(len(positions)),
+        positions,
+        keep,
+        num_sink_blocks=num_sink_blocks,
+        num_recent_blocks=num_recent(keep, recent),
+    )
+
+
+def check_recent(name: str, recent: float) -> None:
+    """Refuse a recent share outside 0 to 1."""
+    if not 0.0 <= recent <= 1.0:
+        raise PolicyParameterError(f"recent of policy {name} is {recent:g}; give 0 to 1")
+
+
+POLICY = Policy(
+    name="random",
+    select=random,
+    needs=frozenset({RNG}),
+    parameters={"recent": 0.2},
+    check=lambda p: check_recent("random", p["recent"]),
+)

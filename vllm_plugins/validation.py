@@ -1,0 +1,43 @@
+"""Refuses bad per-request settings at the front door, before they reach the engine.
+
+vLLM runs ``validate_params`` of every configured logits processor in the front end (``LLM``,
+the API server) on each request; a ``ValueError`` there refuses the request (HTTP 400). That hook
+is all this class is for: it never touches logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.sample.logits_processor import LogitsProcessor
+
+from .config import EvictionConfig
+
+_DEFAULTS = EvictionConfig()
+
+
+class RequestValidator(LogitsProcessor):
+    """A logits processor in name only."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Raise ``EvictionConfigError`` (a ``ValueError``) for settings no server could follow.
+
+        What depends on the server (its block size, the policies it offers) is not known in the
+        front end; the scheduler checks that, and there a request falls back to the server's
+        settings (``KVEvictionConnector.on_new_request``).
+        """
+        if sampling_params.extra_args:
+            _DEFAULTS.request_settings(sampling_params.extra_args, block_size=1)
+
+    def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
+        pass
+
+    def apply(self, logits: Any) -> Any:
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update: Any) -> None:
+        pass
