@@ -30,7 +30,7 @@ def cab(
 
     A bridge connects important contexts without being heavy itself:
 
-    - ``median``: the blocks whose score lies closest to the median of what is left;
+    - ``median``: the blocks whose score lies closest to the (upper) median of what is left;
     - ``forman``: the blocks of lowest augmented Forman-Ricci curvature in the
       block-to-block attention graph (``graph``, ``[n, n]``; see ``forman.py``).
 
@@ -61,7 +61,10 @@ def cab(
             raise ValueError("bridge_definition forman needs the block-to-block graph")
         distance = augmented_forman_curvature(attention_graph(graph))[rest]
     else:
-        distance = np.abs(scores[rest] - np.median(scores[rest]))
+        # The upper median is one of the scores: between the two middle ones of an even number,
+        # equally far from their mean, rounding would decide.
+        half = len(rest) // 2
+        distance = np.abs(scores[rest] - np.partition(scores[rest], half)[half])
     left[rest[top(-distance, num_bridges)]] = False
     return np.flatnonzero(~left)
 

@@ -1,0 +1,123 @@
+"""Blocks are conserved at every step, whatever happens; freed blocks serve other requests."""
+
+import numpy as np
+import pytest
+
+from vllm_plugins.policies import policy_names
+
+from .conftest import connector_of
+
+
+def add(llm, name, tokens, extra, max_tokens):
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=0.0,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=extra,
+    )
+    return llm.llm_engine.add_request(name, {"prompt_token_ids": tokens}, params)
+
+
+def held_by_request(connector):
+    held = {}
+    for manager in connector._managers:
+        for request_id, blocks in manager.req_to_blocks.items():
+            ids = {b.block_id for b in blocks if not b.is_null}
+            held[request_id] = held.get(request_id, set()) | ids
+    return held
+
+
+@pytest.mark.parametrize("layer_groups", [1, 2])
+def test_random_arrivals_aborts_and_preemptions(layer_groups, tiny_engines):
+    """``check_integrity`` runs inside the engine at every step, and here after it."""
+    # 90 blocks of 32 tokens for all layers: too few for eight requests of up to 600 tokens.
+    block_bytes = 2 * 2 * 32 * 32 * 4 * 4
+    llm = tiny_engines({"kv_cache_memory_bytes": 91 * block_bytes}, layer_groups=layer_groups)
+    connector = connector_of(llm)
+    engine = llm.llm_engine
+    rng = np.random.default_rng(11)
+    names, arrived, records = {}, 0, []
+    policies = [*policy_names(), "forman"]
+    for step in range(100_000):
+        if arrived < 60 and len(names) < 12 and rng.random() < 0.5:
+            policy = policies[arrived % len(policies)]
+            extra = {"kv_policy": policy}
+            if policy == "forman":
+                extra = {"kv_policy": "cab", "kv_policy_args": {"bridge_definition": "forman"}}
+            if policy != "dense":
+                extra["kv_sparsity"] = float(rng.choice([0.0, 0.3, 0.5, 0.9]))
+            length = int(rng.integers(1, 500))
+            tokens = rng.integers(0, 256, size=length).tolist()
+            name = f"r{arrived}"
+            names[name] = add(llm, name, tokens, extra, int(rng.integers(1, 100)))
+            arrived += 1
+        if names and rng.random() < 0.03:
+            name = str(rng.choice(list(names)))
+            engine.abort_request([names.pop(name)], internal=True)
+        for output in engine.step():
+            if output.finished:
+                names.pop(output.request_id)
+                records.append(output.kv_transfer_params["kv_eviction"])
+        connector.check_integrity()
+        if arrived == 60 and not engine.has_unfinished_requests():
+            break
+    assert step < 99_999
+    assert not names
+    assert len(records) > 30
+    assert sum(r["preemptions"] for r in records) > 0, "the pool was meant to be too small"
+    assert sum(r["blocks_evicted"] for r in records) > 100
+    assert not any("policy_error" in r or "refused_settings" in r for r in records)
+    assert connector._pool.get_num_free_blocks() == connector._pool.num_gpu_blocks - 1
+    assert connector.ledger.requests == {}
+    assert connector.ledger.take_evictions() == {}
+
+
+def test_freed_blocks_serve_other_requests(tiny_engines):
+    llm = tiny_engines()
+    connector = connector_of(llm)
+    rng = np.random.default_rng(5)
+    extra = {"kv_policy": "h2o", "kv_sparsity": 0.9}
+    for i in range(2):
+        add(llm, f"a{i}", rng.integers(0, 256, size=900).tolist(), extra, 1)
+    freed_by, reused = {}, set()
+    before = {}
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+        now = held_by_request(connector)
+        for request_id, blocks in now.items():
+            for block in blocks - before.get(request_id, set()):
+                if freed_by.get(block, request_id) != request_id:
+                    reused.add(block)
+        for request_id, blocks in before.items():
+            if request_id in now:
+                for block in blocks - now[request_id]:
+                    freed_by[block] = request_id
+        before = now
+    assert freed_by, "blocks were freed while their request went on"
+    assert reused, "and another request got some of them"
+
+
+def test_a_preempted_request_gives_the_same_answer(tiny_engines):
+    """Preemption starts a request over; with the same decisions it ends the same."""
+    from vllm import SamplingParams
+
+    prompt = np.random.default_rng(9).integers(0, 256, size=(3, 400)).tolist()
+    params = SamplingParams(
+        max_tokens=200,
+        temperature=0.0,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args={"kv_policy": "dense"},
+    )
+    block_bytes = 2 * 2 * 32 * 32 * 4 * 4
+    outputs = []
+    for blocks in (200, 46):
+        llm = tiny_engines({"kv_cache_memory_bytes": blocks * block_bytes})
+        made = llm.generate([{"prompt_token_ids": p} for p in prompt], params, use_tqdm=False)
+        preempted = sum(o.kv_transfer_params["kv_eviction"]["preemptions"] for o in made)
+        assert (preempted > 0) == (blocks == 46)
+        outputs.append([o.outputs[0].token_ids for o in made])
+    assert outputs[0] == outputs[1]

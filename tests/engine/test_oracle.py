@@ -1,0 +1,97 @@
+"""The engine against token-level eviction in plain PyTorch: same kept sets, same log-probs."""
+
+import numpy as np
+import pytest
+
+from vllm_plugins.policies.cab import cab
+
+from . import oracle
+
+TOKENS = np.random.default_rng(3).integers(0, 256, size=700).tolist()
+
+CASES = {
+    "h2o": ({}, "h2o", {}, {}),
+    "h2o in 2 layer groups": ({"layer_groups": 2}, "h2o", {}, {"layer_groups": 2}),
+    "h2o in a group per layer": ({"layer_groups": 4}, "h2o", {}, {"layer_groups": 4}),
+    "cab median": ({}, "cab", {}, {}),
+    "cab forman, 2 groups": (
+        {"layer_groups": 2},
+        "cab",
+        {"bridge_definition": "forman"},
+        {"layer_groups": 2},
+    ),
+    "h2o, decayed": ({"score": "decay", "score_half_life": 50}, "h2o", {}, {"half_life": 50}),
+    "h2o, last 16 queries": ({"score_queries": 16}, "h2o", {}, {"window": 16}),
+    "h2o, decayed, last 16": (
+        {"score": "decay", "score_half_life": 50, "score_queries": 16},
+        "h2o",
+        {},
+        {"half_life": 50, "window": 16},
+    ),
+}
+
+
+def select_cab(parameters):
+    def select(block_scores, keep, sinks, graph):
+        positions = np.array(sorted(block_scores))
+        scores = np.array([block_scores[b] for b in positions])
+        kept = cab(scores, positions, keep, num_sink_blocks=sinks, graph=graph, **parameters)
+        return positions[kept].tolist()
+
+    return select
+
+
+def select_h2o(block_scores, keep, sinks, graph):
+    return oracle.h2o_by_definition(block_scores, keep, sinks)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_engine_equals_oracle(case, tiny_engines, tiny_llama):
+    from vllm import SamplingParams
+
+    server, policy, parameters, options = CASES[case]
+    llm = tiny_engines(**server)
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=0,
+        detokenize=False,
+        extra_args={
+            "kv_policy": policy,
+            "kv_sparsity": 0.7,
+            "kv_policy_args": parameters,
+        },
+    )
+    # A second request of other tokens: blocks of the two interleave in the pool.
+    other = TOKENS[::-1]
+    out, _ = llm.generate(
+        [{"prompt_token_ids": TOKENS}, {"prompt_token_ids": other}], params, use_tqdm=False
+    )
+    expected = oracle.run(
+        tiny_llama[1],
+        TOKENS,
+        sparsity=0.7,
+        chunk=64,
+        block_size=32,
+        select=select_h2o if policy == "h2o" else select_cab(parameters),
+        **{"layer_groups": 1, **options},
+    )
+    record = out.kv_transfer_params["kv_eviction"]
+    assert record["trace"] == expected.decisions
+    assert record["decisions"] == len(expected.decisions) > 5 * options.get("layer_groups", 1)
+    ours = [out.prompt_logprobs[i][TOKENS[i]].logprob for i in range(1, len(TOKENS))]
+    np.testing.assert_allclose(ours, expected.log_likelihoods, atol=2e-4)
+
+
+def test_layer_groups_choose_for_themselves(tiny_engines):
+    from vllm import SamplingParams
+
+    llm = tiny_engines(layer_groups=4, score="decay", score_half_life=16)
+    params = SamplingParams(
+        max_tokens=1, detokenize=False, extra_args={"kv_policy": "h2o", "kv_sparsity": 0.7}
+    )
+    prompts = [{"prompt_token_ids": TOKENS}, {"prompt_token_ids": TOKENS[::-1]}]
+    record = llm.generate(prompts, params, use_tqdm=False)[0].kv_transfer_params["kv_eviction"]
+    by_group = {g: [e["kept"] for e in record["trace"] if e["group"] == g] for g in range(4)}
+    assert all(len(kept) == len(by_group[0]) for kept in by_group.values()), "same budget"
+    assert len({str(kept) for kept in by_group.values()}) > 1, "different victims"

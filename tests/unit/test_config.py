@@ -1,0 +1,111 @@
+"""Settings are refused with a sentence that says what to change."""
+
+import pytest
+
+from vllm_plugins.config import EvictionConfig, EvictionConfigError, RequestSettings
+
+BAD = [
+    ({"policy": "h20"}, "unknown policy 'h20'"),
+    ({"sparsity": 1.0}, "sparsity is 1.0; give a number from 0"),
+    ({"sparsity": -0.1}, "sparsity is -0.1"),
+    ({"sparsity": "abc"}, "sparsity is 'abc'"),
+    ({"sparsity": True}, "sparsity is True"),
+    ({"sparsity": float("nan")}, "sparsity is nan"),
+    ({"sparsty": 0.5}, "unknown eviction setting 'sparsty'; did you mean 'sparsity'"),
+    ({"policy_args": {"h2o": {"recent": 0.9}}}, "sum to 1"),
+    ({"policy_args": {"cab": {"local": 0.9}}}, "sum to 1"),
+    ({"policy_args": {"h2o": 3}}, "give a mapping"),
+    ({"policy_args": 3}, "give a mapping"),
+    ({"policy": "dense", "sparsity": 0.5}, "would do nothing"),
+    ({"sparsity": 0.5, "budget_tokens": 512}, "not both"),
+    ({"budget_tokens": 0}, "budget_tokens is 0"),
+    ({"sink_blocks": -1}, "sink_blocks is -1"),
+    ({"sink_blocks": 4}, "min_blocks to at least 5"),
+    ({"layer_groups": 0}, "layer_groups is 0"),
+    ({"layer_groups": 1.5}, "layer_groups is 1.5"),
+    ({"score": "max"}, "sum, mean, decay"),
+    ({"score_queries": 0}, 'give "all"'),
+    ({"score_queries": "last"}, 'give "all"'),
+    ({"request_policies": ["h2o", "nope"]}, "unknown policy 'nope'"),
+    ({"request_policies": 3}, 'give "any" or a list'),
+    ({"check_integrity": "yes"}, "true or false"),
+]
+
+
+@pytest.mark.parametrize(("settings", "sentence"), BAD, ids=[str(b[0]) for b in BAD])
+def test_bad_server_settings(settings, sentence):
+    with pytest.raises(EvictionConfigError, match=r".+") as error:
+        EvictionConfig.parse(settings)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_survive_json():
+    config = EvictionConfig.parse(
+        {"policy": "cab", "sparsity": "0.9", "request_policies": ["h2o"], "score_queries": "32"}
+    )
+    assert config.sparsity == 0.9
+    assert config.score_queries == 32
+    assert EvictionConfig.parse(config.to_dict()) == config
+
+
+def test_budget_must_hold_the_protected_blocks():
+    config = EvictionConfig.parse({"budget_tokens": 63})
+    with pytest.raises(EvictionConfigError, match="at least 64"):
+        config.check_budget(32)
+    EvictionConfig.parse({"budget_tokens": 64}).check_budget(32)
+
+
+BAD_REQUESTS = [
+    ({"kv_policy": "nope"}, "unknown policy"),
+    ({"kv_policy": 7}, "unknown policy"),
+    ({"kv_sparsity": 1}, "kv_sparsity is 1"),
+    ({"kv_sparsity": None}, "kv_sparsity is None"),
+    ({"kv_sparsity": 0.5, "kv_budget_tokens": 512}, "not both"),
+    ({"kv_budget_tokens": 40}, "give at least 64"),
+    ({"kv_budget_tokens": "many"}, "kv_budget_tokens is 'many'"),
+    ({"kv_policy": "dense", "kv_sparsity": 0.5}, "would do nothing"),
+    ({"kv_polcy": "h2o"}, "did you mean 'kv_policy'"),
+    ({"kv_policy_args": {"local": 1.0}}, "no parameter 'local'"),
+    ({"kv_policy_args": "local"}, "give a mapping"),
+]
+
+
+@pytest.mark.parametrize(("extra", "sentence"), BAD_REQUESTS, ids=[str(b[0]) for b in BAD_REQUESTS])
+def test_bad_request_settings(extra, sentence):
+    with pytest.raises(EvictionConfigError) as error:
+        EvictionConfig.parse({"policy": "h2o", "sparsity": 0.5}).request_settings(extra, 32)
+    assert sentence in str(error.value)
+
+
+def test_a_request_follows_the_server_unless_it_says_otherwise():
+    server = EvictionConfig.parse({"policy": "h2o", "sparsity": 0.5})
+    settings = server.request_settings({"kv_transfer_params": {}, "other": 1}, 32)
+    assert (settings.policy, settings.sparsity) == ("h2o", 0.5)
+    settings = server.request_settings({"kv_policy": "cab"}, 32)
+    assert (settings.policy, settings.sparsity) == ("cab", 0.5)
+    settings = server.request_settings({"kv_budget_tokens": "512"}, 32)
+    assert (settings.sparsity, settings.budget_tokens) == (0.0, 512)
+    assert not server.request_settings({"kv_policy": "dense"}, 32).evicts
+    assert not server.request_settings({"kv_sparsity": 0}, 32).evicts
+
+
+def test_a_server_may_narrow_the_policies_and_so_the_scores():
+    server = EvictionConfig.parse({"policy": "streaming", "request_policies": ["random"]})
+    assert server.needs() == {"rng"}
+    with pytest.raises(EvictionConfigError, match="random, streaming"):
+        server.request_settings({"kv_policy": "h2o"}, 32)
+    assert {"attention", "key_norm", "graph"} <= EvictionConfig().needs()
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "num_tokens", "keep"),
+    [(0.9, 2048, 7), (0.5, 1024, 16), (0.7, 320, 4), (0.9, 320, 4), (0.9, 3200, 10), (0.5, 33, 4)],
+)
+def test_relative_budget(sparsity, num_tokens, keep):
+    settings = RequestSettings("h2o", sparsity, None, {})
+    assert settings.keep(num_tokens, 32, min_blocks=4) == keep
+
+
+def test_absolute_budget_counts_full_blocks():
+    assert RequestSettings("h2o", 0.0, 100, {}).keep(10_000, 32, min_blocks=4) == 3

@@ -1,0 +1,201 @@
+"""Scheduler-side bookkeeping, without vLLM."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from vllm_plugins.config import EvictionConfig
+from vllm_plugins.ledger import Ledger
+from vllm_plugins.policies import Policy, registry
+
+BLOCK = 4
+
+
+@dataclass
+class FakeRequest:
+    request_id: str
+    num_prompt_tokens: int
+    num_tokens: int
+    num_preemptions: int = 0
+    finished: bool = False
+
+    def is_finished(self) -> bool:
+        return self.finished
+
+
+@dataclass
+class FakeBlock:
+    block_id: int
+
+
+class Bench:
+    """One request in a ledger, its blocks numbered from 100."""
+
+    def __init__(self, extra, *, num_tokens=80, groups=1, **settings):
+        self.config = EvictionConfig.parse({"policy": "h2o", "sparsity": 0.5, **settings})
+        self.ledger = Ledger(self.config, BLOCK, groups, num_blocks=200)
+        self.request = FakeRequest("r", num_tokens, num_tokens)
+        self.ledger.admit(self.request, self.config.request_settings(extra, BLOCK), seed=1)
+        self.blocks = [FakeBlock(100 + i) for i in range(num_tokens // BLOCK)]
+
+    def step(self, num_tokens, scores=None):
+        """Schedule a step up to ``num_tokens`` and report its scores."""
+        step = self.ledger.schedule({"r": num_tokens})
+        if scores is not None:
+            self.ledger.observe(step, {"attention": scores})
+        return step
+
+    def decide(self, num_tokens, group=0):
+        return self.ledger.decide("r", group, num_tokens, self.blocks)
+
+
+def scores(values):
+    array = np.zeros(200)
+    array[100 : 100 + len(values)] = values
+    return array
+
+
+def test_evicts_the_lightest_down_to_the_budget():
+    bench = Bench({"kv_sparsity": 0.5})
+    weights = np.arange(20.0)[::-1]
+    bench.step(80, scores(weights))
+    victims = bench.decide(80)
+    # 10 blocks stay: two recent (20%), and the eight heaviest, the first ones here.
+    assert victims == list(range(8, 18))
+    assert bench.ledger.take_evictions() == {"r": {0: victims}}
+    assert bench.ledger.take_evictions() == {}
+    assert bench.decide(80) == []
+
+
+def test_a_block_whose_scores_have_not_arrived_is_not_considered():
+    bench = Bench({"kv_sparsity": 0.9}, num_tokens=40)
+    assert bench.decide(40) == [], "no report at all"
+    first = bench.step(20)
+    bench.step(40)
+    bench.ledger.observe(first, {"attention": scores(range(10))})
+    # The report includes 20 tokens, 5 blocks, one more than the four that may stay.
+    victims = bench.decide(40)
+    assert victims
+    assert max(victims) < 5
+
+
+def test_the_block_being_written_is_never_considered():
+    bench = Bench({"kv_policy": "streaming", "kv_sparsity": 0.9}, num_tokens=80)
+    assert bench.decide(19) == []  # four full blocks and one in progress
+    assert bench.decide(23) == [1]
+
+
+def test_a_policy_without_scores_does_not_wait_for_them():
+    bench = Bench({"kv_policy": "random", "kv_sparsity": 0.5})
+    assert len(bench.decide(80)) == 10
+
+
+def test_random_repeats_by_prompt_and_differs_by_seed():
+    def victims(seed):
+        bench = Bench({"kv_policy": "random", "kv_sparsity": 0.5})
+        bench.ledger.requests["r"].seed = seed
+        bench.ledger.requests["r"].restart()
+        return bench.decide(80)
+
+    assert victims(1) == victims(1)
+    assert victims(1) != victims(2)
+
+
+def test_preemption_forgets_scores_and_blocks():
+    bench = Bench({"kv_sparsity": 0.9})
+    step = bench.step(80)
+    bench.ledger.release("r")
+    bench.ledger.observe(step, {"attention": scores(range(20))})
+    assert bench.decide(80) == [], "a report from before the preemption describes freed blocks"
+    bench.step(40, scores(range(20)))
+    victims = bench.decide(40)
+    assert victims
+    bench.ledger.release("r")
+    assert bench.ledger.take_evictions() == {}, "victims of a preempted request are not sent"
+
+
+def test_groups_have_victims_of_their_own():
+    bench = Bench({"kv_sparsity": 0.5}, groups=2)
+    bench.step(80, scores(range(20)))
+    first = bench.decide(80, group=0)
+    other = [FakeBlock(150 + i) for i in range(20)]
+    second = bench.ledger.decide("r", 1, 80, other)
+    assert len(first) == len(second) == 10
+    assert bench.ledger.take_evictions() == {"r": {0: first, 1: second}}
+
+
+def test_a_finished_request_is_left_alone():
+    bench = Bench({"kv_policy": "streaming", "kv_sparsity": 0.9})
+    bench.request.finished = True
+    assert bench.decide(80) == []
+    record = bench.ledger.finish("r")
+    assert record["blocks_evicted"] == 0
+    assert bench.ledger.finish("r") == {}
+    assert bench.ledger.requests == {}
+
+
+def test_counters_prove_the_knob():
+    bench = Bench({"kv_sparsity": 0.5}, trace_decisions=True)
+    bench.step(80, scores(range(20)))
+    bench.ledger.note_blocks("r", 20, 25)
+    bench.decide(80)
+    bench.ledger.note_blocks("r", 20, 15)
+    record = bench.ledger.finish("r")
+    assert record["decisions"] == 1
+    assert record["blocks_evicted"] == 10
+    assert record["first_eviction_tokens"] == 80
+    assert record["peak_blocks"] == 20
+    assert record["average_blocks"] == 15
+    assert record["peak_pool_blocks"] == 25
+    assert record["decision_seconds"] > 0
+    assert len(record["trace"][0]["kept"]) == 10
+    assert bench.ledger.totals["blocks_evicted"] == 10
+
+
+def test_a_failing_policy_is_counted_and_evicts_nothing(monkeypatch):
+    def broken(scores, positions, keep, *, num_sink_blocks):
+        return np.arange(len(positions))
+
+    monkeypatch.setitem(registry._BUILT_IN, "streaming", Policy("streaming", broken))
+    registry.get_policy.cache_clear()
+    try:
+        bench = Bench({"kv_policy": "streaming", "kv_sparsity": 0.5})
+        assert bench.decide(80) == []
+        assert bench.decide(80) == []
+        assert "budget of 10" in bench.ledger.finish("r")["policy_error"]
+        assert bench.ledger.totals["policy_errors"] == 1
+    finally:
+        monkeypatch.undo()
+        registry.get_policy.cache_clear()
+
+
+def test_graph_follows_the_live_blocks():
+    bench = Bench({"kv_policy_args": {}, "kv_sparsity": 0.5})
+    live = bench.ledger.requests["r"].groups[0]
+    live.extend(3, bench.blocks)
+    ids = np.array([100, 101, 102])
+    live.add_graph_row(102, ids, np.array([1.0, 2.0, 3.0]))
+    live.add_graph_row(102, ids, np.array([1.0, 0.0, 0.0]))
+    live.add_graph_row(101, ids[:2], np.array([5.0, 6.0]))
+    assert live.graph(200).tolist() == [[0, 0, 0], [5, 6, 0], [2, 2, 3]]
+    live.retain(np.array([0, 2]))
+    assert live.graph(200).tolist() == [[0, 0], [2, 3]]
+    assert 101 not in live.graph_rows
+
+
+def test_unknown_requests_are_harmless():
+    ledger = Ledger(EvictionConfig(), BLOCK, 1, 10)
+    assert ledger.decide("nobody", 0, 100, []) == []
+    ledger.release("nobody")
+    ledger.note_blocks("nobody", 1, 1)
+    assert ledger.finish("nobody") == {}
+    assert ledger.live_blocks == (0, 0)
+
+
+@pytest.mark.parametrize("policy", ["h2o", "cab"])
+def test_budget_never_shrinks_below_the_prompts_share(policy):
+    """Early in a long prompt the budget is already that of the whole prompt."""
+    bench = Bench({"kv_policy": policy, "kv_sparsity": 0.5}, num_tokens=80)
+    bench.step(40, scores(range(20)))
+    assert bench.decide(40) == []  # 10 blocks live, 10 may stay
