@@ -116,7 +116,7 @@ def _offline(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
     total = sum(run.num_samples for run in runs)
-    with tqdm(total=total, unit="window", dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="window", desc="engine starts", dynamic_ncols=True) as bar:
 
         def progress(key: str, finished: int) -> None:
             bar.set_description(key, refresh=False)

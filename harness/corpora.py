@@ -16,8 +16,8 @@ MAX_CHARACTERS = 20_000_000
 
 _PACKAGE = "Brotli==1.1.0"
 _CANTERBURY = {
-    "lcet10.txt": "7467306ee0feed4971260f3c87421154a05be571d944e9cb021a5713700c38f0",
-    "alice29.txt": "5314ba1dbb03f471df88bec6cd120a938ef60d0fd3511c5c1dce61bf7463245f",
+    "lcet10.txt": "5314ba1dbb03f471df88bec6cd120a938ef60d0fd3511c5c1dce61bf7463245f",
+    "alice29.txt": "7467306ee0feed4971260f3c87421154a05be571d944e9cb021a5713700c38f0",
 }
 
 

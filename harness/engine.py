@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,6 +136,7 @@ def running(specification: EngineSpecification) -> Iterator[Engine]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     from vllm import LLM, EngineArgs
 
     from vllm_plugins import EvictionConfigError, eviction_engine_args
@@ -142,11 +144,12 @@ def running(specification: EngineSpecification) -> Iterator[Engine]:
 
     arguments = {
         "model": resolve_model(specification.model),
-        "max_model_len": specification.context_length + specification.block_size,
+        "max_model_len": specification.context_length + 1,
         "max_num_seqs": specification.max_num_seqs,
         "max_num_batched_tokens": specification.max_num_batched_tokens,
         "long_prefill_token_threshold": specification.prefill_chunk,
         "enforce_eager": True,
+        "use_tqdm_on_load": False,
         "seed": 0,
         **eviction_engine_args(block_size=specification.block_size, **specification.eviction),
     }
@@ -154,7 +157,7 @@ def running(specification: EngineSpecification) -> Iterator[Engine]:
         config = EngineArgs(**arguments).create_engine_config()
     except EvictionConfigError:
         raise
-    except (ValueError, OSError) as error:
+    except Exception as error:  # whatever Transformers and vLLM find wrong with a model
         reason = " ".join(str(error).split())
         raise UsageError(f"vLLM refuses {specification.model}: {reason}") from None
     check_engine(config)

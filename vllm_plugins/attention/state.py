@@ -111,7 +111,7 @@ class WorkerState:
         if self.wants(KEY_NORM):
             scores[KEY_NORM] = self.norm.numpy().copy()
         graph = [(*key, ids, mass) for key, (ids, mass) in self.graph.items()]
-        return ScoreReport(self.step, scores, graph, sum(self.seconds.values()))
+        return ScoreReport(self.step, scores, graph, self.seconds)
 
     def add_graph_rows(
         self, request_id: str, group: int, block_ids: torch.Tensor, rows: torch.Tensor

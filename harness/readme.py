@@ -1,0 +1,43 @@
+"""Writes the tables between ``<!-- table: NAME -->`` and ``<!-- end -->`` of a README.
+
+    python -m harness.readme README.md results
+
+NAME is a folder of records under ``results``; figures in a README are never typed in.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from .aggregate import aggregate
+from .records import read_json, read_records
+from .report import caption, markdown_table, provenance_line
+
+_MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str, results: Path) -> str:
+    """``text`` with every marked table made anew from its records."""
+
+    def table(match: re.Match[str]) -> str:
+        records = read_records(results / match[2])
+        recorded = read_json(results / match[2] / "aggregated_results.json")
+        current = aggregate(records)
+        if current != recorded:
+            raise ValueError(f"{match[2]}/aggregated_results.json does not match its records")
+        body = f"{caption(records[0])}, {len({r['seed'] for r in records})} runs.\n"
+        body += f"{provenance_line(records[0])}\n\n{markdown_table(current)}\n"
+        return f"{match[1]}\n{body}\n{match[3]}"
+
+    return _MARKED.sub(table, text)
+
+
+def main() -> None:
+    readme, results = map(Path, sys.argv[1:])
+    readme.write_text(fill(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""What cannot work is refused before an engine starts: one sentence, exit status 2."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from harness.cli import main
+
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 256,
+    "max_position_embeddings": 2048,
+    "sliding_window": 256,
+    "dtype": "float32",
+}
+DEEPSEEK = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 2048,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    def make(config):
+        folder = tmp_path / "model"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        return str(folder)
+
+    return make
+
+
+def check(model, engine=None, **settings):
+    from vllm import EngineArgs
+
+    from vllm_plugins import eviction_engine_args
+    from vllm_plugins.checks import check_engine
+
+    arguments = {
+        "model": model,
+        "skip_tokenizer_init": True,
+        "max_model_len": 1024,
+        **eviction_engine_args(**settings),
+        **(engine or {}),
+    }
+    check_engine(EngineArgs(**arguments).create_engine_config())
+
+
+def test_a_plain_llama_is_accepted(tiny_llama):
+    check(tiny_llama[0], policy="h2o", sparsity=0.5, layer_groups=2)
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "sentence"),
+    [
+        ({"enable_prefix_caching": True}, {}, "set enable_prefix_caching=False"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            {},
+            "remove the speculative configuration",
+        ),
+        ({"kv_cache_dtype": "fp8"}, {}, 'use kv_cache_dtype="auto"'),
+        ({"block_size": 16}, {}, "so use 32 or 64"),
+        ({"block_size": 64}, {"budget_tokens": 96}, "give at least 128"),
+        ({}, {"layer_groups": 3}, "use one of: 1, 2, 4"),
+    ],
+)
+def test_engine_settings(engine, settings, sentence, tiny_llama):
+    from vllm_plugins import EvictionConfigError
+
+    with pytest.raises(EvictionConfigError) as error:
+        check(tiny_llama[0], engine, **settings)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [(MISTRAL, "sliding-window layers"), (DEEPSEEK, "latent attention (MLA)")],
+)
+def test_models(config, sentence, model):
+    from vllm_plugins import EvictionConfigError
+
+    with pytest.raises(EvictionConfigError) as error:
+        check(model(config))
+    assert sentence in str(error.value)
+
+
+def test_a_hand_written_configuration_is_refused_too(tiny_llama):
+    """Without our checks in front, the engine itself refuses with the sentence."""
+    from vllm import LLM
+
+    from vllm_plugins import eviction_engine_args
+
+    arguments = {**eviction_engine_args(), "enable_prefix_caching": True}
+    with pytest.raises(Exception, match="set enable_prefix_caching=False"):
+        LLM(
+            tiny_llama[0],
+            skip_tokenizer_init=True,
+            max_model_len=512,
+            kv_cache_memory_bytes=16 << 20,
+            enforce_eager=True,
+            **arguments,
+        )
+    arguments = eviction_engine_args()
+    del arguments["worker_cls"]
+    with pytest.raises(Exception, match="pass worker_cls"):
+        LLM(
+            tiny_llama[0],
+            skip_tokenizer_init=True,
+            max_model_len=512,
+            kv_cache_memory_bytes=16 << 20,
+            enforce_eager=True,
+            **arguments,
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--methods", "h20"], "unknown policy 'h20'; use one of: dense, h2o, cab"),
+        (["--sparsity", "1.0"], "give a number from 0"),
+        (["--sparsity", "-0.1"], "give a number from 0"),
+        (["--sparsity", "abc"], "give a number from 0"),
+        (["--policy-args", '{"cab": {"local": 0.9}}'], "sum to 1"),
+        (["--policy-args", "{"], "not JSON"),
+        (["--block-size", "48"], "so use 32 or 64"),
+        (["--score-queries", "none"], 'give "all"'),
+        (["--layer-groups", "0"], "layer_groups is 0"),
+        (["--num-runs", "2", "--seeds", "1"], "drop one"),
+        (["--num-samples", "0"], "--num-samples must be at least 1"),
+        (["--context-length", "1"], "at least 2 tokens"),
+        (["--dataset", "text:/nowhere.txt"], "cannot read /nowhere.txt"),
+        (["--model", "/nowhere"], "holds no config.json"),
+        (["--output-dir", "/proc/x"], "cannot write to /proc/x"),
+    ],
+)
+def test_command_line(arguments, sentence, capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 2000)
+    base = ["offline", "--dataset", f"text:{text}", "--output-dir", str(tmp_path / "runs")]
+    assert main([*base, *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("kv-eviction: ")
+    assert sentence in error
+
+
+def test_exit_status_of_the_installed_command(tmp_path):
+    command = [sys.executable, "-m", "harness", "offline", "--methods", "nope"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("kv-eviction: unknown policy 'nope'")
+    assert not any(tmp_path.iterdir()), "nothing is written before the check"
+
+
+@pytest.mark.parametrize("config", [MISTRAL, DEEPSEEK], ids=["mistral", "deepseek"])
+def test_command_line_refuses_models(config, model, capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 2000)
+    arguments = ["--model", model(config), "--dataset", f"text:{text}"]
+    assert main(["offline", *arguments, "--output-dir", str(tmp_path / "runs")]) == 2
+    assert "use a model with" in capsys.readouterr().err
