@@ -89,13 +89,14 @@ class LiveBlocks:
                 mass[i, columns[live]] += row[live]
         return mass
 
-    def retain(self, kept: np.ndarray) -> np.ndarray:
+    def retain(self, kept: np.ndarray) -> list[int]:
         """Drop all but the indices ``kept``; returns the evicted positions."""
         evicted = np.ones(len(self.positions), dtype=bool)
         evicted[kept] = False
-        positions = self.positions[evicted]
-        for block_id in self.block_ids[evicted].tolist():
-            self.graph_rows.pop(block_id, None)
+        positions = self.positions[evicted].tolist()
+        if self.graph_rows:
+            for block_id in self.block_ids[evicted].tolist():
+                self.graph_rows.pop(block_id, None)
         self.positions, self.block_ids = self.positions[kept], self.block_ids[kept]
         self.num_evicted += len(positions)
         return positions
@@ -248,7 +249,7 @@ class Ledger:
         evicted = live.retain(kept)
         seconds = time.perf_counter() - started
         self._account(state, group, num_processed_tokens, live, evicted, seconds)
-        return evicted.tolist()
+        return evicted
 
     def _select(self, state: RequestState, live: LiveBlocks, keep: int) -> np.ndarray:
         settings = state.settings
@@ -279,7 +280,7 @@ class Ledger:
         group: int,
         num_tokens: int,
         live: LiveBlocks,
-        evicted: np.ndarray,
+        evicted: list[int],
         seconds: float,
     ) -> None:
         record = state.record
@@ -296,7 +297,7 @@ class Ledger:
         self.totals["decision_seconds"] += seconds
         self.totals["blocks_evicted"] += len(evicted)
         pending = self._pending.setdefault(state.request.request_id, {})
-        pending.setdefault(group, []).extend(evicted.tolist())
+        pending.setdefault(group, []).extend(evicted)
 
     def note_blocks(self, request_id: str, num_table_blocks: int, num_pool_blocks: int) -> None:
         """After allocation: ``request_id`` has tables of ``num_table_blocks`` (nulls included,

@@ -22,6 +22,7 @@ from vllm_plugins.policies import ATTENTION, KEY_NORM, get_policy, policy_names
 from ..records import SCHEMA_VERSION, provenance, timestamp, write_json
 
 BLOCK_SIZE = 16
+WARM_UP = 5
 CASES = [(name, {}) for name in policy_names() if get_policy(name).select is not None]
 CASES.append(("cab", {"bridge_definition": "forman"}))
 
@@ -43,7 +44,7 @@ def measure(policy: str, parameters: dict, num_blocks: int, keep: int, repeats: 
     rng = np.random.default_rng(0)
     scores = rng.exponential(size=num_blocks + 1)
     seconds = []
-    for _ in range(repeats):
+    for _ in range(WARM_UP + repeats):
         ledger = Ledger(config, BLOCK_SIZE, 1, num_blocks + 1)
         request = _Request(num_blocks * BLOCK_SIZE)
         extra = {
@@ -67,7 +68,7 @@ def measure(policy: str, parameters: dict, num_blocks: int, keep: int, repeats: 
         victims = ledger.decide("r", 0, request.num_tokens, blocks)
         seconds.append(time.perf_counter() - started)
         assert len(victims) == num_blocks - keep
-    return seconds
+    return seconds[WARM_UP:]
 
 
 def main() -> None:
