@@ -6,9 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any
 
-import numpy as np
-
-from .perplexity import after_eviction, perplexity
+from .perplexity import after_eviction, perplexity, total
 from .specification import DENSE
 from .statistics import paired_test, summary
 
@@ -82,7 +80,9 @@ def _compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[
         a[w]["eviction"]["first_eviction_tokens"] or b[w]["eviction"]["first_eviction_tokens"]
         for w in shared
     ]
-    if all(start is not None for start in starts):
+    if all(
+        start is not None and total(a[w], start)[1] for w, start in zip(shared, starts, strict=True)
+    ):
         result["after_eviction"] = paired_test(
             [_nll(a[w], start) for w, start in zip(shared, starts, strict=True)],
             [_nll(b[w], start) for w, start in zip(shared, starts, strict=True)],
@@ -93,16 +93,15 @@ def _compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[
 def _dense_on_the_same(run: dict[str, Any], records: Iterable[dict[str, Any]]) -> float | None:
     for record in records:
         if record["method"] == DENSE and record["seed"] == run["seed"]:
-            changed = [
-                after_eviction(full["log_likelihoods"], window["eviction"]["first_eviction_tokens"])
-                for full, window in zip(record["windows"], run["windows"], strict=True)
-            ]
-            return perplexity(changed) if any(changed) else None
+            starts = [window["eviction"]["first_eviction_tokens"] for window in run["windows"]]
+            evicted = after_eviction(record["windows"], starts)
+            return perplexity(evicted) if evicted else None
     return None
 
 
 def _nll(window: dict[str, Any], start: int = 0) -> float:
-    return -float(np.mean(window["log_likelihoods"][start:]))
+    log_likelihood, count = total(window, start)
+    return -log_likelihood / count
 
 
 def _windows(runs: list[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:

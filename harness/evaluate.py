@@ -10,7 +10,7 @@ import numpy as np
 
 from .corpora import load_text
 from .engine import Engine, ScoredWindow, running
-from .perplexity import after_eviction, perplexity
+from .perplexity import after_eviction, by_chunk, perplexity, total
 from .records import (
     SCHEMA_VERSION,
     process_peak_memory_mb,
@@ -72,13 +72,13 @@ def _record(
     scored: Sequence[ScoredWindow],
     seconds: float,
 ) -> dict[str, Any]:
-    # Rounded before anything is computed of them: a record's figures follow from the record.
-    likelihoods = [[round(value, 5) for value in window.log_likelihoods] for window in scored]
-    changed = [
-        after_eviction(values, window.record["first_eviction_tokens"])
-        for values, window in zip(likelihoods, scored, strict=True)
+    chunk = run.engine.prefill_chunk
+    windows = [
+        {"start": start, "eviction": window.record, **by_chunk(window.log_likelihoods, chunk)}
+        for start, window in zip(starts, scored, strict=True)
     ]
-    total_tokens = sum(len(values) for values in likelihoods)
+    evicted = after_eviction(windows, [w.record["first_eviction_tokens"] for w in scored])
+    total_tokens = sum(window["num_predictions"] for window in windows)
     return {
         "schema_version": SCHEMA_VERSION,
         "timestamp": timestamp(),
@@ -86,8 +86,8 @@ def _record(
         "method": run.method,
         "sparsity": run.sparsity,
         "seed": run.seed,
-        "perplexity": perplexity(likelihoods),
-        "perplexity_after_eviction": perplexity(changed) if any(changed) else None,
+        "perplexity": perplexity(map(total, windows)),
+        "perplexity_after_eviction": perplexity(evicted) if evicted else None,
         "tokens_per_second": total_tokens / seconds,
         "peak_memory_mb": engine.peak_memory_mb(scored),
         "process_peak_memory_mb": process_peak_memory_mb(),
@@ -101,7 +101,7 @@ def _record(
             "process_peak_memory_mb": "MiB resident, whole process so far, pool reserved up front",
             "avg_cache_size": "KV blocks per window, mean over its steps and layer groups",
             "peak_cache_size": "KV blocks per window, mean over layer groups",
-            "log_likelihoods": "nats; entry i belongs to token i + 1 of the window",
+            "log_likelihoods": "nats, one sum per chunk of queries; query i predicts token i + 1",
         },
         "specification": run.to_dict(),
         "engine": {
@@ -110,12 +110,5 @@ def _record(
             "num_blocks": engine.num_blocks,
             "bytes_per_block": engine.bytes_per_block,
         },
-        "windows": [
-            {
-                "start": start,
-                "eviction": window.record,
-                "log_likelihoods": values,
-            }
-            for start, window, values in zip(starts, scored, likelihoods, strict=True)
-        ],
+        "windows": windows,
     }

@@ -54,7 +54,8 @@ def test_a_record_says_everything_about_its_run(experiment):
     ):
         assert record[key], key
     assert record["total_tokens"] == 3 * 319
-    assert [len(window["log_likelihoods"]) for window in record["windows"]] == [319] * 3
+    assert [window["num_predictions"] for window in record["windows"]] == [319] * 3
+    assert [len(window["log_likelihoods"]) for window in record["windows"]] == [5] * 3
     assert record["specification"]["engine"]["prefill_chunk"] == 64
     assert record["specification"]["engine"]["eviction"]["score"] == "sum"
     assert {"vllm-kv-eviction", "torch", "python"} <= set(record["versions"])

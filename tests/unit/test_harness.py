@@ -11,7 +11,7 @@ import pytest
 from harness.aggregate import aggregate, significance
 from harness.corpora import load_text
 from harness.errors import UsageError
-from harness.perplexity import after_eviction, perplexity
+from harness.perplexity import after_eviction, by_chunk, perplexity, total
 from harness.readme import fill
 from harness.records import provenance, read_json, write_json
 from harness.report import markdown_table, plot_perplexity, text_table
@@ -46,15 +46,20 @@ def test_a_text_too_short_says_so_with_the_numbers():
 
 
 def test_perplexity_of_a_fair_die():
-    assert perplexity([[math.log(1 / 6)] * 4, [math.log(1 / 6)]]) == pytest.approx(6.0)
-    with pytest.raises(ValueError, match="no tokens"):
-        perplexity([[]])
+    window = by_chunk([math.log(1 / 6)] * 5, 2)
+    assert len(window["log_likelihoods"]) == 3
+    assert perplexity([total(window)]) == pytest.approx(6.0, rel=1e-4)
+    with pytest.raises(ValueError, match="no predictions"):
+        perplexity([])
 
 
 def test_after_eviction_starts_with_the_first_query_that_saw_less():
     # 4 tokens processed when blocks went: the query at token 4 predicts token 5, entry 4.
-    assert after_eviction([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], 4) == [4.0, 5.0]
-    assert after_eviction([0.0, 1.0], None) == []
+    window = by_chunk([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], 2)
+    assert after_eviction([window], [4]) == [(9.0, 2)]
+    assert after_eviction([window, window], [None, 6]) == [], "no eviction, nothing after it"
+    with pytest.raises(ValueError, match="inside a sum"):
+        total(window, 3)
 
 
 def test_summary():
@@ -101,18 +106,17 @@ def record(method, sparsity, seed, shift, first_eviction):
             {
                 "start": start,
                 "eviction": {"first_eviction_tokens": first_eviction},
-                "log_likelihoods": likelihoods.tolist(),
+                **by_chunk(likelihoods.tolist(), 4),
             }
         )
-    values = [w["log_likelihoods"] for w in windows]
-    changed = [after_eviction(v, first_eviction) for v in values]
+    evicted = after_eviction(windows, [first_eviction] * len(windows))
     return {
         "key": f"{method}_s{sparsity:g}",
         "method": method,
         "sparsity": sparsity,
         "seed": seed,
-        "perplexity": perplexity(values),
-        "perplexity_after_eviction": perplexity(changed) if any(changed) else None,
+        "perplexity": perplexity(map(total, windows)),
+        "perplexity_after_eviction": perplexity(evicted) if evicted else None,
         "tokens_per_second": 100.0,
         "peak_memory_mb": 10.0,
         "avg_cache_size": 5.0,
