@@ -67,6 +67,8 @@ def _add_offline(commands: Any) -> None:
     add("--prefill-chunk", type=int, default=64, metavar="TOKENS",
         help="tokens a window advances between evictions; part of every result")  # fmt: skip
     add("--block-size", type=int, default=32, metavar="TOKENS", help="tokens per KV block")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "auto"],
+        help="of weights and KV cache; many CPUs are slow in bfloat16")  # fmt: skip
     add("--max-num-seqs", type=int, default=8, metavar="N", help="windows in flight")
     add("--layer-groups", type=int, default=defaults.layer_groups, metavar="G",
         help="groups of layers with victims of their own")  # fmt: skip
@@ -163,6 +165,7 @@ def _engine_specification(arguments: argparse.Namespace) -> Any:
         context_length=arguments.context_length,
         prefill_chunk=arguments.prefill_chunk,
         block_size=arguments.block_size,
+        dtype=arguments.dtype,
         max_num_seqs=min(arguments.max_num_seqs, max(2, arguments.num_samples)),
         eviction=config.to_dict(),
     )

@@ -145,6 +145,7 @@ def running(specification: EngineSpecification) -> Iterator[Engine]:
     arguments = {
         "model": resolve_model(specification.model),
         "max_model_len": specification.context_length + 1,
+        "dtype": specification.dtype,
         "max_num_seqs": specification.max_num_seqs,
         "max_num_batched_tokens": specification.max_num_batched_tokens,
         "long_prefill_token_threshold": specification.prefill_chunk,

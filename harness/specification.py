@@ -22,6 +22,8 @@ class EngineSpecification:
     prefill_chunk: int
     block_size: int
     max_num_seqs: int
+    dtype: str = "float32"
+    """Of weights, activations and KV cache; ``auto`` is the checkpoint's own."""
     eviction: dict[str, Any] = field(default_factory=dict)
     """Server-wide fields of ``EvictionConfig``, complete."""
 

@@ -65,7 +65,7 @@ def test_a_record_says_everything_about_its_run(experiment):
     assert eviction["peak_blocks"] == 6
     assert eviction["first_eviction_tokens"] == 192
     assert eviction["blocks_evicted"] == 4
-    bytes_per_block = 30 * 2 * 3 * 64 * 32 * 2
+    bytes_per_block = 30 * 2 * 3 * 64 * 32 * 4
     assert record["peak_memory_mb"] == 3 * 6 * bytes_per_block / 2**20
 
 
