@@ -1,0 +1,130 @@
+"""Every Triton kernel in Triton's interpreter, against float64 references."""
+
+import pytest
+import torch
+
+from vllm_plugins.kernels.block_books import add_key_norms, age_blocks, start_blocks
+from vllm_plugins.kernels.block_mass import Tile, add_block_mass
+from vllm_plugins.kernels.compact import compact_block_table
+
+from .cases import MIXED, ONE, check_compaction, expected_mass, make_batch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these cases")
+SMALL = Tile(rows=16, keys=32, warps=1, stages=1)
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("seed", range(6))
+def test_compaction(seed, block_size):
+    check_compaction(compact_block_table, seed, block_size)
+
+
+def test_compaction_of_a_warm_up_row_of_nulls():
+    out_table, out_lens = torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    lens = torch.tensor([1], dtype=torch.int32)
+    compact_block_table(torch.zeros(1, 4, dtype=torch.int32), lens, 16, out_table, out_lens)
+    assert out_lens.tolist() == [0]
+
+
+def add(batch, mass, rows=None, one_query=False, **options):
+    add_block_mass(
+        batch.query,
+        batch.kv_cache,
+        batch.lse,
+        batch.block_table,
+        batch.seq_lens,
+        batch.query_start_loc,
+        batch.flags,
+        mass,
+        rows=rows or (0, len(batch.seq_lens)),
+        max_seq_len=batch.max_seq_len,
+        one_query=one_query,
+        scale=batch.scale,
+        soft_cap=batch.soft_cap,
+        tile=SMALL,
+        **options,
+    )
+
+
+def compare(mass, expected):
+    torch.testing.assert_close(mass.double().cpu() / ONE, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (7, 1)])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_chunk_rows(heads, kv_heads, block_size):
+    batch = make_batch(MIXED, heads=heads, kv_heads=kv_heads, block_size=block_size)
+    mass = torch.zeros(len(batch.kv_cache), dtype=torch.int64)
+    add(batch, mass)
+    compare(mass, expected_mass(batch))
+
+
+@pytest.mark.parametrize(
+    ("window", "decay", "soft_cap", "head_size"),
+    [(8, 1.0, 0.0, 16), (None, 0.9, 0.0, 16), (5, 0.9, 0.0, 16), (None, 1.0, 3.0, 80)],
+)
+def test_options_of_chunk_rows(window, decay, soft_cap, head_size):
+    batch = make_batch(MIXED, soft_cap=soft_cap, head_size=head_size, seed=1)
+    mass = torch.zeros(len(batch.kv_cache), dtype=torch.int64)
+    log2_decay = torch.tensor(decay).log2().item()
+    add(batch, mass, window=window, log2_decay=log2_decay)
+    compare(mass, expected_mass(batch, window, decay))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("programs", [1, 1000])
+def test_decode_rows(dtype, programs):
+    rows = [(1, 40), (0, 0), (1, 16), (1, 301)]
+    batch = make_batch(rows, dtype=dtype, heads=6, unscored=[2])
+    mass = torch.zeros(len(batch.kv_cache), dtype=torch.int64)
+    add(batch, mass, one_query=True, programs=programs)
+    compare(mass, expected_mass(batch))
+    add(batch, mass, one_query=True)
+    compare(mass, 2 * expected_mass(batch))
+
+
+def test_rows_outside_the_range_are_left_alone():
+    batch = make_batch(MIXED, unscored=[0, 1, 2, 5, 6])
+    mass = torch.zeros(len(batch.kv_cache), dtype=torch.int64)
+    everything = make_batch(MIXED)
+    add(everything, mass, rows=(3, 5))
+    compare(mass, expected_mass(batch))
+
+
+def test_blocks_start_afresh_with_their_first_token():
+    books = [torch.full((6,), 5, dtype=torch.int64) for _ in range(3)]
+    slots = torch.tensor([16, 17, 47, 48, -1, -1, 81])
+    start_blocks(slots, 16, *books)
+    for book in books:
+        assert book.tolist() == [5, 0, 5, 0, 5, 5]
+
+
+def test_key_norms():
+    torch.manual_seed(0)
+    key, value = torch.randn(6, 3, 20), torch.randn(6, 3, 20)
+    norm = torch.zeros(4, dtype=torch.int64)
+    add_key_norms(torch.tensor([16, 17, 3, 63, -1]), key, value, 16, norm)
+    ratio = (value.norm(dim=-1) / key.norm(dim=-1)).sum(-1).double() / 16
+    expected = torch.stack((ratio[2], ratio[0] + ratio[1], ratio[2] * 0, ratio[3]))
+    torch.testing.assert_close(norm.double() / ONE, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.75])
+def test_ageing(decay):
+    batch = make_batch([(3, 50), (1, 20), (9, 40), (0, 0)], unscored=[1])
+    batch.flags[2] = 1  # needed, but not scored in this step
+    mass = torch.full((len(batch.kv_cache),), ONE, dtype=torch.int64)
+    queries = torch.zeros_like(mass)
+    log2_decay = torch.tensor(decay).log2().item()
+    options = {"block_size": 16, "window": 2, "log2_decay": log2_decay}
+    books = (batch.block_table, batch.seq_lens, batch.query_start_loc, batch.flags)
+    age_blocks(*books, mass, queries, **options)
+    first, third = batch.block_table[0, :4].long(), batch.block_table[2, :3].long()
+    faded = torch.ones(len(mass), dtype=torch.float64)
+    seen = torch.zeros(len(mass), dtype=torch.int64)
+    if decay < 1.0:
+        faded[first], faded[third] = decay**3, decay**9
+    else:
+        seen[first] = 2
+    torch.testing.assert_close(mass.double() / ONE, faded, rtol=1e-6, atol=1e-6)
+    assert torch.equal(queries, seen)

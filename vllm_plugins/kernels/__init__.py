@@ -1,0 +1,17 @@
+"""Triton kernels of the CUDA backend. Their references in plain torch are
+``attention/compaction.py`` and ``attention/block_mass.py``, which the CPU backend runs.
+
+Scores are fixed-point integers on the GPU. Several programs add to the same block, in an order
+that changes from run to run; integer addition does not care, so the same batch gives the same
+scores, and the same victims, every time. Floating-point atomics would not.
+"""
+
+from __future__ import annotations
+
+FRACTION_BITS = 30
+"""A score of 1.0 is ``2 ** FRACTION_BITS``. A block holds at most heads * layers * queries of
+mass, so int64 leaves room for 2 ** 33: 128 heads, 128 layers and half a million queries that
+look at nothing else."""
+
+NEEDED, SCORED = 1, 2
+"""Bits of a row's flag: its request wants attention scores; and in this step."""

@@ -1,0 +1,206 @@
+"""Small kernels around the scores: a fresh start for a reused block, key norms, ageing."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import FRACTION_BITS, NEEDED, SCORED
+
+_ONE = tl.constexpr(2.0**FRACTION_BITS)
+_NEEDED = tl.constexpr(NEEDED)
+_SCORED = tl.constexpr(SCORED)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _start_kernel(
+    slot_ptr, num_tokens, mass_ptr, queries_ptr, norm_ptr, BLOCK_SIZE: tl.constexpr, N: tl.constexpr
+):
+    token = tl.program_id(0) * N + tl.arange(0, N)
+    slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=-1)
+    first = (slot >= 0) & (slot % BLOCK_SIZE == 0)
+    block = slot // BLOCK_SIZE
+    zero = tl.zeros([N], tl.int64)
+    tl.store(mass_ptr + block, zero, mask=first)
+    tl.store(queries_ptr + block, zero, mask=first)
+    tl.store(norm_ptr + block, zero, mask=first)
+
+
+def start_blocks(
+    slot_mapping: torch.Tensor,
+    block_size: int,
+    mass: torch.Tensor,
+    num_queries: torch.Tensor,
+    norm: torch.Tensor,
+) -> None:
+    """Zero the scores of every block whose first token is written in this step.
+
+    Runs in the stream of the write itself, so whoever owned the block before cannot be read
+    afterwards; a block being filled over several steps is zeroed once.
+
+    Args:
+        slot_mapping: int64 ``[num_tokens]``, ``block * block_size + offset``; -1 = padding.
+        block_size: tokens per block.
+        mass, num_queries, norm: int64 ``[num_blocks]``.
+
+    Reads 8 bytes a token, writes 24 a fresh block.
+
+    """
+    n = len(slot_mapping)
+    _start_kernel[(triton.cdiv(n, 256),)](
+        slot_mapping, n, mass, num_queries, norm, BLOCK_SIZE=block_size, N=256, num_warps=2
+    )
+
+
+@triton.jit
+def _key_norm_kernel(
+    slot_ptr,
+    key_ptr,
+    value_ptr,
+    norm_ptr,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+):
+    token = tl.program_id(0)
+    slot = tl.load(slot_ptr + token)
+    if slot < 0:
+        return
+    head = tl.arange(0, HEADS_PADDED)[:, None]
+    dim = tl.arange(0, HEAD_PADDED)[None, :]
+    real = (head < HEADS) & (dim < HEAD_SIZE)
+    key_at = key_ptr + token * key_token_stride + head * key_head_stride + dim
+    value_at = value_ptr + token * value_token_stride + head * value_head_stride + dim
+    key = tl.load(key_at, mask=real, other=0.0).to(tl.float32)
+    value = tl.load(value_at, mask=real, other=0.0).to(tl.float32)
+    key_norm = tl.sqrt(tl.sum(key * key, 1))
+    value_norm = tl.sqrt(tl.sum(value * value, 1))
+    ratio = tl.sum(value_norm / tl.maximum(key_norm, 1e-6), 0) / BLOCK_SIZE
+    tl.atomic_add(norm_ptr + slot // BLOCK_SIZE, (ratio * _ONE).to(tl.int64))
+
+
+def add_key_norms(
+    slot_mapping: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_size: int,
+    norm: torch.Tensor,
+) -> None:
+    """Add each new token's ``||v|| / ||k||``, summed over KV heads, over ``block_size``.
+
+    Args:
+        slot_mapping: int64 ``[num_tokens]``; -1 = padding.
+        key, value: ``[>= num_tokens, num_kv_heads, head_size]``.
+        block_size: tokens per block.
+        norm: int64 ``[num_blocks]``, fixed point.
+
+    Reads the step's new keys and values once: nothing beside what attention reads.
+
+    """
+    _, heads, head_size = key.shape
+    _key_norm_kernel[(len(slot_mapping),)](
+        slot_mapping,
+        key,
+        value,
+        norm,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        BLOCK_SIZE=block_size,
+        HEADS=heads,
+        HEADS_PADDED=triton.next_power_of_2(heads),
+        HEAD_SIZE=head_size,
+        HEAD_PADDED=triton.next_power_of_2(head_size),
+        num_warps=1,
+    )
+
+
+@triton.jit(do_not_specialize=["window"])
+def _age_kernel(
+    table_ptr,
+    lens_ptr,
+    query_start_ptr,
+    flags_ptr,
+    mass_ptr,
+    queries_ptr,
+    table_stride,
+    window,
+    log2_decay,
+    BLOCK_SIZE: tl.constexpr,
+    DECAY: tl.constexpr,
+    N: tl.constexpr,
+):
+    row = tl.program_id(0)
+    flag = tl.load(flags_ptr + row)
+    seq_len = tl.load(lens_ptr + row)
+    if (flag & _NEEDED) == 0 or seq_len == 0:
+        return
+    num_queries = tl.load(query_start_ptr + row + 1) - tl.load(query_start_ptr + row)
+    num_blocks = (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE
+    for start in range(0, num_blocks, N):
+        column = start + tl.arange(0, N)
+        real = column < num_blocks
+        block = tl.load(table_ptr + row * table_stride + column, mask=real, other=0).to(tl.int64)
+        if DECAY:
+            mass = tl.load(mass_ptr + block, mask=real, other=0).to(tl.float64)
+            # Live blocks have one owner: no other program touches this entry.
+            aged = mass * tl.exp2(log2_decay * num_queries).to(tl.float64)
+            tl.store(mass_ptr + block, aged.to(tl.int64), mask=real)
+        elif (flag & _SCORED) != 0:
+            seen = tl.minimum(seq_len - column * BLOCK_SIZE, tl.minimum(num_queries, window))
+            known = tl.load(queries_ptr + block, mask=real, other=0)
+            tl.store(queries_ptr + block, known + seen, mask=real)
+
+
+def age_blocks(
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    flags: torch.Tensor,
+    mass: torch.Tensor,
+    num_queries: torch.Tensor,
+    *,
+    block_size: int,
+    window: int,
+    log2_decay: float,
+) -> None:
+    """Once per step and layer group, before its scores are added.
+
+    With ``log2_decay < 0``, mass fades by the step's tokens, scored or not. With 0, the queries
+    that see each block are counted (``score="mean"`` divides by them).
+
+    Args:
+        block_table, seq_lens: compacted, int32 ``[num_rows, width]`` and ``[num_rows]``.
+        query_start_loc: int32 ``[num_rows + 1]``.
+        flags: int32 ``[num_rows]`` of ``NEEDED | SCORED``.
+        mass, num_queries: int64 ``[num_blocks]``.
+        block_size: tokens per block.
+        window: so many last queries of a row are scored.
+        log2_decay: log2 of the weight that is left after one token.
+
+    Reads 12 and writes 8 bytes a live block.
+
+    """
+    _age_kernel[(len(seq_lens),)](
+        block_table,
+        seq_lens,
+        query_start_loc,
+        flags,
+        mass,
+        num_queries,
+        block_table.stride(0),
+        window,
+        log2_decay,
+        BLOCK_SIZE=block_size,
+        DECAY=log2_decay < 0.0,
+        N=256,
+        num_warps=2,
+    )

@@ -1,0 +1,279 @@
+"""Attention mass per block, from FlashAttention's log-sum-exp, in one pass over the keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import FRACTION_BITS, SCORED
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_ONE = tl.constexpr(2.0**FRACTION_BITS)
+_SCORED = tl.constexpr(SCORED)
+
+
+@triton.jit
+def _probabilities(
+    keys,
+    queries,
+    lse,
+    scale,
+    soft_cap,
+    SOFT_CAP: tl.constexpr,
+):
+    """``[N, M]``: attention of each query row to each key; keys stand first, so that the sum
+    over queries runs along a row of the tensor core's result."""
+    logits = tl.dot(keys, tl.trans(queries)) * scale
+    if SOFT_CAP:
+        # tanh by exp2, which saturates rather than overflows at both ends.
+        squashed = 2.0 / (1.0 + tl.exp2(logits * (-2.0 / soft_cap) * _LOG2E)) - 1.0
+        logits = soft_cap * squashed
+    return tl.exp2(logits * _LOG2E - (lse * _LOG2E)[None, :])
+
+
+@triton.jit
+def _query_rows(
+    start,
+    num_rows,
+    query_ptr,
+    lse_ptr,
+    query_token_stride,
+    query_head_stride,
+    lse_head_stride,
+    first_token,
+    first_head,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    M: tl.constexpr,
+):
+    """Row ``r`` is head ``r % GROUP`` of the group for scored query ``r // GROUP``. Rows past
+    the end get an infinite log-sum-exp: a probability of 0."""
+    r = start + tl.arange(0, M)
+    real = r < num_rows
+    token = (first_token + r // GROUP).to(tl.int64)
+    head = first_head + r % GROUP
+    dim = tl.arange(0, HEAD_PADDED)
+    queries = tl.load(
+        query_ptr + (token * query_token_stride + head * query_head_stride)[:, None] + dim[None, :],
+        mask=real[:, None] & (dim < HEAD_SIZE)[None, :],
+        other=0.0,
+    )
+    lse = tl.load(lse_ptr + head * lse_head_stride + token, mask=real, other=float("inf"))
+    return queries, lse, r // GROUP
+
+
+@triton.jit(do_not_specialize=["row_offset", "window", "lse_head_stride"])
+def _block_mass_kernel(
+    query_ptr,
+    cache_ptr,
+    lse_ptr,
+    table_ptr,
+    lens_ptr,
+    query_start_ptr,
+    flags_ptr,
+    mass_ptr,
+    row_offset,
+    window,
+    scale,
+    soft_cap,
+    log2_decay,
+    query_token_stride,
+    query_head_stride,
+    lse_head_stride,
+    cache_block_stride,
+    cache_head_stride,
+    cache_token_stride,
+    table_stride,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    ONE_QUERY: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    DECAY: tl.constexpr,
+):
+    row = row_offset + tl.program_id(2)
+    kv_head = tl.program_id(1)
+    seq_len = tl.load(lens_ptr + row)
+    first_key = tl.program_id(0) * N
+    if (tl.load(flags_ptr + row) & _SCORED) == 0 or first_key >= seq_len:
+        return
+    query_start = tl.load(query_start_ptr + row)
+    num_queries = tl.load(query_start_ptr + row + 1) - query_start
+    if num_queries == 0:
+        return
+    num_scored = tl.minimum(num_queries, window)
+    first_scored = num_queries - num_scored
+    num_rows = num_scored * GROUP
+    first_place = seq_len - num_scored  # of the first scored query, among the live tokens
+    first_token = query_start + first_scored
+    first_head = kv_head * GROUP
+    table_ptr += row * table_stride
+    dim = tl.arange(0, HEAD_PADDED)
+    key = tl.arange(0, N)
+    block = tl.arange(0, N // BLOCK_SIZE)
+
+    if ONE_QUERY:
+        queries, lse, _ = _query_rows(
+            0, num_rows, query_ptr, lse_ptr, query_token_stride, query_head_stride,
+            lse_head_stride, first_token, first_head, GROUP, HEAD_SIZE, HEAD_PADDED, M,
+        )  # fmt: skip
+    for start in range(first_key, seq_len, tl.num_programs(0) * N):
+        place = start + key
+        ids = tl.load(table_ptr + place // BLOCK_SIZE, mask=place < seq_len, other=0).to(tl.int64)
+        at = ids * cache_block_stride + (place % BLOCK_SIZE) * cache_token_stride
+        keys = tl.load(
+            cache_ptr + at[:, None] + kv_head * cache_head_stride + dim[None, :],
+            mask=(place < seq_len)[:, None] & (dim < HEAD_SIZE)[None, :],
+            other=0.0,
+        )
+        total = tl.zeros([N], tl.float32)
+        if ONE_QUERY:
+            p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
+            total += tl.sum(tl.where((place < seq_len)[:, None], p, 0.0), 1)
+        else:
+            # Queries before `start` see none of these keys, those from the tile's end on all.
+            begin = tl.maximum(start - first_place, 0) * GROUP // M * M
+            diagonal = tl.minimum(tl.maximum(start + N - 1 - first_place, 0) * GROUP, num_rows)
+            diagonal = (diagonal + M - 1) // M * M
+            for r in range(begin, diagonal, M):
+                queries, lse, t = _query_rows(
+                    r, num_rows, query_ptr, lse_ptr, query_token_stride, query_head_stride,
+                    lse_head_stride, first_token, first_head, GROUP, HEAD_SIZE, HEAD_PADDED, M,
+                )  # fmt: skip
+                p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
+                p = tl.where(place[:, None] <= (first_place + t)[None, :], p, 0.0)
+                if DECAY:
+                    p *= tl.exp2(log2_decay * (num_scored - 1 - t).to(tl.float32))[None, :]
+                total += tl.sum(p, 1)
+            for r in range(tl.maximum(begin, diagonal), num_rows, M):
+                queries, lse, t = _query_rows(
+                    r, num_rows, query_ptr, lse_ptr, query_token_stride, query_head_stride,
+                    lse_head_stride, first_token, first_head, GROUP, HEAD_SIZE, HEAD_PADDED, M,
+                )  # fmt: skip
+                p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
+                if DECAY:
+                    # Rows past the end would weigh more than 1, times a probability of 0.
+                    p *= tl.exp2(log2_decay * (num_scored - 1 - t).to(tl.float32))[None, :]
+                total += tl.sum(p, 1)
+        by_block = tl.sum(tl.reshape(total, [N // BLOCK_SIZE, BLOCK_SIZE]), 1)
+        column = start // BLOCK_SIZE + block
+        real = column * BLOCK_SIZE < seq_len
+        owner = tl.load(table_ptr + column, mask=real, other=0)
+        tl.atomic_add(mass_ptr + owner, (by_block * _ONE).to(tl.int64), mask=real)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of one program's work: query rows, keys, warps, pipeline stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+DECODE = Tile(rows=16, keys=128, warps=4, stages=3)
+CHUNK = Tile(rows=64, keys=128, warps=8, stages=3)
+
+
+def add_block_mass(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    lse: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    flags: torch.Tensor,
+    mass: torch.Tensor,
+    *,
+    rows: tuple[int, int],
+    max_seq_len: int,
+    one_query: bool,
+    scale: float,
+    soft_cap: float = 0.0,
+    window: int | None = None,
+    log2_decay: float = 0.0,
+    tile: Tile | None = None,
+    programs: int = 2048,
+) -> None:
+    """Add the attention probability mass of this step's queries to ``mass``, by block.
+
+    ``p = exp(q k^T scale - lse)`` with the log-sum-exp that FlashAttention computed over the very
+    same keys, so the sum over keys is exactly the attention that was paid and nothing is
+    normalised twice. Column sums need no output matrix: memory is O(1) beside ``mass``.
+
+    Args:
+        query: ``[num_tokens, num_heads, head_size]``.
+        kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, keys in the first
+            half of the last axis (``vllm/v1/attention/backends/flash_attn.py``).
+        lse: float32 ``[num_heads, >= num_tokens]``, natural logarithm.
+        block_table, seq_lens: compacted; int32 ``[num_rows, width]`` and ``[num_rows]``.
+        query_start_loc: int32 ``[num_rows + 1]``.
+        flags: int32 ``[num_rows]``; rows without ``SCORED`` are skipped.
+        mass: int64 ``[num_blocks]``, fixed point.
+        rows: half-open range of rows to work on.
+        max_seq_len: no row of the range is longer (live tokens).
+        one_query: no row of the range has more than one query (decode).
+        scale, soft_cap: of the logits; ``soft_cap`` 0 = off.
+        window: only so many last queries of a row count.
+        log2_decay: log2 of the weight lost per token of age within the chunk; 0 = none.
+        tile: shape of the work; by default ``DECODE`` or ``CHUNK``.
+        programs: decode rows are split over programs until there are about so many.
+
+    Cost. Decode: keys once, ``2 * head_size`` bytes per live token and KV head, i.e. half of what
+    attention reads, and ``2 * head_size`` FLOPs per token and query head. Chunk: the causal half
+    of ``Q K^T``, half of FlashAttention's FLOPs, and as many exponentials.
+
+    """
+    start, stop = rows
+    if stop <= start or max_seq_len <= 0:
+        return
+    num_heads, head_size = query.shape[1:]
+    num_kv_heads, block_size = kv_cache.shape[1:3]
+    tile = tile or (DECODE if one_query else CHUNK)
+    group = num_heads // num_kv_heads
+    keys = max(tile.keys, block_size)
+    num_rows = max(16, triton.next_power_of_2(group)) if one_query else tile.rows
+    num_tiles = triton.cdiv(max_seq_len, keys)
+    if one_query:
+        num_tiles = min(num_tiles, max(1, triton.cdiv(programs, (stop - start) * num_kv_heads)))
+    _block_mass_kernel[(num_tiles, num_kv_heads, stop - start)](
+        query,
+        kv_cache,
+        lse,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        flags,
+        mass,
+        start,
+        window if window is not None else 2**30,
+        scale,
+        soft_cap,
+        log2_decay,
+        query.stride(0),
+        query.stride(1),
+        lse.stride(0),
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        kv_cache.stride(2),
+        block_table.stride(0),
+        GROUP=group,
+        HEAD_SIZE=head_size,
+        HEAD_PADDED=triton.next_power_of_2(head_size),
+        BLOCK_SIZE=block_size,
+        M=num_rows,
+        N=keys,
+        ONE_QUERY=one_query,
+        SOFT_CAP=soft_cap > 0.0,
+        DECAY=log2_decay < 0.0,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
