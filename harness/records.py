@@ -74,12 +74,24 @@ def _hardware() -> dict[str, Any]:
     except OSError:
         pass
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = _gpu()
     return {
-        "device": "cpu",
+        "device": "cuda" if gpu else "cpu",
+        **gpu,
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory, 1),
     }
+
+
+def _gpu() -> dict[str, Any]:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    name, driver = answer.splitlines()[0].split(", ")
+    return {"gpu": name, "driver": driver}
 
 
 def _commit() -> str | None:

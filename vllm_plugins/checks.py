@@ -24,6 +24,10 @@ def check_engine(vllm_config: Any) -> None:
         EvictionConfigError: the first obstacle, and what to change.
 
     """
+    from vllm.platforms import current_platform
+
+    from .attention import check_settings
+
     config = EvictionConfig.parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
     model, cache = vllm_config.model_config, vllm_config.cache_config
     parallel = vllm_config.parallel_config
@@ -84,6 +88,9 @@ def check_engine(vllm_config: Any) -> None:
     if cache.block_size is not None:
         check_block_size(cache.block_size)
         config.check_budget(cache.block_size)
+    check_settings(config.request_settings(None, cache.block_size or 1))
+    if current_platform.is_cuda():
+        _check_cuda(vllm_config)
     num_layers = model.get_num_layers(parallel)
     if num_layers % config.layer_groups:
         from .spec import check_layer_groups
@@ -99,12 +106,28 @@ def sliding_window(model_config: Any) -> int | None:
 
 
 def check_block_size(block_size: int) -> None:
-    """Refuse a block size that the platform's attention kernel cannot read."""
-    from .attention import block_size_multiple
+    """Refuse a block size that the platform's kernels cannot read."""
+    from .attention import platform
 
-    multiple = block_size_multiple()
-    if not isinstance(block_size, int) or block_size < 1 or block_size % multiple:
+    here = platform()
+    if not isinstance(block_size, int) or block_size < 1 or not here.reads_block_size(block_size):
         raise EvictionConfigError(
-            f"block_size is {block_size!r}; this platform's attention reads blocks of a "
-            f"multiple of {multiple} tokens, so use {multiple} or {2 * multiple}"
+            f"block_size is {block_size!r}; this platform's kernels read blocks of "
+            f"{here.block_sizes} tokens, so use 32 or 64"
         )
+
+
+def _check_cuda(vllm_config: Any) -> None:
+    backend = vllm_config.attention_config.backend
+    if backend is None or backend.name != "CUSTOM":
+        raise EvictionConfigError(
+            f"the attention backend is {backend.name if backend else 'automatic'}; "
+            "pass attention_backend as eviction_engine_args gives it (CUSTOM)"
+        )
+    if not vllm_config.use_v2_model_runner:
+        raise EvictionConfigError(
+            "the engine uses vLLM's V1 model runner, which eviction does not know on CUDA; "
+            "unset VLLM_USE_V2_MODEL_RUNNER and drop what makes vLLM fall back to V1"
+        )
+    if vllm_config.parallel_config.use_ubatching:
+        raise EvictionConfigError("dual batch overlap splits a step's rows; set enable_dbo=False")

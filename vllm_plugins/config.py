@@ -85,6 +85,10 @@ class EvictionConfig:
     """Tokens after which attention counts half; for ``score="decay"``."""
     score_queries: str | int = "all"
     """``all`` queries of a chunk are scored, or its last so many."""
+    score_every: int = 1
+    """A decode's query is scored where its position is a multiple of this; chunks always are."""
+    score_layers: int = 1
+    """Every so many-th layer of a group is scored, from its first one on."""
     layer_groups: int = 1
     """Groups of layers with a block table, and victims, each; divides the number of layers."""
     request_policies: str | tuple[str, ...] = "any"
@@ -126,6 +130,8 @@ class EvictionConfig:
             ("sink_blocks", 0),
             ("min_blocks", 2),
             ("score_half_life", 1),
+            ("score_every", 1),
+            ("score_layers", 1),
             ("layer_groups", 1),
             ("seed", 0),
         ):

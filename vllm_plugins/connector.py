@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from .attention import check_settings
 from .attention.state import worker_state
 from .checks import check_engine
 from .config import EvictionConfig, EvictionConfigError
@@ -81,6 +82,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         refused = None
         try:
             settings = self.config.request_settings(extra, self.ledger.block_size)
+            check_settings(settings)
         except EvictionConfigError as error:
             refused = str(error)
             settings = self.config.request_settings(None, self.ledger.block_size)
@@ -110,7 +112,13 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
             ledger.note_blocks(request_id, table, used)
         if self.config.check_integrity:
             self.check_integrity()
-        return EvictionPlan(step=step, evicted=ledger.take_evictions(), needs=needs)
+        return EvictionPlan(
+            step=step,
+            evicted=ledger.take_evictions(),
+            needs=needs,
+            started=[new.req_id for new in scheduler_output.scheduled_new_reqs],
+            num_groups=ledger.num_groups,
+        )
 
     def check_integrity(self) -> None:
         """Conservation: every block is the null block, free, or held exactly once.
@@ -132,6 +140,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         """Take in the workers' report."""
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, ScoreReport):
+            report.resolve()
             self.ledger.observe(report.step, report.scores, report.graph)
             self.scoring_seconds.update(report.scoring_seconds)
 

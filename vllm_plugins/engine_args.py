@@ -16,7 +16,8 @@ def eviction_engine_args(*, block_size: int = 32, **settings: Any) -> dict[str, 
         llm = LLM(model, **eviction_engine_args(policy="cab", sparsity=0.9))
 
     Args:
-        block_size: tokens per KV block, the unit of eviction (CPU: a multiple of 32).
+        block_size: tokens per KV block, the unit of eviction (CPU: a multiple of 32;
+            CUDA: 16, 32, 64 or 128).
         **settings: fields of ``EvictionConfig``.
 
     Returns:
@@ -29,18 +30,20 @@ def eviction_engine_args(*, block_size: int = 32, **settings: Any) -> dict[str, 
         EvictionConfigError: a setting is wrong, or the platform is not supported yet.
 
     """
-    from .attention import worker_class
+    from .attention import platform
 
     config = EvictionConfig.parse(settings)
     config.check_budget(block_size)
+    here = platform()
     return {
         "kv_transfer_config": {
             "kv_connector": CONNECTOR,
             "kv_role": "kv_both",
             "kv_connector_extra_config": config.to_dict(),
         },
-        "worker_cls": worker_class(),
+        "worker_cls": here.worker,
         "logits_processors": [VALIDATOR],
         "block_size": block_size,
         "enable_prefix_caching": False,
+        **here.engine_args,
     }

@@ -50,6 +50,11 @@ class EvictableManager(FullAttentionManager):
             blocks[i] = self._null_block
         self.block_pool.free_blocks(reversed(freed))
 
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """None: cascade attention reads a prefix through the first request's block table, and
+        evicted blocks differ from request to request."""
+        return 0
+
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """All blocks of ``request_id``, which ended or is preempted; ``free`` comes here too."""
         if self._ledger is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,12 +22,16 @@ class EvictionPlan(KVConnectorMetadata):
             table are null from this step on.
         needs: what to gather for requests seen for the first time or again after preemption
             (see ``policies.base``); requests that need nothing are not listed.
+        started: requests whose tables begin anew with this step.
+        num_groups: layer groups.
 
     """
 
     step: int = 0
     evicted: dict[str, dict[int, list[int]]] = field(default_factory=dict)
     needs: dict[str, frozenset[str]] = field(default_factory=dict)
+    started: list[str] = field(default_factory=list)
+    num_groups: int = 1
 
 
 @dataclass
@@ -36,24 +41,41 @@ class ScoreReport(KVConnectorWorkerMetadata):
     Attributes:
         step: newest step the scores include.
         scores: channel (``policies.ATTENTION``, ``policies.KEY_NORM``) to float32
-            ``[num_blocks]``, one number per physical block.
+            ``[num_blocks]``, one number per physical block; or a function that gives this once
+            the copy from the GPU has arrived (``resolve``).
         graph: (request id, group, querying block, key blocks, mass) of this step.
         scoring_seconds: time this step spent on scores, by phase.
 
     """
 
     step: int
-    scores: dict[str, np.ndarray]
+    scores: dict[str, np.ndarray] | Callable[[], dict[str, np.ndarray]]
     graph: list[tuple[str, int, int, np.ndarray, np.ndarray]] = field(default_factory=list)
     scoring_seconds: dict[str, float] = field(default_factory=dict)
+
+    def resolve(self) -> dict[str, np.ndarray]:
+        """The scores, waiting for a copy that is under way.
+
+        Called when the step's sampled tokens are on the host: the copy was enqueued right behind
+        them, so there is next to nothing to wait for, and which scores a decision sees depends on
+        the order of steps, never on timing.
+        """
+        if callable(self.scores):
+            self.scores = self.scores()
+        return self.scores
+
+    def __getstate__(self) -> dict[str, object]:
+        self.resolve()  # a message to another process carries numbers
+        return self.__dict__
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Sum over tensor-parallel ranks, each of which saw its own heads."""
         assert isinstance(other, ScoreReport)
         assert other.step == self.step
+        mine, others = self.resolve(), other.resolve()
         return ScoreReport(
             step=self.step,
-            scores={name: self.scores[name] + other.scores[name] for name in self.scores},
+            scores={name: mine[name] + others[name] for name in mine},
             graph=self.graph + other.graph,
             scoring_seconds=max(
                 self.scoring_seconds, other.scoring_seconds, key=lambda s: sum(s.values())

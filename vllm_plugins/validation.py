@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
+from .attention import check_settings
 from .config import EvictionConfig
 
 _DEFAULTS = EvictionConfig()
@@ -28,7 +29,7 @@ class RequestValidator(LogitsProcessor):
         settings (``KVEvictionConnector.on_new_request``).
         """
         if sampling_params.extra_args:
-            _DEFAULTS.request_settings(sampling_params.extra_args, block_size=1)
+            check_settings(_DEFAULTS.request_settings(sampling_params.extra_args, block_size=1))
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
         pass

@@ -1,23 +1,30 @@
-"""Worker side: evictable specs out, nulls in. The one place that knows the model runner.
+"""Worker side: evictable specs out, nulls in. The one place that knows the model runners.
 
-Private state of vLLM 0.32.0 that is touched here, all of it in ``apply_evictions`` and
-``_input_batch``: ``runner.requests[id].block_ids``, ``runner.input_batch.req_id_to_index``,
-``.req_ids`` and ``.block_table[group].block_table.np`` (V1 runner, which the CPU uses).
+Private state of vLLM 0.32.0 that is touched here:
+
+- V1 runner (CPU): ``runner.requests[id].block_ids``, ``runner.input_batch.req_id_to_index``,
+  ``.req_ids`` and ``.block_table[group].block_table.np``;
+- V2 runner (CUDA): ``runner.req_states.req_id_to_index``, ``.index_to_req_id`` and
+  ``runner.block_tables.block_tables[group].stage_write``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .attention.compaction import NULL_BLOCK
-from .attention.state import begin
+from .attention.state import WorkerState, begin
 from .config import EvictionConfig
 from .messages import EvictionPlan
 from .spec import evictable_specs
 
+Evicted = Mapping[str, Mapping[int, Sequence[int]]]
+"""``{request_id: {group: [position, ...]}}``."""
 
-def apply_evictions(runner: Any, evicted: dict[str, dict[int, list[int]]]) -> None:
-    """Null the evicted entries of the runner's block tables (V1 runner).
+
+def apply_evictions_v1(runner: Any, evicted: Evicted) -> None:
+    """Null the evicted entries of the runner's block tables.
 
     Both the cached state of a request (which refills a row that left the batch) and the row
     itself are written; the row reaches the attention metadata in this same step.
@@ -36,18 +43,47 @@ def apply_evictions(runner: Any, evicted: dict[str, dict[int, list[int]]]) -> No
                 table[row, positions] = NULL_BLOCK
 
 
+def apply_evictions_v2(runner: Any, evicted: Evicted) -> None:
+    """Stage the nulls; the runner writes them with the step's new blocks, in this order.
+
+    A request that the runner does not know yet (it comes, or comes back, in this very step)
+    brings a table in which its victims are null already.
+    """
+    for request_id, groups in evicted.items():
+        row = runner.req_states.req_id_to_index.get(request_id)
+        if row is None:
+            continue
+        for group, positions in groups.items():
+            table = runner.block_tables.block_tables[group]
+            for start, length in ranges(positions):
+                table.stage_write(row, start, [NULL_BLOCK] * length)
+
+
+def ranges(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending ``positions`` as (start, length) of runs without a gap."""
+    start = previous = positions[0]
+    for position in positions[1:]:
+        if position != previous + 1:
+            yield start, previous + 1 - start
+            start = position
+        previous = position
+    yield start, previous + 1 - start
+
+
 class EvictionWorkerMixin:
     """Over the platform's worker class (``worker_cls``)."""
 
+    state_class: type[WorkerState] = WorkerState
+
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
-        self.eviction = begin(EvictionConfig.parse(extra))
+        self.eviction = begin(self.state_class(EvictionConfig.parse(extra)))
         self.register_attention()
         super().__init__(vllm_config, *args, **kwargs)
 
     @staticmethod
     def register_attention() -> None:
-        """Put the eviction backend in the place of the platform's; called before model load."""
+        """Make the eviction backend known to vLLM; called before the model is built."""
         raise NotImplementedError
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
@@ -61,8 +97,12 @@ class EvictionWorkerMixin:
         """Apply the step's evictions, then run the step."""
         plan = scheduler_output.kv_connector_metadata
         if isinstance(plan, EvictionPlan):
-            runner = self.model_runner
-            self.eviction.input_batch = runner.input_batch
-            self.eviction.start_step(plan, scheduler_output.finished_req_ids)
-            apply_evictions(runner, plan.evicted)
+            runner, state = self.model_runner, self.eviction
+            state.start_step(plan, scheduler_output.finished_req_ids)
+            if self.use_v2_model_runner:
+                state.row_ids = runner.req_states.index_to_req_id
+                apply_evictions_v2(runner, plan.evicted)
+            else:
+                state.row_ids = runner.input_batch.req_ids
+                apply_evictions_v1(runner, plan.evicted)
         return super().execute_model(scheduler_output)

@@ -1,14 +1,16 @@
 """Compaction and scoring around the platform's own attention backend.
 
-The only place that chooses by platform. To add one: its backend (``cpu.py`` is the model), its
-worker class, and a line in ``_PLATFORMS``.
+The only place that chooses by platform. To add one: its backend (``cpu.py`` and ``cuda.py`` are
+the models), its worker class, and an entry in ``_PLATFORMS``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..config import EvictionConfigError
+from ..config import EvictionConfigError, RequestSettings
+from ..policies import GRAPH, NEEDS
 
 
 @dataclass(frozen=True)
@@ -16,13 +18,40 @@ class Platform:
     """What differs by device type (``vllm.platforms.current_platform.device_type``)."""
 
     worker: str
-    block_size_multiple: int
+    block_sizes: str
+    """The block sizes its attention and scoring kernels read, in words."""
+    reads_block_size: Callable[[int], bool]
+    engine_args: Mapping[str, str]
+    """Further keywords of ``EngineArgs``."""
+    gathers: frozenset[str]
+    """Which of ``policies.NEEDS`` it can fill."""
 
 
-_PLATFORMS = {"cpu": Platform("vllm_plugins.worker_cpu.EvictionCPUWorker", 32)}
+_PLATFORMS = {
+    "cpu": Platform(
+        worker="vllm_plugins.worker_cpu.EvictionCPUWorker",
+        block_sizes="a multiple of 32",
+        reads_block_size=lambda size: size % 32 == 0,
+        engine_args={},
+        gathers=NEEDS,
+    ),
+    "cuda": Platform(
+        worker="vllm_plugins.worker_cuda.EvictionCUDAWorker",
+        block_sizes="16, 32, 64 or 128",
+        reads_block_size=lambda size: size in (16, 32, 64, 128),
+        engine_args={"attention_backend": "CUSTOM"},
+        gathers=NEEDS - {GRAPH},
+    ),
+}
 
 
-def _platform() -> Platform:
+def platform() -> Platform:
+    """This process's platform.
+
+    Raises:
+        EvictionConfigError: eviction does not run here.
+
+    """
     from vllm.platforms import current_platform
 
     try:
@@ -34,11 +63,12 @@ def _platform() -> Platform:
         ) from None
 
 
-def worker_class() -> str:
-    """``worker_cls`` of the engine."""
-    return _platform().worker
-
-
-def block_size_multiple() -> int:
-    """Block sizes must be a multiple of this many tokens."""
-    return _platform().block_size_multiple
+def check_settings(settings: RequestSettings) -> None:
+    """Refuse settings that need what this platform does not gather."""
+    missing = settings.needs - platform().gathers
+    if missing:
+        raise EvictionConfigError(
+            f"policy {settings.policy} with {dict(settings.policy_args)} needs "
+            f"{', '.join(sorted(missing))}, which is gathered on CPUs only; choose another policy "
+            f"or, for cab, bridge_definition median"
+        )

@@ -33,7 +33,7 @@ class ScoredRow:
 
     ``block_ids``: int64 ``[n]``, live blocks in order; the queries are tokens ``start`` to
     ``stop`` of the batch, the last of ``seq_len`` (compacted) tokens, of ``num_tokens`` that
-    the request has in the batch.
+    the request has in the batch. ``start == stop`` where this step's query is not sampled.
     """
 
     request_id: str
@@ -67,19 +67,23 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         compacted = compact_metadata(common_attn_metadata, self.block_size)
         built = super().build(common_prefix_len, compacted, fast_build)
-        rows = tuple(self._rows(built, self._state)) if self._state.active else ()
+        rows = ()
+        if self._state.active:
+            rows = tuple(self._rows(built, common_attn_metadata.seq_lens.tolist(), self._state))
         return EvictionMetadata(**vars(built), rows=rows)
 
-    def _rows(self, built: CPUAttentionMetadata, state: WorkerState) -> Any:
+    def _rows(self, built: CPUAttentionMetadata, num_tokens: list[int], state: WorkerState) -> Any:
         starts = built.query_start_loc.tolist()
         seq_lens = built.seq_lens.tolist()
         # Rows of the batch are the runner's rows, in order (V1 runner).
-        for i, request_id in enumerate(state.input_batch.req_ids[: len(seq_lens)]):
+        for i, request_id in enumerate(state.row_ids[: len(seq_lens)]):
             needs = state.needs.get(request_id, frozenset())
             stop, seq_len = starts[i + 1], seq_lens[i]
             if not needs & {ATTENTION, GRAPH} or stop == starts[i]:
                 continue
             start = starts[i] if state.window is None else max(starts[i], stop - state.window)
+            if stop - starts[i] == 1 and not state.scores_query_at(num_tokens[i] - 1):
+                start = stop
             num_blocks = -(-seq_len // self.block_size)
             block_ids = built.block_table[i, :num_blocks].long()
             yield ScoredRow(
@@ -152,9 +156,16 @@ class EvictionImpl(CPUAttentionBackendImpl):
             output_block_scale,
         )
         rows = getattr(attn_metadata, "rows", ())
-        if self._state is not None and rows:
-            for row in rows:
-                self._score(self._state, layer, query, kv_cache, row)
+        state = self._state
+        if state is not None and rows:
+            if layer.layer_name in state.first_layers and state.decay != 1.0:
+                for row in rows:
+                    # Older attention ages by the tokens of this step, scored or not.
+                    state.mass[row.block_ids] *= state.decay**row.num_tokens
+            if layer.layer_name in state.scored_layers:
+                for row in rows:
+                    if row.stop > row.start:
+                        self._score(state, layer, query, kv_cache, row)
         return attended
 
     def _score(
@@ -194,9 +205,6 @@ class EvictionImpl(CPUAttentionBackendImpl):
                 first = torch.arange(len(row.block_ids)) * block_size
                 seen = (row.seq_len - first).clamp(max=num_queries)
                 state.num_queries.index_add_(0, row.block_ids, seen.float())
-                if state.decay != 1.0:
-                    # Older attention ages by the tokens of this chunk, scored or not.
-                    state.mass[row.block_ids] *= state.decay**row.num_tokens
             state.mass.index_add_(0, row.block_ids, mass)
 
     def _keys(self, layer: Any, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,8 @@ while the model is built, the connector reports from it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +16,16 @@ import torch
 from ..config import EvictionConfig
 from ..messages import EvictionPlan, ScoreReport
 from ..policies import ATTENTION, GRAPH, KEY_NORM
+from . import platform
 
 _state: WorkerState | None = None
 
 
-def begin(config: EvictionConfig) -> WorkerState:
-    """Start the state of a new engine in this process."""
+def begin(state: WorkerState) -> WorkerState:
+    """From now on ``state`` is that of this process's engine."""
     global _state
-    _state = WorkerState(config)
-    return _state
+    _state = state
+    return state
 
 
 def worker_state() -> WorkerState:
@@ -45,10 +45,11 @@ class WorkerState:
         self.config = config
         self.decay = 0.5 ** (1.0 / config.score_half_life) if config.score == "decay" else 1.0
         self.window = None if config.score_queries == "all" else int(config.score_queries)
-        self.server_needs = config.needs()
+        self.server_needs = config.needs() & platform().gathers
         self.first_layers: frozenset[str] = frozenset()
+        self.scored_layers: frozenset[str] = frozenset()
         self.group_of: Mapping[str, int] = {}
-        self.input_batch: Any = None
+        self.row_ids: Sequence[str] | Mapping[int, str] = ()
         self.step = 0
         self.needs: dict[str, frozenset[str]] = {}
         self.mass = self.num_queries = self.norm = torch.empty(0)
@@ -58,10 +59,13 @@ class WorkerState:
     def set_layers(self, group_of: Mapping[str, int]) -> None:
         """Layer name to layer group, in order of execution."""
         self.group_of = dict(group_of)
-        first: dict[int, str] = {}
+        by_group: dict[int, list[str]] = {}
         for name, group in group_of.items():
-            first.setdefault(group, name)
-        self.first_layers = frozenset(first.values())
+            by_group.setdefault(group, []).append(name)
+        groups = by_group.values()
+        self.first_layers = frozenset(names[0] for names in groups)
+        every = self.config.score_layers
+        self.scored_layers = frozenset(name for names in groups for name in names[::every])
 
     def allocate(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Room for one number per block and channel."""
@@ -87,6 +91,13 @@ class WorkerState:
     def active(self) -> bool:
         """Whether any score is kept at all just now."""
         return any(needs - {"rng"} for needs in self.needs.values())
+
+    def scores_query_at(self, position: int) -> bool:
+        """Whether a decode's query at ``position`` is scored (chunks always are).
+
+        By place in the sequence, not by step: who else is in the batch changes nothing.
+        """
+        return position % self.config.score_every == 0
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """Eviction policies: pure functions over NumPy arrays, without vLLM and torch."""
 
-from .base import ATTENTION, GRAPH, KEY_NORM, RNG, Policy, PolicyParameterError
+from .base import ATTENTION, GRAPH, KEY_NORM, NEEDS, RNG, Policy, PolicyParameterError
 from .registry import ENTRY_POINT_GROUP, get_policy, policy_names
 from .select import keep_highest
 
@@ -9,6 +9,7 @@ __all__ = [
     "ENTRY_POINT_GROUP",
     "GRAPH",
     "KEY_NORM",
+    "NEEDS",
     "RNG",
     "Policy",
     "PolicyParameterError",

@@ -1,0 +1,123 @@
+"""The kernel cases compiled for a GPU, at the head sizes and block sizes that are used."""
+
+import pytest
+import torch
+
+from tests.kernels.cases import MIXED, check_compaction, expected_mass, make_batch
+from tests.kernels.test_kernels import compare
+from vllm_plugins.kernels.block_books import add_key_norms, age_blocks, start_blocks
+from vllm_plugins.kernels.block_mass import add_block_mass
+from vllm_plugins.kernels.compact import compact_block_table
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+def mass_of(batch, **options):
+    mass = torch.zeros(len(batch.kv_cache), dtype=torch.int64, device="cuda")
+    add_block_mass(
+        batch.query,
+        batch.kv_cache,
+        batch.lse,
+        batch.block_table,
+        batch.seq_lens,
+        batch.query_start_loc,
+        batch.flags,
+        mass,
+        **{"rows": (0, len(batch.seq_lens)), "one_query": False, **options},
+        max_seq_len=batch.max_seq_len,
+        scale=batch.scale,
+        soft_cap=batch.soft_cap,
+    )
+    return mass
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("seed", range(6))
+def test_compaction(seed, block_size):
+    check_compaction(compact_block_table, seed, block_size, "cuda")
+
+
+# float32 is not a KV type here: its products would go through tf32.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+def test_mixed_batches(head_size, block_size, dtype):
+    batch = make_batch(
+        MIXED,
+        device="cuda",
+        dtype=dtype,
+        heads=8,
+        kv_heads=2,
+        head_size=head_size,
+        block_size=block_size,
+    )
+    compare(mass_of(batch), expected_mass(batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (9, 3), (32, 1)])
+def test_decode_rows(heads, kv_heads, head_size, dtype):
+    rows = [(1, 40), (0, 0), (1, 16), (1, 3001)] + [(1, 500)] * 20
+    batch = make_batch(
+        rows,
+        device="cuda",
+        dtype=dtype,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        unscored=[2, 7],
+    )
+    compare(mass_of(batch, one_query=True), expected_mass(batch))
+
+
+@pytest.mark.parametrize(
+    ("window", "decay", "soft_cap"), [(32, 1.0, 0.0), (None, 0.99, 0.0), (5, 0.9, 3.0)]
+)
+def test_options(window, decay, soft_cap):
+    rows = [*MIXED, (300, 700)]
+    batch = make_batch(
+        rows, device="cuda", dtype=torch.bfloat16, head_size=64, soft_cap=soft_cap, seed=1
+    )
+    log2_decay = torch.tensor(decay).log2().item()
+    mass = mass_of(batch, window=window, log2_decay=log2_decay)
+    compare(mass, expected_mass(batch, window, decay))
+
+
+def test_the_same_batch_gives_the_same_scores_to_the_last_bit():
+    batch = make_batch(
+        [(700, 900), (64, 2000)], device="cuda", dtype=torch.bfloat16, heads=32, kv_heads=8
+    )
+    first = mass_of(batch)
+    assert all(torch.equal(mass_of(batch), first) for _ in range(20))
+
+
+def test_books():
+    mass = torch.full((6,), 5, dtype=torch.int64, device="cuda")
+    queries, norm = mass.clone(), mass.clone()
+    slots = torch.tensor([16, 17, 47, 48, -1, -1, 81], device="cuda")
+    start_blocks(slots, 16, mass, queries, norm)
+    for book in (mass, queries, norm):
+        assert book.tolist() == [5, 0, 5, 0, 5, 5]
+    key = torch.randn(7, 3, 80, device="cuda").to(torch.bfloat16)
+    add_key_norms(slots, key, key, 16, norm)
+    expected = torch.tensor([0, 2 * 3 / 16, 3 / 16, 3 / 16, 0, 3 / 16], dtype=torch.float64)
+    untouched = torch.tensor([5, 0, 5, 0, 5, 5], dtype=torch.float64)
+    torch.testing.assert_close(norm.double().cpu(), untouched + expected * 2**30, rtol=1e-6, atol=2)
+    batch = make_batch([(3, 50)], device="cuda", dtype=torch.bfloat16)
+    mass = torch.full((len(batch.kv_cache),), 2**30, dtype=torch.int64, device="cuda")
+    age_blocks(
+        batch.block_table,
+        batch.seq_lens,
+        batch.query_start_loc,
+        batch.flags,
+        mass,
+        torch.zeros_like(mass),
+        block_size=16,
+        window=2**30,
+        log2_decay=-1.0,
+    )
+    assert mass[batch.block_table[0, :4].long()].tolist() == [2**27] * 4

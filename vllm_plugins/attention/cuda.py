@@ -1,0 +1,269 @@
+"""The CUDA backend: vLLM's FlashAttention on compacted block tables, with block scores.
+
+Seams of ``vllm/v1/attention/backends/flash_attn.py``: the builder's ``build``, the impl's
+``do_kv_cache_update`` and ``forward``. Under full CUDA graphs the kernels of a step are those of
+the capture, so all that changes between steps lies in buffers that live as long as the engine:
+compacted tables and lengths (one pair a layer group), and one flag a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+
+from ..checks import is_configured
+from ..config import EvictionConfigError
+from ..kernels.block_books import add_key_norms, age_blocks, start_blocks
+from ..kernels.block_mass import add_block_mass
+from ..kernels.compact import compact_block_table
+from ..policies import ATTENTION, KEY_NORM
+from .state import worker_state
+from .state_cuda import CudaState
+
+
+@dataclass
+class EvictionMetadata(FlashAttentionMetadata):
+    """vLLM's metadata, and what is scored.
+
+    ``scores``: whether this step's forward scores at all (always, when a graph is captured).
+    ``num_decode_rows``: rows before this one have at most one query, later ones may have more.
+    ``max_live_tokens``: no row attends to more.
+    """
+
+    scores: bool = False
+    num_decode_rows: int = 0
+    max_live_tokens: int = 0
+
+
+class EvictionMetadataBuilder(FlashAttentionMetadataBuilder):
+    """Compacts before it builds. Without eviction configured, vLLM's builder."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._state: CudaState | None = None
+        if is_configured(vllm_config):
+            self._state = worker_state()
+            scheduler = vllm_config.scheduler_config
+            self._max_rows = max(scheduler.max_num_seqs, self.max_cudagraph_size or 0)
+            self._state.allocate_rows(self._max_rows, device)
+            self._group = kv_cache_spec.layer_group
+            self._lens = torch.zeros(self._max_rows, dtype=torch.int32, device=device)
+            self._table: torch.Tensor | None = None
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> FlashAttentionMetadata:
+        """``FlashAttentionMetadata`` over live blocks only."""
+        if self._state is None:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        return self._build(self._state, common_attn_metadata, fast_build, capture=False)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> FlashAttentionMetadata:
+        """The same, for a graph that has to serve every later step."""
+        if self._state is None:
+            return super().build_for_cudagraph_capture(common_attn_metadata)
+        return self._build(self._state, common_attn_metadata, False, capture=True)
+
+    def _build(
+        self, state: CudaState, common: Any, fast_build: bool, capture: bool
+    ) -> EvictionMetadata:
+        num_rows = common.num_reqs
+        if self._table is None:  # its width is not known before; first called in a warm-up
+            width = common.block_table_tensor.shape[1]
+            self._table = torch.zeros(
+                self._max_rows, width, dtype=torch.int32, device=self._lens.device
+            )
+        table, lens = self._table[:num_rows], self._lens[:num_rows]
+        compact_block_table(
+            common.block_table_tensor, common.seq_lens, self.block_size, table, lens
+        )
+        starts = common.query_start_loc_cpu.numpy()
+        query_lens = starts[1 : num_rows + 1] - starts[:num_rows]
+        seq_lens = common.seq_lens_cpu_upper_bound.numpy()[:num_rows]
+        req_idx = None if capture else common.req_idx
+        rows = state.rows(req_idx, num_rows, query_lens, seq_lens)
+        max_live = common.max_seq_len
+        if not capture:
+            live = seq_lens - rows.evicted[self._group] * self.block_size
+            max_live = int(live.max(initial=1))
+        built = super().build(
+            0,
+            common.replace(block_table_tensor=table, seq_lens=lens, max_seq_len=max_live),
+            fast_build,
+        )
+        chunks = (query_lens > 1).nonzero()[0]
+        return EvictionMetadata(
+            **vars(built),
+            scores=state.allocated
+            and ATTENTION in state.channels
+            and (capture or bool(rows.flags.any())),
+            num_decode_rows=int(chunks[0]) if len(chunks) else num_rows,
+            max_live_tokens=max_live,
+        )
+
+
+class EvictionImpl(FlashAttentionImpl):
+    """Attends as vLLM does, then scores. Without eviction configured, vLLM's implementation."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        configured = is_configured(get_current_vllm_config_or_none())
+        self._state: CudaState | None = worker_state() if configured else None
+        if configured and (self.alibi_slopes is not None or self.sinks is not None):
+            raise EvictionConfigError(
+                "the model uses ALiBi or learned attention sinks, which the scores do not know; "
+                "use a model with rotary positions and plain softmax attention"
+            )
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        state = self._state
+        if state is None or not state.allocated:
+            return
+        block_size = kv_cache.shape[2]
+        if layer.layer_name in state.first_layers:
+            start_blocks(slot_mapping, block_size, state.mass, state.num_queries, state.norm)
+        if KEY_NORM in state.channels:
+            add_key_norms(slot_mapping, key, value, block_size, state.norm)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: FlashAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        state = self._state
+        if (
+            state is None
+            or not getattr(attn_metadata, "scores", False)
+            or layer.layer_name not in state.scored_layers
+        ):
+            return super().forward(
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                output_scale,
+                output_block_scale,
+            )
+        lse = self._attend(query, kv_cache, attn_metadata, output)
+        self._score(state, layer, query, kv_cache, lse, attn_metadata)
+        return output
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: FlashAttentionMetadata,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """vLLM's call for plain causal decoders (``FlashAttentionImpl.forward``), which computes
+        the log-sum-exp in any case but does not hand it on. float32 ``[num_heads, tokens]``."""
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        num_tokens = metadata.num_actual_tokens
+        _, lse = flash_attn_varlen_func(
+            q=query[:num_tokens],
+            k=canonicalize_singleton_dim_strides(keys),
+            v=canonicalize_singleton_dim_strides(values),
+            out=output[:num_tokens],
+            cu_seqlens_q=metadata.query_start_loc,
+            max_seqlen_q=metadata.max_query_len,
+            seqused_k=metadata.seq_lens,
+            max_seqlen_k=metadata.max_seq_len,
+            softmax_scale=self.scale,
+            causal=metadata.causal,
+            window_size=[-1, -1],
+            block_table=metadata.block_table,
+            softcap=self.logits_soft_cap,
+            scheduler_metadata=metadata.scheduler_metadata,
+            fa_version=self.vllm_flash_attn_version,
+            num_splits=metadata.max_num_splits,
+            return_softmax_lse=True,
+        )
+        return lse
+
+    def _score(
+        self,
+        state: CudaState,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        lse: torch.Tensor,
+        metadata: EvictionMetadata,
+    ) -> None:
+        num_rows = metadata.seq_lens.shape[0]
+        flags = state.flags
+        if layer.layer_name in state.first_layers and state.config.score != "sum":
+            age_blocks(
+                metadata.block_table,
+                metadata.seq_lens,
+                metadata.query_start_loc,
+                flags,
+                state.mass,
+                state.num_queries,
+                block_size=kv_cache.shape[2],
+                window=state.window or 2**30,
+                log2_decay=state.log2_decay,
+            )
+        decode = metadata.num_decode_rows
+        for rows, one_query in (((0, decode), True), ((decode, num_rows), False)):
+            add_block_mass(
+                query,
+                kv_cache,
+                lse,
+                metadata.block_table,
+                metadata.seq_lens,
+                metadata.query_start_loc,
+                flags,
+                state.mass,
+                rows=rows,
+                max_seq_len=metadata.max_live_tokens,
+                one_query=one_query,
+                scale=self.scale,
+                soft_cap=self.logits_soft_cap,
+                window=state.window,
+                log2_decay=state.log2_decay,
+            )
+
+
+class EvictionCUDABackend(FlashAttentionBackend):
+    """vLLM's ``CUSTOM`` backend in an engine with eviction."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashAttentionImpl]:
+        return EvictionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
+        return EvictionMetadataBuilder

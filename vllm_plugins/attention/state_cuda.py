@@ -1,0 +1,151 @@
+"""Worker-side state on the GPU: fixed-point scores, flags by row, copies that nobody waits for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..config import EvictionConfig
+from ..kernels import FRACTION_BITS, NEEDED, SCORED
+from ..messages import EvictionPlan, ScoreReport
+from ..policies import ATTENTION, KEY_NORM
+from .state import WorkerState
+
+COPIES = 4
+"""Copies that can be under way at once; vLLM has at most two steps in flight."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a step, as known on the host before it runs.
+
+    Attributes:
+        flags: int32 ``[num_rows]`` of ``NEEDED | SCORED``.
+        evicted: int ``[layer groups, num_rows]``, blocks that a row's request has lost so far.
+
+    """
+
+    flags: np.ndarray
+    evicted: np.ndarray
+
+
+class CudaState(WorkerState):
+    """``WorkerState`` whose numbers live on the GPU.
+
+    ``mass``, ``num_queries``, ``norm``: int64 ``[num_blocks]``; mass and norm are fixed point.
+    ``flags``: int32 ``[max rows]``, written before a step, read by its kernels: what a captured
+    graph does with a row is decided here, not when it was captured.
+    """
+
+    def __init__(self, config: EvictionConfig) -> None:
+        super().__init__(config)
+        self.log2_decay = math.log2(self.decay)
+        self.allocated = False
+        self.row_ids = {}
+        self.evicted: dict[str, list[int]] = {}
+        self._rows: tuple[int, Rows] | None = None
+        self._copies = 0
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """What this server can be asked to report; nothing else is ever computed."""
+        return tuple(c for c in (ATTENTION, KEY_NORM) if c in self.server_needs)
+
+    def allocate(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Room for the scores, and for their copies in pinned host memory."""
+        device = next(iter(kv_caches.values())).device
+        num_blocks = max(cache.shape[0] for cache in kv_caches.values())
+        self.mass = torch.zeros(num_blocks, dtype=torch.int64, device=device)
+        self.num_queries = torch.zeros_like(self.mass)
+        self.norm = torch.zeros_like(self.mass)
+        channels = len(self.channels)
+        self._staging = torch.zeros(channels, num_blocks, device=device)
+        self._divisor = torch.ones_like(self.mass)
+        self._pinned = [torch.zeros(channels, num_blocks, pin_memory=True) for _ in range(COPIES)]
+        self._arrived = [torch.cuda.Event() for _ in range(COPIES)]
+        self.allocated = bool(channels)
+
+    def allocate_rows(self, num_rows: int, device: torch.device) -> None:
+        """Flags for up to ``num_rows`` rows; before anything is captured."""
+        if len(getattr(self, "flags", ())) < num_rows:
+            self.flags = torch.zeros(num_rows, dtype=torch.int32, device=device)
+            self._host_flags = [
+                torch.zeros(num_rows, dtype=torch.int32, pin_memory=True) for _ in range(COPIES)
+            ]
+            self._flags_written = 0
+
+    def start_step(self, plan: EvictionPlan, finished: set[str]) -> None:
+        super().start_step(plan, finished)
+        for request_id in finished:
+            self.evicted.pop(request_id, None)
+        for request_id in plan.started:
+            self.evicted[request_id] = [0] * plan.num_groups
+        for request_id, groups in plan.evicted.items():
+            counts = self.evicted.setdefault(request_id, [0] * plan.num_groups)
+            for group, positions in groups.items():
+                counts[group] += len(positions)
+        self._rows = None
+
+    def rows(self, req_idx: np.ndarray | None, num_rows: int, query_lens, seq_lens) -> Rows:
+        """This step's rows; made once a step, whatever the number of layer groups.
+
+        Args:
+            req_idx: the runner's index of each real row's request, or None in a warm-up.
+            num_rows: rows of the batch, padding included.
+            query_lens, seq_lens: int ``[num_rows]`` on the host, as scheduled.
+
+        """
+        if self._rows is not None and self._rows[0] == num_rows:
+            return self._rows[1]
+        num_groups = max(self.group_of.values(), default=0) + 1
+        flags = np.zeros(num_rows, dtype=np.int32)
+        evicted = np.zeros((num_groups, num_rows), dtype=np.int64)
+        for row, index in enumerate(() if req_idx is None else req_idx[:num_rows].tolist()):
+            request_id = self.row_ids.get(index)
+            counts = self.evicted.get(request_id)
+            if counts is not None:
+                evicted[:, row] = counts
+            if ATTENTION in self.needs.get(request_id, ()):
+                scored = query_lens[row] > 1 or self.scores_query_at(int(seq_lens[row]) - 1)
+                flags[row] = NEEDED | (SCORED if scored else 0)
+        rows = Rows(flags, evicted)
+        if req_idx is not None:
+            self._rows = (num_rows, rows)
+        self._write_flags(flags)
+        return rows
+
+    def _write_flags(self, flags: np.ndarray) -> None:
+        self._flags_written = (self._flags_written + 1) % COPIES
+        host = self._host_flags[self._flags_written]
+        host[: len(flags)] = torch.from_numpy(flags)
+        self.flags[: len(flags)].copy_(host[: len(flags)], non_blocking=True)
+
+    def report(self) -> ScoreReport | None:
+        """Enqueue a copy of the scores behind this step; they are read when it has arrived."""
+        if not self.active or not self.allocated:
+            return None
+        self._copies = (self._copies + 1) % COPIES
+        pinned, arrived = self._pinned[self._copies], self._arrived[self._copies]
+        for row, channel in enumerate(self.channels):
+            book = self.mass if channel == ATTENTION else self.norm
+            torch.mul(book, 2.0**-FRACTION_BITS, out=self._staging[row])
+            if channel == ATTENTION and self.config.score == "mean":
+                torch.clamp(self.num_queries, min=1, out=self._divisor)
+                self._staging[row].div_(self._divisor)
+        pinned.copy_(self._staging, non_blocking=True)
+        arrived.record()
+        return ScoreReport(self.step, _reader(self.channels, pinned, arrived))
+
+
+def _reader(
+    channels: tuple[str, ...], pinned: torch.Tensor, arrived: torch.cuda.Event
+) -> Callable[[], dict[str, np.ndarray]]:
+    def read() -> dict[str, np.ndarray]:
+        arrived.synchronize()
+        return {channel: pinned[row].numpy().copy() for row, channel in enumerate(channels)}
+
+    return read
