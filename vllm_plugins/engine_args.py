@@ -7,8 +7,6 @@ from typing import Any
 from .config import EvictionConfig
 from .registration import CONNECTOR
 
-VALIDATOR = "vllm_plugins.validation:RequestValidator"
-
 
 def eviction_engine_args(*, block_size: int = 32, **settings: Any) -> dict[str, Any]:
     """Keywords that configure an engine for eviction.
@@ -42,7 +40,7 @@ def eviction_engine_args(*, block_size: int = 32, **settings: Any) -> dict[str, 
             "kv_connector_extra_config": config.to_dict(),
         },
         "worker_cls": here.worker,
-        "logits_processors": [VALIDATOR],
+        "logits_processors": [here.validator],
         "block_size": block_size,
         "enable_prefix_caching": False,
         **here.engine_args,

@@ -126,10 +126,10 @@ def copy_bandwidth() -> float:
 
 
 def tiles(decode: bool, sweep: bool) -> list[Any]:
-    from vllm_plugins.kernels.block_mass import CHUNK, DECODE, Tile
+    from vllm_plugins.kernels.block_mass import Tile
 
     if not sweep:
-        return [DECODE if decode else CHUNK]
+        return [None]
     if decode:
         return [Tile(16, n, w, s) for n in (64, 128, 256) for w in (2, 4, 8) for s in (2, 3, 4)]
     return [
@@ -167,7 +167,7 @@ def main() -> None:
                             "batch": name,
                             "block_size": arguments.block_size,
                             "window": window,
-                            "tile": vars(tile),
+                            "tile": vars(tile) if tile else "default",
                             "programs": programs,
                             "ms": ms,
                             "attention_ms": attention,

@@ -48,17 +48,17 @@ def seconds(workload: Workload, pool_bytes: float, sparsity: float, gpu: str) ->
     return prefill + steps * step
 
 
-def roofline(record: dict[str, Any]) -> dict[str, float]:
-    """Side to the largest ratio to stock that this workload allows, for the record's GPU."""
+def roofline(record: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By load and side, the largest ratio to stock that the record's GPU allows."""
     gpu = next((name for name in RATES if name in record["hardware"].get("gpu", "")), None)
     if gpu is None:
         return {}
-    workload = Workload(**record["workload"])
     pool = record["kv_cache_gib"] * 2**30
-    dense = seconds(workload, pool, 0.0, gpu)
-    bounds = {}
-    for side in {entry["side"] for entry in record["measured"]}:
-        name, _, sparsity = side.partition("_")
-        s = float(sparsity) if sparsity and name != "stock" else 0.0
-        bounds[side] = dense / seconds(workload, pool, s, gpu)
+    bounds: dict[str, dict[str, float]] = {}
+    for entry in record["measured"]:
+        workload = Workload(**record["loads"][entry["load"]]["workload"])
+        parts = entry["side"].split("_")
+        sparsity = float(parts[1]) if len(parts) > 1 else 0.0
+        bound = seconds(workload, pool, 0.0, gpu) / seconds(workload, pool, sparsity, gpu)
+        bounds.setdefault(entry["load"], {})[entry["side"]] = bound
     return bounds

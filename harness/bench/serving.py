@@ -10,6 +10,7 @@ method themselves, so one engine serves all sides of its group.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ..records import SCHEMA_VERSION, provenance, read_json, timestamp, write_json
@@ -29,22 +31,42 @@ NEVER = 10**8  # a budget in tokens that no request reaches: all is scored, noth
 
 
 @dataclass(frozen=True)
-class Regime:
-    """A workload and the KV-cache memory it runs in."""
+class Load:
+    """A workload, how often it is measured, and on which sides ("" = all of the engine's)."""
 
     workload: Workload
-    kv_cache_gib: float
+    sides: tuple[str, ...]
     repeats: int = 1
-    sides: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Regime:
+    """Loads that share engines, and the KV-cache memory these have."""
+
+    kv_cache_gib: float
+    max_model_len: int
+    loads: dict[str, Load]
+
+
+HEADLINE = ("stock", "streaming_0.9", "random_0.9", "streaming_0.5", "h2o_0.9", "cab_0.9",
+            "h2o_0.5", "h2o_0.9_sampled", "cab_0.9_sampled")  # fmt: skip
+SHORT = ("stock", "off_0", "scoring_0", "scoring_0_sampled", "h2o_0.9")
 REGIMES = {
-    "headline": Regime(Workload(96, 4000, 1024), 8.0),
-    "long": Regime(Workload(32, 16000, 512), 16.0, sides=("stock", "streaming_0.9", "h2o_0.9",
-                                                          "cab_0.9", "h2o_0.5")),
-    "short": Regime(Workload(64, 512, 256), 24.0, repeats=3, sides=("stock", "off_0", "scoring_0",
-                                                                    "h2o_0.5", "h2o_0.9")),
-}  # fmt: skip
+    # `short` fits into the same memory without eviction: there is nothing to gain.
+    "headline": Regime(
+        8.0,
+        5120,
+        {
+            "short": Load(Workload(64, 512, 256), SHORT, repeats=3),
+            "headline": Load(Workload(96, 4000, 1024), HEADLINE),
+        },
+    ),
+    "long": Regime(
+        16.0,
+        16640,
+        {"long": Load(Workload(32, 16000, 512), ("stock", "streaming_0.9", "h2o_0.9", "h2o_0.5"))},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -60,9 +82,11 @@ def evict(policy: str, sparsity: float) -> dict[str, Any]:
     return {"kv_policy": policy, "kv_sparsity": sparsity}
 
 
-def groups(scoring: dict[str, Any]) -> list[Group]:
-    """``scoring``: fields of ``EvictionConfig`` for the engine that scores."""
+def groups(scoring: dict[str, Any], sampling: dict[str, Any]) -> list[Group]:
+    """``scoring``: settings of the engines that score; ``sampling``: laid over them in one."""
     heavy = {f"{p}_{s}": evict(p, s) for s in (0.9, 0.5) for p in ("h2o", "cab")}
+    scored = {"scoring_0": {"kv_policy": "h2o", "kv_budget_tokens": NEVER}, **heavy}
+    settings = {"policy": "dense", "request_policies": ["h2o", "cab"], **scoring}
     return [
         Group("stock", None, {"stock": None}),
         Group(
@@ -75,10 +99,11 @@ def groups(scoring: dict[str, Any]) -> list[Group]:
                 "streaming_0.5": evict("streaming", 0.5),
             },
         ),
+        Group("scoring on", settings, scored),
         Group(
-            "scoring on",
-            {"policy": "dense", "request_policies": ["h2o", "cab"], **scoring},
-            {"scoring_0": {"kv_policy": "h2o", "kv_budget_tokens": NEVER}, **heavy},
+            "scoring sampled",
+            {**settings, **sampling},
+            {f"{side}_sampled": extra for side, extra in scored.items()},
         ),
     ]
 
@@ -97,13 +122,12 @@ def run_group(group: Group, regime: Regime, model: str, block_size: int) -> list
         from vllm_plugins import eviction_engine_args
 
         options = eviction_engine_args(block_size=block_size, **group.settings)
-    workload = regime.workload
     started = time.perf_counter()
     llm = LLM(
         model,
         load_format="dummy",
         skip_tokenizer_init=True,
-        max_model_len=workload.prompt_tokens + workload.output_tokens + 64,
+        max_model_len=regime.max_model_len,
         max_num_seqs=256,
         max_num_batched_tokens=8192,
         kv_cache_memory_bytes=int(regime.kv_cache_gib * 2**30),
@@ -112,47 +136,55 @@ def run_group(group: Group, regime: Regime, model: str, block_size: int) -> list
         **options,
     )
     start_seconds = time.perf_counter() - started
-    rng = np.random.default_rng(0)
-    size = (workload.num_requests, workload.prompt_tokens)
-    prompts = [{"prompt_token_ids": p} for p in rng.integers(1000, 100_000, size=size).tolist()]
     measured = []
-    for repeat in range(regime.repeats):
-        for side, extra in group.sides.items():
-            warm_up = SamplingParams(
-                max_tokens=8, ignore_eos=True, detokenize=False, extra_args=extra
-            )
-            params = SamplingParams(
-                max_tokens=workload.output_tokens,
-                temperature=0.0,
-                ignore_eos=True,
-                detokenize=False,
-                extra_args=extra,
-            )
-            llm.generate(prompts[:2], warm_up, use_tqdm=False)
-            started = time.perf_counter()
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            seconds = time.perf_counter() - started
-            tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-            records = [(o.kv_transfer_params or {}).get("kv_eviction", {}) for o in outputs]
-            measured.append(
-                {
-                    "group": group.name,
-                    "side": side,
-                    "repeat": repeat,
-                    "seconds": seconds,
-                    "output_tokens": tokens,
-                    "output_tokens_per_second": tokens / seconds,
-                    "engine_start_seconds": start_seconds,
-                    "request_seconds": [
-                        round(o.metrics.last_token_ts - o.metrics.scheduled_ts, 4) for o in outputs
-                    ],
-                    "eviction": _summary(records),
-                    "first_tokens": [list(o.outputs[0].token_ids[:16]) for o in outputs[:4]],
-                }
-            )
-            print(f"  {side:14} {tokens / seconds:8.1f} output tok/s", flush=True)
+    for name, load in regime.loads.items():
+        workload = load.workload
+        rng = np.random.default_rng(0)
+        size = (workload.num_requests, workload.prompt_tokens)
+        prompts = [{"prompt_token_ids": p} for p in rng.integers(1000, 100_000, size=size).tolist()]
+        sides = {side: extra for side, extra in group.sides.items() if side in load.sides}
+        for repeat in range(load.repeats):
+            for side, extra in sides.items():
+                if repeat == 0:
+                    warm_up = SamplingParams(
+                        max_tokens=8, ignore_eos=True, detokenize=False, extra_args=extra
+                    )
+                    llm.generate(prompts[:2], warm_up, use_tqdm=False)
+                params = SamplingParams(
+                    max_tokens=workload.output_tokens,
+                    temperature=0.0,
+                    ignore_eos=True,
+                    detokenize=False,
+                    extra_args=extra,
+                )
+                started = time.perf_counter()
+                outputs = llm.generate(prompts, params, use_tqdm=False)
+                seconds = time.perf_counter() - started
+                tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+                records = [(o.kv_transfer_params or {}).get("kv_eviction", {}) for o in outputs]
+                measured.append(
+                    {
+                        "load": name,
+                        "group": group.name,
+                        "side": side,
+                        "repeat": repeat,
+                        "seconds": seconds,
+                        "output_tokens": tokens,
+                        "output_tokens_per_second": tokens / seconds,
+                        "engine_start_seconds": start_seconds,
+                        "eviction": _summary(records),
+                        "tokens_sha256": _digest(outputs),
+                    }
+                )
+                print(f"  {name:9} {side:16} {tokens / seconds:8.1f} output tok/s", flush=True)
     llm.llm_engine.engine_core.shutdown()
     return measured
+
+
+def _digest(outputs: Sequence[Any]) -> str:
+    """Of every token of every request: equal where two sides answered the same."""
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -174,18 +206,16 @@ def main() -> None:
     parser.add_argument("--regime", choices=list(REGIMES), required=True)
     parser.add_argument("--model", default=str(MODEL), help="folder with a config.json")
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--sides", nargs="+", help="only these")
-    parser.add_argument("--scoring", default="{}", help="JSON: settings of the engine that scores")
+    parser.add_argument("--scoring", default="{}", help="JSON: settings of engines that score")
+    parser.add_argument("--sampling", default='{"score_every": 8, "score_layers": 4}',
+        help="JSON: further settings of the engine that samples its scores")  # fmt: skip
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--group", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     regime = REGIMES[arguments.regime]
-    wanted = arguments.sides or regime.sides
-    chosen = [
-        Group(g.name, g.settings, {s: e for s, e in g.sides.items() if not wanted or s in wanted})
-        for g in groups(json.loads(arguments.scoring))
-    ]
-    chosen = [group for group in chosen if group.sides]
+    wanted = {side for load in regime.loads.values() for side in load.sides}
+    scoring, sampling = json.loads(arguments.scoring), json.loads(arguments.sampling)
+    chosen = [group for group in groups(scoring, sampling) if wanted & group.sides.keys()]
     if arguments.group:
         group = next(g for g in chosen if g.name == arguments.group)
         measured = run_group(group, regime, arguments.model, arguments.block_size)
@@ -206,11 +236,11 @@ def main() -> None:
         "timestamp": timestamp(),
         "benchmark": "serving-gpu",
         "regime": arguments.regime,
-        "workload": asdict(regime.workload),
-        "kv_cache_gib": regime.kv_cache_gib,
+        **asdict(regime),
         "block_size": arguments.block_size,
         "model": Path(arguments.model).name,
-        "scoring": json.loads(arguments.scoring),
+        "scoring": scoring,
+        "sampling": sampling,
         "groups": [asdict(group) for group in chosen],
         "measured": measured,
         **source,
@@ -222,16 +252,19 @@ def main() -> None:
 
 def table(record: dict[str, Any]) -> str:
     """Sides with their throughput, ratio to stock and share of the roofline's ratio."""
-    speeds: dict[str, list[float]] = {}
-    for entry in record["measured"]:
-        speeds.setdefault(entry["side"], []).append(entry["output_tokens_per_second"])
-    best = {side: sorted(values)[len(values) // 2] for side, values in speeds.items()}
-    lines = [f"{'side':14} {'out tok/s':>9} {'of stock':>8} {'roofline':>8} {'reached':>7}"]
-    for side, speed in best.items():
-        bound = record["roofline"].get(side)
-        ratio = speed / best["stock"] if "stock" in best else float("nan")
-        limit = f"{bound:8.2f} {100 * ratio / bound:6.1f}%" if bound else ""
-        lines.append(f"{side:14} {speed:9.1f} {ratio:8.3f} {limit}")
+    lines = []
+    for name in record["loads"]:
+        speeds: dict[str, list[float]] = {}
+        for entry in record["measured"]:
+            if entry["load"] == name:
+                speeds.setdefault(entry["side"], []).append(entry["output_tokens_per_second"])
+        lines.append(f"{name:18} {'out tok/s':>9} {'of stock':>8} {'roofline':>8} {'reached':>7}")
+        stock = median(speeds["stock"])
+        for side, values in speeds.items():
+            ratio = median(values) / stock
+            bound = record["roofline"].get(name, {}).get(side)
+            limit = f"{bound:8.2f} {100 * ratio / bound:6.1f}%" if bound else ""
+            lines.append(f"  {side:16} {median(values):9.1f} {ratio:8.3f} {limit}")
     return "\n".join(lines)
 
 

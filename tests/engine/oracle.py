@@ -42,6 +42,8 @@ def run(
     select,
     half_life: float | None = None,
     window: int | None = None,
+    every: int = 1,
+    layer_stride: int = 1,
     min_blocks: int = 4,
     sinks: int = 1,
 ) -> OracleResult:
@@ -101,9 +103,11 @@ def run(
                 for p in score[group]:
                     score[group][p] *= decay
                 score[group][t] = 0.0
-            if window is None or t >= stop - window:
+            if t % every == 0 if chunk == 1 else window is None or t >= stop - window:
                 for layer, attention in enumerate(output.attentions):
                     group = group_of[layer]
+                    if (layer - group_of.index(group)) % layer_stride:
+                        continue
                     received = attention[0, :, 0].double().sum(0).tolist()
                     for p, mass in zip(alive[group], received, strict=True):
                         score[group][p] += mass

@@ -28,6 +28,18 @@ CASES = {
         {},
         {"half_life": 50, "window": 16},
     ),
+    "every 2nd layer of 2 groups": (
+        {"layer_groups": 2, "score_layers": 2},
+        "h2o",
+        {},
+        {"layer_groups": 2, "layer_stride": 2},
+    ),
+    "token by token, every 3rd query": (
+        {"score_every": 3, "score": "decay", "score_half_life": 50},
+        "h2o",
+        {},
+        {"every": 3, "half_life": 50, "chunk": 1},
+    ),
 }
 
 
@@ -50,7 +62,8 @@ def test_engine_equals_oracle(case, tiny_engines, tiny_llama):
     from vllm import SamplingParams
 
     server, policy, parameters, options = CASES[case]
-    llm = tiny_engines(**server)
+    chunk = options.get("chunk", 64)
+    llm = tiny_engines({"long_prefill_token_threshold": chunk}, **server)
     params = SamplingParams(
         max_tokens=1,
         temperature=0.0,
@@ -71,10 +84,9 @@ def test_engine_equals_oracle(case, tiny_engines, tiny_llama):
         tiny_llama[1],
         TOKENS,
         sparsity=0.7,
-        chunk=64,
         block_size=32,
         select=select_h2o if policy == "h2o" else select_cab(parameters),
-        **{"layer_groups": 1, **options},
+        **{"layer_groups": 1, "chunk": chunk, **options},
     )
     record = out.kv_transfer_params["kv_eviction"]
     assert record["trace"] == expected.decisions

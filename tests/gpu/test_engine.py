@@ -180,6 +180,19 @@ def test_budgets_hold_and_runs_repeat(policy, engines, prompts):
     ]
 
 
+def test_a_bad_request_does_not_end_the_engine(engines, prompts):
+    from vllm.exceptions import VLLMValidationError
+
+    llm = engines({})
+    with pytest.raises(VLLMValidationError, match="unknown policy"):
+        generate(llm, prompts[:1], {"kv_policy": "h20"})
+    extra = {"kv_policy": "cab", "kv_sparsity": 0.5, "kv_policy_args": FORMAN["cab"]}
+    with pytest.raises(VLLMValidationError, match="gathered on CPUs only"):
+        generate(llm, prompts[:1], extra)
+    assert len(tokens(generate(llm, prompts[:1], {}))[0]) == 64
+    idle(llm)
+
+
 @pytest.mark.parametrize("layer_groups", [3, 6])
 def test_layer_groups(layer_groups, stock, engines, prompts):
     llm = engines({"layer_groups": layer_groups})
@@ -257,19 +270,6 @@ def test_what_is_not_supported_is_refused(model):
     ):
         with pytest.raises(EvictionConfigError, match=sentence):
             check(engine, **settings)
-
-
-def test_a_bad_request_does_not_end_the_engine(engines, prompts):
-    from vllm.exceptions import VLLMValidationError
-
-    llm = engines({})
-    with pytest.raises(VLLMValidationError, match="unknown policy"):
-        generate(llm, prompts[:1], {"kv_policy": "h20"})
-    extra = {"kv_policy": "cab", "kv_sparsity": 0.5, "kv_policy_args": FORMAN["cab"]}
-    with pytest.raises(VLLMValidationError, match="gathered on CPUs only"):
-        generate(llm, prompts[:1], extra)
-    assert len(tokens(generate(llm, prompts[:1], {}))[0]) == 64
-    idle(llm)
 
 
 assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "tests look inside the engine"

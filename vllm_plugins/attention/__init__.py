@@ -18,6 +18,8 @@ class Platform:
     """What differs by device type (``vllm.platforms.current_platform.device_type``)."""
 
     worker: str
+    validator: str
+    """A logits processor of the runner's interface (``validation.py``)."""
     block_sizes: str
     """The block sizes its attention and scoring kernels read, in words."""
     reads_block_size: Callable[[int], bool]
@@ -30,6 +32,7 @@ class Platform:
 _PLATFORMS = {
     "cpu": Platform(
         worker="vllm_plugins.worker_cpu.EvictionCPUWorker",
+        validator="vllm_plugins.validation:RequestValidator",
         block_sizes="a multiple of 32",
         reads_block_size=lambda size: size % 32 == 0,
         engine_args={},
@@ -37,6 +40,7 @@ _PLATFORMS = {
     ),
     "cuda": Platform(
         worker="vllm_plugins.worker_cuda.EvictionCUDAWorker",
+        validator="vllm_plugins.validation:RequestValidatorV2",
         block_sizes="16, 32, 64 or 128",
         reads_block_size=lambda size: size in (16, 32, 64, 128),
         engine_args={"attention_backend": "CUSTOM"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -25,13 +25,15 @@ def _probabilities(
     SOFT_CAP: tl.constexpr,
 ):
     """``[N, M]``: attention of each query row to each key; keys stand first, so that the sum
-    over queries runs along a row of the tensor core's result."""
-    logits = tl.dot(keys, tl.trans(queries)) * scale
+    over queries runs along a row of the tensor core's result. ``lse`` in base 2."""
+    logits = tl.dot(keys, tl.trans(queries))
     if SOFT_CAP:
         # tanh by exp2, which saturates rather than overflows at both ends.
-        squashed = 2.0 / (1.0 + tl.exp2(logits * (-2.0 / soft_cap) * _LOG2E)) - 1.0
-        logits = soft_cap * squashed
-    return tl.exp2(logits * _LOG2E - (lse * _LOG2E)[None, :])
+        squashed = 2.0 / (1.0 + tl.exp2(logits * (scale * (-2.0 / soft_cap)) * _LOG2E)) - 1.0
+        logits = squashed * (soft_cap * _LOG2E)
+    else:
+        logits = logits * (scale * _LOG2E)
+    return tl.exp2(logits - lse[None, :])
 
 
 @triton.jit
@@ -51,7 +53,7 @@ def _query_rows(
     M: tl.constexpr,
 ):
     """Row ``r`` is head ``r % GROUP`` of the group for scored query ``r // GROUP``. Rows past
-    the end get an infinite log-sum-exp: a probability of 0."""
+    the end get an infinite log-sum-exp: a probability of 0. The log-sum-exp comes in base 2."""
     r = start + tl.arange(0, M)
     real = r < num_rows
     token = (first_token + r // GROUP).to(tl.int64)
@@ -63,7 +65,7 @@ def _query_rows(
         other=0.0,
     )
     lse = tl.load(lse_ptr + head * lse_head_stride + token, mask=real, other=float("inf"))
-    return queries, lse, r // GROUP
+    return queries, lse * _LOG2E, r // GROUP
 
 
 @triton.jit(do_not_specialize=["row_offset", "window", "lse_head_stride"])
@@ -99,9 +101,11 @@ def _block_mass_kernel(
     DECAY: tl.constexpr,
 ):
     row = row_offset + tl.program_id(2)
-    kv_head = tl.program_id(1)
+    # Heads run fastest: a block's heads lie side by side, and in a chunk the tiles with the most
+    # queries (the first keys) start first.
+    kv_head = tl.program_id(0)
     seq_len = tl.load(lens_ptr + row)
-    first_key = tl.program_id(0) * N
+    first_key = tl.program_id(1) * N
     if (tl.load(flags_ptr + row) & _SCORED) == 0 or first_key >= seq_len:
         return
     query_start = tl.load(query_start_ptr + row)
@@ -124,7 +128,7 @@ def _block_mass_kernel(
             0, num_rows, query_ptr, lse_ptr, query_token_stride, query_head_stride,
             lse_head_stride, first_token, first_head, GROUP, HEAD_SIZE, HEAD_PADDED, M,
         )  # fmt: skip
-    for start in range(first_key, seq_len, tl.num_programs(0) * N):
+    for start in range(first_key, seq_len, tl.num_programs(1) * N):
         place = start + key
         ids = tl.load(table_ptr + place // BLOCK_SIZE, mask=place < seq_len, other=0).to(tl.int64)
         at = ids * cache_block_stride + (place % BLOCK_SIZE) * cache_token_stride
@@ -179,8 +183,10 @@ class Tile:
     stages: int
 
 
-DECODE = Tile(rows=16, keys=128, warps=4, stages=3)
-CHUNK = Tile(rows=64, keys=128, warps=8, stages=3)
+# The fastest of a sweep on an H100 (scripts/bench_kernels --sweep).
+DECODE = Tile(rows=16, keys=64, warps=2, stages=4)
+CHUNK = Tile(rows=128, keys=128, warps=4, stages=2)
+WINDOW = Tile(rows=64, keys=256, warps=4, stages=2)
 
 
 def add_block_mass(
@@ -224,7 +230,7 @@ def add_block_mass(
         scale, soft_cap: of the logits; ``soft_cap`` 0 = off.
         window: only so many last queries of a row count.
         log2_decay: log2 of the weight lost per token of age within the chunk; 0 = none.
-        tile: shape of the work; by default ``DECODE`` or ``CHUNK``.
+        tile: shape of the work; by default ``DECODE``, ``CHUNK``, or ``WINDOW`` for few queries.
         programs: decode rows are split over programs until there are about so many.
 
     Cost. Decode: keys once, ``2 * head_size`` bytes per live token and KV head, i.e. half of what
@@ -237,14 +243,18 @@ def add_block_mass(
         return
     num_heads, head_size = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[1:3]
-    tile = tile or (DECODE if one_query else CHUNK)
     group = num_heads // num_kv_heads
+    if tile is None and not one_query:
+        tile = CHUNK if window is None or window * group > 512 else WINDOW
+    tile = tile or DECODE
+    if head_size > 128:  # a tile of keys must fit into shared memory
+        tile = replace(tile, rows=min(tile.rows, 64), keys=min(tile.keys, 64))
     keys = max(tile.keys, block_size)
     num_rows = max(16, triton.next_power_of_2(group)) if one_query else tile.rows
     num_tiles = triton.cdiv(max_seq_len, keys)
     if one_query:
         num_tiles = min(num_tiles, max(1, triton.cdiv(programs, (stop - start) * num_kv_heads)))
-    _block_mass_kernel[(num_tiles, num_kv_heads, stop - start)](
+    _block_mass_kernel[(num_kv_heads, num_tiles, stop - start)](
         query,
         kv_cache,
         lse,
