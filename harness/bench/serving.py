@@ -222,15 +222,6 @@ def main() -> None:
         arguments.output.write_text(json.dumps(measured))
         sys.stdout.flush()
         os._exit(0)  # the answer is written; an engine can stumble while the interpreter exits
-    measured = []
-    with tempfile.TemporaryDirectory() as folder:
-        for group in chosen:
-            output = Path(folder) / "measured.json"
-            command = [sys.executable, "-m", "harness.bench.serving", *sys.argv[1:]]
-            command += ["--group", group.name, "--output", str(output)]
-            subprocess.run(command, check=True)
-            measured += read_json(output)
-    source = provenance()
     record = {
         "schema_version": SCHEMA_VERSION,
         "timestamp": timestamp(),
@@ -242,11 +233,18 @@ def main() -> None:
         "scoring": scoring,
         "sampling": sampling,
         "groups": [asdict(group) for group in chosen],
-        "measured": measured,
-        **source,
+        "measured": [],
+        **provenance(),
     }
-    record["roofline"] = roofline(record)
-    write_json(arguments.output, record)
+    with tempfile.TemporaryDirectory() as folder:
+        for group in chosen:
+            output = Path(folder) / "measured.json"
+            command = [sys.executable, "-m", "harness.bench.serving", *sys.argv[1:]]
+            command += ["--group", group.name, "--output", str(output)]
+            subprocess.run(command, check=True)
+            record["measured"] += read_json(output)
+            record["roofline"] = roofline(record)
+            write_json(arguments.output, record)  # an engine that fails loses only its own
     print(table(record))
 
 
