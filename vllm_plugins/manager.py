@@ -19,6 +19,7 @@ class EvictableManager(FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._ledger: Ledger | None = None
+        self._leaving: list[KVCacheBlock] = []
 
     def attach(self, ledger: Ledger) -> None:
         """From now on ``ledger`` decides who is evicted."""
@@ -57,12 +58,17 @@ class EvictableManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """All blocks of ``request_id``, which ended or is preempted; ``free`` comes here too."""
+        blocks = super().pop_blocks_for_free(request_id)
         if self._ledger is not None:
             self._ledger.release(request_id)
-        return super().pop_blocks_for_free(request_id)
+            if self._ledger.config.check_integrity:
+                self._leaving += blocks
+        return blocks
 
     def check_integrity(self) -> set[int]:
-        """Ids of the blocks this group holds.
+        """Ids of the blocks this group holds, those on their way back to the pool included: with
+        a connector and steps in flight, the scheduler returns an ended request's blocks only when
+        the last of these steps is done (``deferred_frees`` in ``vllm/v1/core/sched``).
 
         Raises:
             AssertionError: a block is held twice or not referenced exactly once.
@@ -76,4 +82,9 @@ class EvictableManager(FullAttentionManager):
                 assert block.block_id not in held, f"{request_id}: block {block.block_id} twice"
                 assert block.ref_cnt == 1, f"{request_id}: block {block.block_id} {block.ref_cnt}"
                 held.add(block.block_id)
-        return held
+        self._leaving = [
+            block
+            for block in self._leaving
+            if block.ref_cnt and not block.is_null and block.block_id not in held
+        ]
+        return held | {block.block_id for block in self._leaving}

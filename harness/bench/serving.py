@@ -48,8 +48,8 @@ class Regime:
     loads: dict[str, Load]
 
 
-HEADLINE = ("stock", "streaming_0.9", "random_0.9", "streaming_0.5", "h2o_0.9", "cab_0.9",
-            "h2o_0.5", "h2o_0.9_sampled", "cab_0.9_sampled")  # fmt: skip
+HEADLINE = ("stock", "streaming_0.9", "random_0.9", "h2o_0.9", "cab_0.9", "h2o_0.5",
+            "h2o_0.9_sampled", "cab_0.9_sampled")  # fmt: skip
 SHORT = ("stock", "off_0", "scoring_0", "scoring_0_sampled", "h2o_0.9")
 REGIMES = {
     # `short` fits into the same memory without eviction: there is nothing to gain.

@@ -152,9 +152,10 @@ def test_scores_are_the_attention_mass(engines, prompts):
         state = next(iter(connector.ledger.requests.values()), None)
         if state is not None and state.num_scored_tokens >= 920:
             scores = connector.ledger._scores["attention"]
-            (blocks,) = (b for b in connector._managers[0].req_to_blocks.values() if b)
-            total = sum(scores[block.block_id] for block in blocks)
             queries = state.num_scored_tokens
+            (blocks,) = (b for b in connector._managers[0].req_to_blocks.values() if b)
+            # The step in flight may hold one block more, still with its former owner's score.
+            total = sum(scores[block.block_id] for block in blocks[: -(-queries // 16)])
             assert total == pytest.approx(queries * 6 * 9, rel=2e-3)
     assert total > 0
     idle(llm)
