@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from vllm_plugins.config import EvictionConfigError
 
-from .commands import model, offline
+from .commands import model, offline, report
 from .errors import UsageError
 
-COMMANDS = (offline, model)
+COMMANDS = (offline, report, model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

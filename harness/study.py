@@ -1,0 +1,272 @@
+"""A study: settings of a sweep, from a YAML file and flags, and the runs they make."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from vllm_plugins.config import EvictionConfig
+
+from .corpora import DEFAULT_DATASET, DOCUMENT_MODES, describe
+from .errors import UsageError
+from .models import DEFAULT_MODEL, fingerprint, recorded_name, resolve_model
+from .specification import (
+    PROTOCOLS,
+    EngineSpecification,
+    Load,
+    RunSpecification,
+    check_levels,
+    levels_for,
+    seeds_for,
+)
+
+_EVICTION = ("layer_groups", "score", "score_half_life", "score_queries", "sink_blocks",
+             "min_blocks", "policy_args")  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+_NOT_VARIED = ("name", "vary")
+_DEFAULTS = EvictionConfig()
+
+
+@dataclass(frozen=True)
+class Study:
+    """Every setting of a sweep; the keys of a study's YAML file and, with dashes, the flags."""
+
+    name: str | None = None
+    model: str = DEFAULT_MODEL
+    methods: tuple[Any, ...] = ("dense", "h2o", "cab")
+    sparsity: tuple[Any, ...] = (0.5, 0.9)
+    budget_tokens: tuple[int, ...] = ()
+    dataset: str = DEFAULT_DATASET
+    text_column: str | None = None
+    document_mode: str = "concatenate"
+    context_length: int = 1024
+    min_context: int = 1
+    num_samples: int = 8
+    num_runs: int | None = None
+    seeds: tuple[int, ...] | None = None
+    protocol: str = "chunked"
+    prefill_chunk: int = 64
+    block_size: int = 32
+    max_num_seqs: int = 8
+    kv_pool_windows: int | None = None
+    enforce_eager: bool | None = None
+    dtype: str | None = None
+    """float32 on CPU (the reference's precision; many CPUs are slow in bfloat16), else auto."""
+    throughput: bool = False
+    load_requests: int | None = None
+    load_output_tokens: int | None = None
+    layer_groups: int = _DEFAULTS.layer_groups
+    score: str = _DEFAULTS.score
+    score_half_life: int = _DEFAULTS.score_half_life
+    score_queries: Any = _DEFAULTS.score_queries
+    sink_blocks: int = _DEFAULTS.sink_blocks
+    min_blocks: int = _DEFAULTS.min_blocks
+    policy_args: dict[str, Any] = field(default_factory=dict)
+    vary: dict[str, Any] = field(default_factory=dict)
+    """Setting to values: each combination is a comparison with a folder of its own."""
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any]) -> Study:
+        """From untyped settings.
+
+        Raises:
+            UsageError: an unknown or misused setting.
+
+        """
+        known = {f.name for f in fields(cls)}
+        for name in settings:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {sorted(known)}"
+                raise UsageError(f"unknown study setting {name!r}; {hint}")
+        values = dict(settings)
+        for name in ("methods", "sparsity", "budget_tokens", "seeds"):
+            if values.get(name) is not None:
+                value = values[name]
+                values[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        study = cls(**values)
+        study._check()
+        return study
+
+    def _check(self) -> None:
+        for name in ("num_samples", "context_length", "prefill_chunk", "max_num_seqs",
+                     "min_context", "kv_pool_windows", "num_runs", "load_requests",
+                     "load_output_tokens"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value!r}")
+        if self.context_length < 2:
+            raise UsageError("--context-length must be at least 2 tokens")
+        if self.min_context >= self.context_length:
+            raise UsageError(
+                f"--min-context {self.min_context} leaves no token of a window of "
+                f"{self.context_length} to score; lower it"
+            )
+        if self.document_mode not in DOCUMENT_MODES:
+            raise UsageError(f"--document-mode must be one of: {', '.join(DOCUMENT_MODES)}")
+        if self.dtype not in (None, *DTYPES):
+            raise UsageError(f"--dtype must be one of: {', '.join(DTYPES)}")
+        if self.protocol not in PROTOCOLS:
+            raise UsageError(f"--protocol must be one of: {', '.join(PROTOCOLS)}")
+        if not isinstance(self.policy_args, Mapping):
+            raise UsageError('policy_args must be a mapping, like {"cab": {"local": 0.6}}')
+        if not isinstance(self.vary, Mapping):
+            raise UsageError("vary must be a mapping of a setting to its values")
+        for name, values in self.vary.items():
+            if name in _NOT_VARIED or name not in {f.name for f in fields(self)}:
+                raise UsageError(f"vary names {name!r}, which is no setting that can vary")
+            if not isinstance(values, list) or not values:
+                raise UsageError(f"vary.{name} must be a list of values")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as given, files without their folders."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        values["model"] = recorded_name(self.model)
+        values["dataset"] = short_name(self.dataset)
+        vary = dict(self.vary)
+        if "dataset" in vary:
+            vary["dataset"] = [short_name(name) for name in vary["dataset"]]
+        if "model" in vary:
+            vary["model"] = [recorded_name(name) for name in vary["model"]]
+        return {**values, "vary": vary}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One point of a study: runs that stand in one table, and where they go."""
+
+    varied: dict[str, Any]
+    folder: Path
+    runs: tuple[RunSpecification, ...]
+
+
+def read_study(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file.
+
+    Raises:
+        UsageError: no such file, or not a mapping.
+
+    """
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read the study {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path} is no study; it must be a mapping of settings to values")
+    return settings
+
+
+def comparisons(study: Study, folder: Path, device: str) -> list[Comparison]:
+    """The runs of a study, completely specified.
+
+    Args:
+        study: the settings.
+        folder: of the experiment; a study that varies something has a folder below per point.
+        device: ``cpu`` or ``cuda``; settles the defaults that differ.
+
+    Raises:
+        UsageError: a setting, model or text is wrong. ``EvictionConfigError``: of the plugin.
+
+    """
+    points = []
+    for values in itertools.product(*study.vary.values()):
+        varied = dict(zip(study.vary, values, strict=True))
+        point = Study.parse({**_settings(replace(study, vary={})), **varied})
+        shown = {name: _shown(name, value) for name, value in varied.items()}
+        target = folder.joinpath(*(slug(f"{name}={value}") for name, value in shown.items()))
+        points.append(Comparison(shown, target, tuple(_runs(point, device))))
+    if len({point.folder for point in points}) < len(points):
+        raise UsageError("vary lists the same value twice; drop one")
+    return points
+
+
+def slug(text: str) -> str:
+    """``text`` as a file name."""
+    return re.sub(r"[^A-Za-z0-9.=+-]+", "-", text).strip("-")
+
+
+def short_name(dataset: str) -> str:
+    """``text:/a/b.txt`` -> ``text:b.txt``; other names stay."""
+    kind, colon, path = dataset.partition(":")
+    return f"{kind}:{Path(path).name}" if colon else dataset
+
+
+def _shown(name: str, value: Any) -> Any:
+    if name == "dataset":
+        return short_name(value)
+    return recorded_name(value) if name == "model" else value
+
+
+def _settings(study: Study) -> dict[str, Any]:
+    return {f.name: getattr(study, f.name) for f in fields(study)}
+
+
+def _runs(study: Study, device: str) -> list[RunSpecification]:
+    from vllm_plugins.checks import check_block_size
+
+    seeds = seeds_for(study.num_runs, study.seeds)
+    levels = levels_for(study.methods, study.sparsity, study.budget_tokens)
+    check_block_size(study.block_size)
+    if study.protocol == "decode" and device != "cuda":
+        raise UsageError(
+            "--protocol decode forces tokens through vLLM's Model Runner V2, which only CUDA "
+            "has; use --protocol chunked"
+        )
+    eviction = EvictionConfig.parse(
+        {"policy": "dense", **{name: getattr(study, name) for name in _EVICTION}}
+    )
+    path = resolve_model(study.model)
+    max_num_seqs = max(2, study.max_num_seqs)
+    pool = study.kv_pool_windows or max_num_seqs
+    engine = EngineSpecification(
+        model=recorded_name(study.model),
+        model_fingerprint=fingerprint(path),
+        context_length=study.context_length,
+        prefill_chunk=study.prefill_chunk,
+        block_size=study.block_size,
+        max_num_seqs=max(max_num_seqs, pool),
+        kv_pool_windows=max(2, pool),
+        enforce_eager=study.enforce_eager if study.enforce_eager is not None else device != "cuda",
+        dtype=study.dtype or ("auto" if device == "cuda" else "float32"),
+        protocol=study.protocol,
+        eviction=eviction.to_dict(),
+        model_path=path,
+    )
+    text = describe(study.dataset, study.text_column, study.document_mode)
+    runs = [
+        RunSpecification(
+            engine,
+            method,
+            text,
+            seed,
+            sparsity,
+            budget,
+            num_samples=study.num_samples,
+            min_context=study.min_context,
+        )
+        for seed in seeds
+        for method, sparsity, budget in levels
+    ]
+    check_levels(engine, runs)
+    if study.throughput:
+        load = _load(study, engine)
+        runs += [replace(run, num_samples=0, min_context=1, load=load) for run in runs]
+    return runs
+
+
+def _load(study: Study, engine: EngineSpecification) -> Load:
+    output = study.load_output_tokens or max(1, study.context_length // 8)
+    if output >= study.context_length:
+        raise UsageError(
+            f"--load-output-tokens {output} leaves no prompt in a context of "
+            f"{study.context_length}; lower it"
+        )
+    requests = study.load_requests or 2 * engine.max_num_seqs
+    return Load(requests, study.context_length - output, output)
