@@ -58,6 +58,7 @@ class Study:
     dtype: str | None = None
     """float32 on CPU (the reference's precision; many CPUs are slow in bfloat16), else auto."""
     throughput: bool = False
+    load_runs: int | None = None
     load_requests: int | None = None
     load_output_tokens: int | None = None
     layer_groups: int = _DEFAULTS.layer_groups
@@ -85,6 +86,13 @@ class Study:
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {sorted(known)}"
                 raise UsageError(f"unknown study setting {name!r}; {hint}")
         values = dict(settings)
+        if isinstance(values.get("dataset"), (list, tuple)):
+            # Several texts are what varies first.
+            vary = {k: v for k, v in (values.get("vary") or {}).items() if k != "dataset"}
+            datasets = list(values.pop("dataset"))
+            values["vary"] = {"dataset": datasets, **vary}
+            if len(datasets) == 1:
+                values["dataset"], values["vary"] = datasets[0], vary
         for name in ("methods", "sparsity", "budget_tokens", "seeds"):
             if values.get(name) is not None:
                 value = values[name]
@@ -95,7 +103,7 @@ class Study:
 
     def _check(self) -> None:
         for name in ("num_samples", "context_length", "prefill_chunk", "max_num_seqs",
-                     "min_context", "kv_pool_windows", "num_runs", "load_requests",
+                     "min_context", "kv_pool_windows", "num_runs", "load_runs", "load_requests",
                      "load_output_tokens"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -257,7 +265,11 @@ def _runs(study: Study, device: str) -> list[RunSpecification]:
     check_levels(engine, runs)
     if study.throughput:
         load = _load(study, engine)
-        runs += [replace(run, num_samples=0, min_context=1, load=load) for run in runs]
+        runs += [
+            replace(run, num_samples=0, min_context=1, load=load)
+            for run in runs
+            if run.seed in seeds[: study.load_runs]
+        ]
     return runs
 
 

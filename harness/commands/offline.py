@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
     add("--sparsity", "share of KV blocks evicted, 0 <= S < 1", nargs="+", metavar="S")
     add("--budget-tokens", "absolute budgets, instead of or beside sparsities", nargs="+", **tokens)
     add("--dataset", "canterbury, wikitext, pg19, arxiv, text:FILE, jsonl:FILE, parquet:FILE, "
-        "or a name for `datasets`")  # fmt: skip
+        "or a name for `datasets`; several: a comparison each", nargs="+")  # fmt: skip
     add("--text-column", "column of the text, where it is not the usual one", metavar="NAME")
     add("--document-mode", "join documents, or draw windows within whole ones",
         choices=DOCUMENT_MODES)  # fmt: skip
@@ -73,6 +73,7 @@ def add_parser(commands: Any) -> None:
     add("--dtype", "of weights and KV cache [float32 on CPU, else auto]", choices=DTYPES)
     add("--throughput", "measure throughput too, in a pass of its own",
         action=argparse.BooleanOptionalAction)  # fmt: skip
+    add("--load-runs", "runs of the throughput pass [num-runs]", **count)
     add("--load-requests", "requests of the throughput pass [2 * max-num-seqs]", **count)
     add("--load-output-tokens", "output tokens of each [an eighth of the context]", **tokens)
     add("--layer-groups", "groups of layers with victims of their own", type=int, metavar="G")

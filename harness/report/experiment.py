@@ -37,13 +37,20 @@ def report_experiment(folder: Path) -> list[tuple[str, dict[str, Any]]]:
         varied = ", ".join(f"{k} {v}" for k, v in point["varied"].items())
         results = report_comparison(folder / point["folder"], f"{name}: {varied}", [])
         reported.append((varied, results))
-    _overview(folder, name, there, reported, sessions)
+    failed = [
+        f"- {', '.join(f'{k} {v}' for k, v in point['varied'].items())}: `{f['key']}` of seed "
+        f"{f['seed']}: {f['reason']}"
+        for point in points
+        for f in failures(folder / point["folder"])
+    ]
+    _overview(folder, name, there, reported, failed, sessions)
     return reported
 
 
 def _overview(
     folder: Path, name: str, points: list[dict[str, Any]],
-    reported: list[tuple[str, dict[str, Any]]], sessions: list[dict[str, Any]],
+    reported: list[tuple[str, dict[str, Any]]], failed: list[str],
+    sessions: list[dict[str, Any]],
 ) -> None:  # fmt: skip
     first = read_records(folder / points[0]["folder"])[0]
     varied = ", ".join(points[0]["varied"])
@@ -53,11 +60,6 @@ def _overview(
     links = [
         f"- [{text}]({point['folder']}/report.md)"
         for point, (text, _) in zip(points, reported, strict=True)
-    ]
-    failed = [
-        f"- {text}: `{f['key']}` of seed {f['seed']}: {f['reason']}"
-        for point, (text, _) in zip(points, reported, strict=True)
-        for f in failures(folder / point["folder"])
     ]
     parts = [
         f"# {name}",
