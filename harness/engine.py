@@ -1,19 +1,14 @@
-"""The only harness file that imports vLLM: starts an engine, runs requests, ends it cleanly."""
+"""Runs requests on a running engine: windows to score, loads to serve."""
 
 from __future__ import annotations
 
-import gc
-import os
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .errors import UsageError
 from .specification import EngineSpecification
 
 Progress = Callable[[int], None]
@@ -59,7 +54,7 @@ class Engine:
         self.dtype = str(config.model_config.dtype).removeprefix("torch.")
         self.num_layers = config.model_config.get_num_layers(config.parallel_config)
         self.num_blocks = config.cache_config.num_gpu_blocks
-        self.bytes_per_block = _bytes_per_block(config, specification)
+        self.bytes_per_block = bytes_per_block(config, specification)
         self.device = config.device_config.device_type
 
     def score(
@@ -236,93 +231,6 @@ class Engine:
             )
 
 
-def device_type() -> str:
-    """``cpu`` or ``cuda``, as vLLM sees it."""
-    _quiet()
-    from vllm.platforms import current_platform
-
-    return current_platform.device_type
-
-
-def preflight(specification: EngineSpecification) -> Any:
-    """vLLM's configuration of an engine, checked, without starting anything.
-
-    Raises:
-        UsageError: vLLM refuses model or settings. ``EvictionConfigError``: eviction does.
-
-    """
-    _quiet()
-    from vllm import EngineArgs
-
-    from vllm_plugins import EvictionConfigError
-    from vllm_plugins.checks import check_engine
-
-    try:
-        config = EngineArgs(**_arguments(specification)).create_engine_config()
-    except EvictionConfigError:
-        raise
-    except Exception as error:  # whatever Transformers and vLLM find wrong with a model
-        reason = " ".join(str(error).split())
-        raise UsageError(f"vLLM refuses {specification.model}: {reason}") from None
-    check_engine(config)
-    return config
-
-
-@contextmanager
-def running(specification: EngineSpecification) -> Iterator[Engine]:
-    """An engine for the duration of the block.
-
-    The pool holds every window in flight without eviction, so that no method is preempted while
-    it is scored and all are compared at the same concurrency.
-
-    Raises:
-        UsageError: vLLM refuses model or settings. ``EvictionConfigError``: eviction does.
-
-    """
-    config = preflight(specification)
-    from vllm import LLM
-
-    llm = LLM(**_arguments(specification), kv_cache_memory_bytes=_pool_bytes(config, specification))
-    try:
-        yield Engine(llm, specification)
-    finally:
-        # Left to the interpreter's exit, vLLM's engine can abort there with status 134.
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        if config.device_config.device_type == "cuda":
-            import torch
-
-            torch.cuda.empty_cache()
-
-
-def _quiet() -> None:
-    # In one process all windows of a wave are in the queue before the first step, so they move
-    # in lockstep at the given chunk; and there is one peak memory to report.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-
-
-def _arguments(specification: EngineSpecification) -> dict[str, Any]:
-    from vllm_plugins import eviction_engine_args
-
-    return {
-        "model": specification.model_path,
-        "dtype": specification.dtype,
-        "max_model_len": specification.context_length + 1,
-        "max_num_seqs": specification.max_num_seqs,
-        "max_num_batched_tokens": specification.max_num_batched_tokens,
-        "long_prefill_token_threshold": specification.prefill_chunk,
-        "enforce_eager": specification.enforce_eager,
-        "enable_trace_replay": specification.protocol == "decode",
-        "use_tqdm_on_load": False,
-        "seed": 0,
-        **eviction_engine_args(block_size=specification.block_size, **specification.eviction),
-    }
-
-
 def _record(output: Any) -> dict[str, Any]:
     return (output.kv_transfer_params or {}).get("kv_eviction", {})
 
@@ -333,16 +241,9 @@ def _check_policy(record: dict[str, Any]) -> None:
             raise UnfaithfulRun(f"{failure}: {record[failure]}")
 
 
-def _bytes_per_block(config: Any, specification: EngineSpecification) -> int:
+def bytes_per_block(config: Any, specification: EngineSpecification) -> int:
     """Bytes of one physical block: keys and values of the layers of one layer group."""
     model, parallel = config.model_config, config.parallel_config
     layers = model.get_num_layers(parallel) // specification.eviction["layer_groups"]
     width = 2 * model.get_num_kv_heads(parallel) * model.get_head_size()
     return layers * width * specification.block_size * model.dtype.itemsize
-
-
-def _pool_bytes(config: Any, specification: EngineSpecification) -> int:
-    groups = specification.eviction["layer_groups"]
-    per_window = -(-config.model_config.max_model_len // specification.block_size) + 1
-    blocks = (specification.kv_pool_windows * per_window + 1) * groups
-    return (blocks + 1) * _bytes_per_block(config, specification)

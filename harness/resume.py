@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .plan import Comparison
 from .records import SCHEMA_VERSION, identity, read_json
 from .specification import RunSpecification, comparison
-from .study import Comparison
 
 
 def missing(

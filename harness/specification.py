@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_plugins.config import EvictionConfig, parse_sparsity
 from vllm_plugins.policies import policy_names
-
-from .errors import UsageError
 
 DENSE = "dense"
 PERPLEXITY, THROUGHPUT = "perplexity", "throughput"
@@ -172,82 +167,3 @@ def order(record: dict[str, Any]) -> tuple[Any, ...]:
     rank = known.index(name) if name in known else len(known)
     budget = record["specification"].get("budget_tokens") or 0
     return rank, name, record["sparsity"], budget, record["seed"]
-
-
-def seeds_for(num_runs: int | None, seeds: Sequence[int] | None) -> tuple[int, ...]:
-    """Seeds of the runs: as given, or 0, 1, ... for ``num_runs``.
-
-    Raises:
-        UsageError: the two contradict each other, or a seed is repeated or negative.
-
-    """
-    if seeds is None:
-        if num_runs is not None and num_runs < 1:
-            raise UsageError("--num-runs must be at least 1")
-        return tuple(range(num_runs if num_runs is not None else 1))
-    if num_runs is not None and num_runs != len(seeds):
-        raise UsageError(f"--num-runs is {num_runs} but --seeds names {len(seeds)}; drop one")
-    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise UsageError("--seeds must be different whole numbers of at least 0")
-    return tuple(seeds)
-
-
-def method_for(value: Any) -> Method:
-    """A method as given: a policy's name, or ``{policy, name, args}``.
-
-    Raises:
-        UsageError: neither; or a name that no file can bear.
-
-    """
-    if isinstance(value, str):
-        return Method(value, value)
-    if not isinstance(value, dict) or "policy" not in value:
-        raise UsageError(f"a method is {value!r}; give a policy's name or {{policy, name, args}}")
-    unknown = set(value) - {"policy", "name", "args"}
-    if unknown:
-        raise UsageError(f"a method has {sorted(unknown)}; it takes policy, name and args")
-    args = value.get("args") or {}
-    parts = "-".join(str(v) for v in args.values())
-    name = str(value.get("name") or (f"{value['policy']}-{parts}" if parts else value["policy"]))
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*(_[A-Za-z0-9.+-]+)*", name):
-        raise UsageError(f"a method's name is {name!r}; use letters, digits, '.', '+', '-' or '_'")
-    return Method(name, value["policy"], args)
-
-
-def levels_for(
-    methods: Sequence[Any], sparsities: Sequence[Any], budgets: Sequence[Any] = ()
-) -> list[tuple[Method, float, int | None]]:
-    """Every (method, sparsity, budget in tokens) of a comparison; ``dense`` once.
-
-    Raises:
-        UsageError: nothing to run, or two methods of one name. ``EvictionConfigError``: a
-        sparsity is out of range.
-
-    """
-    levels: list[tuple[Method, float, int | None]] = []
-    for method in map(method_for, methods):
-        if method.policy == DENSE:
-            wanted: list[tuple[float, int | None]] = [(0.0, None)]
-        else:
-            wanted = [(parse_sparsity("sparsity", s), None) for s in sparsities]
-            wanted += [(0.0, budget) for budget in budgets]
-        for sparsity, budget in wanted:
-            if (method, sparsity, budget) not in levels:
-                levels.append((method, sparsity, budget))
-    if len({(m.name, s, b) for m, s, b in levels}) < len(levels):
-        raise UsageError("two methods bear the same name; give them a name each")
-    if not levels:
-        raise UsageError("nothing to run; name at least one of --methods and one --sparsity")
-    return levels
-
-
-def check_levels(engine: EngineSpecification, runs: Sequence[RunSpecification]) -> None:
-    """Refuse what the plugin would refuse, before an engine starts.
-
-    Raises:
-        EvictionConfigError: a policy, parameter or budget is wrong.
-
-    """
-    config = EvictionConfig.parse(engine.eviction)
-    for settings in {json.dumps(run.settings): run.settings for run in runs}.values():
-        config.request_settings(settings, engine.block_size)

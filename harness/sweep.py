@@ -11,9 +11,11 @@ from typing import Any
 
 from vllm_plugins.config import EvictionConfigError
 
-from .engine import Engine, UnfaithfulRun, device_type, preflight, running
+from .engine import Engine, UnfaithfulRun
 from .errors import UsageError
+from .launch import device_type, preflight, running
 from .measure import measure_perplexity, measure_throughput, warm_up
+from .plan import Comparison, comparisons
 from .records import (
     EXPERIMENT,
     FAILED,
@@ -25,7 +27,7 @@ from .records import (
 )
 from .resume import missing
 from .specification import PERPLEXITY, EngineSpecification, RunSpecification
-from .study import Comparison, Study, comparisons
+from .study import Study
 from .texts import Texts
 
 Progress = Callable[[str, int], None]

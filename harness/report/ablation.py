@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from .styles import new_figure, save, styles
+from .styles import new_figure, save, shared_legend, styles
 from .tables import Row, change, level, spread
 
 Point = tuple[str, dict[str, Any]]
@@ -64,6 +64,6 @@ def draw_ablation(points: list[Point], path: Path, caption: str) -> None:
         axes.set(title=f"sparsity {wanted}", xlim=(-0.3, len(points) - 0.7))
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("perplexity")
-    grid[0][0].legend(fontsize=8)
+    shared_legend(figure, grid[0])
     figure.suptitle("\n".join(textwrap.wrap(caption, 90)), fontsize=8)
     save(figure, path)

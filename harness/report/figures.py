@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .styles import new_figure, save, styles
+from .styles import new_figure, save, shared_legend, styles
 from .tables import level
 
 
@@ -34,6 +34,7 @@ def draw(
             (lambda: _against_sparsity(
                 {k: e for k, e in results.items() if "throughput" in e},
                 lambda e: e["throughput"]["output_tokens_per_second"], "output tokens per second",
+                from_zero=True,
             )) if any("throughput" in e for e in results.values()) else None,
         ),
         (
@@ -82,7 +83,10 @@ def _bars(value: dict[str, float]) -> tuple[float, float]:
 
 
 def _against_sparsity(
-    results: dict[str, Any], metric: Callable[[dict[str, Any]], Any], label: str
+    results: dict[str, Any],
+    metric: Callable[[dict[str, Any]], Any],
+    label: str,
+    from_zero: bool = False,
 ) -> Any:
     figure, axes = new_figure()
     methods = _methods(results)
@@ -104,6 +108,8 @@ def _against_sparsity(
             **look,
         )
     axes.set(xlabel="sparsity (share of KV blocks evicted)", ylabel=label, xlim=(0, 1))
+    if from_zero:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -167,7 +173,7 @@ def _position(results: dict[str, Any], positions: dict[str, Any]) -> Any:
         axes.set(title=f"sparsity {name}" if wanted.startswith("s") else name, xlabel="token")
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("loss above dense, nats per token")
-    grid[0][0].legend(fontsize=8)
+    shared_legend(figure, grid[0])
     return figure
 
 
@@ -194,7 +200,7 @@ def _cache(results: dict[str, Any], traces: dict[str, Any]) -> Any:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("KV blocks per window")
-    grid[0][0].legend(fontsize=8)
+    shared_legend(figure, grid[0])
     return figure
 
 
@@ -214,7 +220,12 @@ def _forest(tests: dict[str, Any]) -> Any:
         axes.plot(result["mean_difference_nats"], row, "o", ms=6, mec="black",
                   mfc="black" if filled else "white")  # fmt: skip
     axes.axvline(0, color="black", ls="--", lw=0.8)
-    axes.set_yticks(range(len(names)), [n.replace("_vs_", " vs ") for n in reversed(names)])
+    shown = [name.replace("_vs_", " vs ").rpartition("_") for name in reversed(names)]
+    axes.set_yticks(
+        range(len(names)),
+        [f"{pair}, {level.removeprefix('s')}" for pair, _, level in shown],
+        fontsize=8,
+    )
     axes.set(xlabel="second minus first, nats per token (right of 0: the first is better)")
     axes.grid(axis="x", alpha=0.3)
     return figure

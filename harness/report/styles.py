@@ -56,3 +56,12 @@ def new_figure(width: float = 6.4, height: float = 4.2, **options: Any) -> tuple
     from matplotlib import pyplot as plt
 
     return plt.subplots(figsize=(width, height), layout="constrained", **options)
+
+
+def shared_legend(figure: Any, panels: Any) -> None:
+    """One legend below all panels, each method once."""
+    found = {}
+    for axes in panels:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    figure.legend(found.values(), found, loc="outside lower center", ncols=6, fontsize=8)

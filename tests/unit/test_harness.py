@@ -10,9 +10,9 @@ import pytest
 from harness.aggregate import aggregate, significance
 from harness.errors import UsageError
 from harness.perplexity import after_eviction, by_chunk, perplexity, total
+from harness.plan import seeds_for
 from harness.readme import fill
 from harness.records import provenance, read_json, write_json
-from harness.specification import seeds_for
 from harness.workload import draw_windows
 
 from .records import experiment

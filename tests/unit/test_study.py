@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UsageError
+from harness.plan import comparisons
 from harness.specification import RunSpecification, order
-from harness.study import Study, comparisons, read_study
+from harness.study import Study, read_study
 from vllm_plugins.config import EvictionConfigError
 
 STUDIES = sorted((Path(__file__).resolve().parents[2] / "scripts" / "studies").glob("*.yaml"))
