@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, EvictionConfigError) as error:
         print(f"kv-eviction: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("kv-eviction: interrupted; finished runs are kept", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(f"kv-eviction: {str(interruption) or 'interrupted'}", file=sys.stderr)
         return 130
 
 

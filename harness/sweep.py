@@ -143,6 +143,7 @@ class Sweep:
                     return
                 finally:
                     self.session.engine_start_seconds.append(time.perf_counter() - started)
+                progress("engine is up", 0)
                 healthy = True
                 while remaining and healthy:
                     healthy = self._run_job(engine, remaining.pop(0), progress)

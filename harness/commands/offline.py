@@ -110,9 +110,17 @@ def run(arguments: argparse.Namespace) -> int:
 
         def progress(label: str, finished: int) -> None:
             bar.set_description(label, refresh=finished == 0)
-            bar.update(finished)
+            if finished:
+                bar.update(finished)
+            else:
+                bar.unpause()  # the time an engine takes to start says nothing of what is left
 
-        sweep.run(progress)
+        try:
+            sweep.run(progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; finished runs are kept, --experiment-name {folder.name} goes on"
+            ) from None
     for file, reason in sweep.failures:
         print(f"failed: {file}: {reason}", file=sys.stderr)
     if sweep.failures and not (sweep.session.runs_done or sweep.session.runs_skipped):
