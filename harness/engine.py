@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -203,13 +204,12 @@ class Engine:
 
     def _scored(self, window: list[int], output: Any) -> ScoredWindow:
         if self.specification.protocol == "decode":
-            values = list(output.outputs[0].logprobs.logprobs)
+            values = _own(output.outputs[0].logprobs)
             if list(output.outputs[0].token_ids) != window[len(output.prompt_token_ids) :]:
                 raise UnfaithfulRun("vLLM decoded other tokens than the window's")
             values = [0.0] * (len(output.prompt_token_ids) - 1) + values
         else:
-            # One entry per position but the first, which has none: the prompt's own token.
-            values = list(output.prompt_logprobs.logprobs)
+            values = _own(output.prompt_logprobs)[1:]  # nothing predicts the first token
         if len(values) != len(window) - 1:
             raise UnfaithfulRun(
                 f"vLLM gave {len(values)} log-probs for a window of {len(window)} tokens"
@@ -229,6 +229,12 @@ class Engine:
                 f"a window of {len(window)} tokens took {record['num_steps']} steps, not the "
                 f"{steps} that a chunk of {chunk} makes ({record['preemptions']} preemptions)"
             )
+
+
+def _own(flat: Any) -> list[float]:
+    """Log-prob of each position's own token: the first entry of ``FlatLogprobs`` there."""
+    values = [*flat.logprobs, math.nan]  # a position without entries may lie at the end
+    return [values[start] for start in flat.start_indices]
 
 
 def _record(output: Any) -> dict[str, Any]:

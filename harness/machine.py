@@ -59,11 +59,10 @@ def _gpu() -> dict[str, Any]:
     import torch
 
     nvml, handle = _nvml()
-    name, driver = nvml.nvmlDeviceGetName(handle), nvml.nvmlSystemGetDriverVersion()
     return {
-        "gpu": name.decode() if isinstance(name, bytes) else name,
+        "gpu": nvml.nvmlDeviceGetName(handle),
         "gpu_memory_gib": round(nvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30, 1),
-        "driver": driver.decode() if isinstance(driver, bytes) else driver,
+        "driver": nvml.nvmlSystemGetDriverVersion(),
         "cuda": torch.version.cuda,
     }
 
@@ -75,8 +74,5 @@ def _nvml() -> tuple[Any, Any]:
 
     nvml.nvmlInit()
     # NVML counts all cards, CUDA those that CUDA_VISIBLE_DEVICES leaves; the UUID is the same.
-    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    try:
-        return nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)
-    except nvml.NVMLError:
-        return nvml, nvml.nvmlDeviceGetHandleByUUID(uuid.encode())
+    uuid = torch.cuda.get_device_properties(0).uuid
+    return nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")

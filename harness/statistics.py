@@ -45,6 +45,7 @@ def paired_test(
         - ``mean_difference_nats``: ``second - first``, nats per token; positive: ``first`` is
           better;
         - ``interval_95`` and what it was made by (``interval_method``), see ``interval``;
+          ``interval_95_t``, Student's, which takes all windows as independent;
         - ``paired_t_p``, ``wilcoxon_p``: two-sided paired t-test and Wilcoxon signed-rank;
         - ``effect_size_dz``: Cohen's d of paired samples, mean over standard deviation;
         - ``minimal_detectable_difference``: the smallest difference that a paired t-test at 5%
@@ -67,6 +68,7 @@ def paired_test(
         "mean_difference_nats": float(difference.mean()),
         "interval_95": None,
         "interval_method": None,
+        "interval_95_t": None,
         "paired_t_p": None,
         "wilcoxon_p": None,
         "effect_size_dz": None,
@@ -82,6 +84,7 @@ def paired_test(
         result["effect_size_dz"] = float(difference.mean()) / spread
         quantiles = stats.t.ppf([0.5 + CONFIDENCE / 2, POWER], n - 1).sum()
         result["minimal_detectable_difference"] = float(quantiles * spread / math.sqrt(n))
+        result["interval_95_t"] = list(mean_interval(difference)[1:])
         low, high, method = interval(difference, groups)
         result["interval_95"], result["interval_method"] = [low, high], method
     return result
@@ -103,9 +106,8 @@ def interval(difference: np.ndarray, clusters: np.ndarray) -> tuple[float, float
     names, index, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
     n = len(difference)
     if n < MIN_UNITS:
-        mean, error = float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(n)
-        margin = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-        return mean - margin, mean + margin, "Student's t"
+        _, low, high = mean_interval(difference)
+        return low, high, "Student's t"
     if len(names) > 1 and sizes.min() >= 2:
         grouped = difference[np.argsort(index, kind="stable")]
         units = np.add.reduceat(grouped, np.cumsum(sizes) - sizes) / sizes

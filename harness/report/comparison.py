@@ -107,11 +107,14 @@ def _page(
         parts += ["After eviction:", markdown(after)]
     methods = {t["all_tokens"]["interval_method"] for t in tests.values()} - {None}
     if methods:
-        parts.append(f"Intervals: {', '.join(sorted(methods))}.")
+        parts.append(
+            f"Intervals by seeds: {', '.join(sorted(methods))}. By windows: Student's t, all "
+            f"windows taken as independent."
+        )
     if len(table := normalised_rows(results)) > 1:
         parts += ["## Independent of the tokenizer", markdown(table)]
     if len(table := expectation_rows(results, caption(first))) > 1:
-        parts += ["## Expected, published, measured", markdown(table)]
+        parts += ["## Expected, published, measured", markdown(table, numbers=False)]
     if failed := failures(folder):
         lines = [f"- `{f['key']}` of seed {f['seed']}: {f['reason']}" for f in failed]
         parts += ["## Failed runs", "\n".join(lines)]

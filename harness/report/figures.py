@@ -55,8 +55,9 @@ def draw(
         ),
         (
             "differences",
-            "Differences in loss with 95% intervals; filled: significant after Holm's correction "
-            "(paired t-test, 5%).",
+            "Differences in loss with 95% intervals: thin by the bootstrap over seeds, thick by "
+            "Student's t over windows; filled: significant after Holm's correction (paired t-test, "
+            "5%).",
             (lambda: _forest(tests)) if any(_drawable(t) for t in tests.values()) else None,
         ),
     ]  # fmt: skip
@@ -216,7 +217,8 @@ def _forest(tests: dict[str, Any]) -> Any:
         low, high = result["interval_95"]
         p = result["paired_t_p_holm"]
         filled = p is not None and p < 0.05
-        axes.plot([low, high], [row, row], color="black", lw=1.2)
+        axes.plot([low, high], [row, row], color="black", lw=1)
+        axes.plot(result["interval_95_t"], [row, row], color="0.6", lw=4, solid_capstyle="butt")
         axes.plot(result["mean_difference_nats"], row, "o", ms=6, mec="black",
                   mfc="black" if filled else "white")  # fmt: skip
     axes.axvline(0, color="black", ls="--", lw=0.8)

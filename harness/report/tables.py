@@ -100,19 +100,19 @@ def normalised_rows(results: dict[str, Any]) -> list[Row]:
 def test_rows(tests: dict[str, Any], part: str) -> list[Row]:
     """Header and rows of the significance tests; ``part``: ``all_tokens`` or ``after_eviction``."""
     table: list[Row] = [
-        ("comparison", "difference (nats)", "95% interval", "d_z", "t p", "t p (Holm)",
-         "Wilcoxon p", "Wilcoxon p (Holm)", "detectable", "windows"),
+        ("comparison", "difference (nats)", "95% by seeds", "95% by windows", "d_z",
+         "t p", "t p (Holm)", "Wilcoxon p", "Wilcoxon p (Holm)", "detectable", "windows"),
     ]  # fmt: skip
     for name, test in tests.items():
         result = test[part]
         if result is None:
             continue
-        low_high = result["interval_95"]
         table.append(
             (
                 name,
                 f"{result['mean_difference_nats']:+.4f}",
-                "-" if low_high is None else f"[{low_high[0]:+.4f}, {low_high[1]:+.4f}]",
+                _range(result["interval_95"]),
+                _range(result["interval_95_t"]),
                 _number(result["effect_size_dz"], "+.2f"),
                 _number(result["paired_t_p"], ".2g"),
                 _number(result["paired_t_p_holm"], ".2g"),
@@ -149,9 +149,10 @@ def aligned(table: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def markdown(table: Sequence[Row]) -> str:
+def markdown(table: Sequence[Row], numbers: bool = True) -> str:
     """A header and rows in Markdown, numbers to the right."""
-    lines = ["| " + " | ".join(table[0]) + " |", "|---|" + "---:|" * (len(table[0]) - 1)]
+    column = "---:|" if numbers else "---|"
+    lines = ["| " + " | ".join(table[0]) + " |", "|---|" + column * (len(table[0]) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in table[1:]]
     return "\n".join(lines)
 
@@ -204,6 +205,10 @@ def spread(value: dict[str, float] | None, num_runs: int, digits: int = 2) -> st
 def change(value: float, base: float) -> str:
     """``value`` against ``base`` in percent."""
     return f"{100 * (value / base - 1):+.1f}%"
+
+
+def _range(value: list[float] | None) -> str:
+    return "-" if value is None else f"[{value[0]:+.4f}, {value[1]:+.4f}]"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -87,7 +87,8 @@ def test_a_known_difference_is_found():
     assert result["wilcoxon_p"] < 1e-6
     assert result["mean_difference_nats"] == pytest.approx(0.05, abs=0.01)
     assert result["effect_size_dz"] == pytest.approx(0.05 / 0.02, rel=0.25)
-    assert result["interval_95"][0] > 0
+    assert 0 < result["interval_95"][0] < 0.05 < result["interval_95"][1]
+    assert 0 < result["interval_95_t"][0] < 0.05 < result["interval_95_t"][1]
     assert (result["num_windows"], result["num_seeds"]) == (60, 3)
 
 
@@ -99,7 +100,7 @@ def test_statistics_repeat_exactly():
 def test_it_knows_what_it_cannot_say():
     alone = paired_test([1.0], [2.0])
     assert alone["mean_difference_nats"] == 1.0
-    for name in ("paired_t_p", "wilcoxon_p", "interval_95", "effect_size_dz"):
+    for name in ("paired_t_p", "wilcoxon_p", "interval_95", "interval_95_t", "effect_size_dz"):
         assert alone[name] is None
     equal = paired_test([1.0, 2.0], [1.0, 2.0])
     assert equal["paired_t_p"] is equal["wilcoxon_p"] is None
