@@ -192,7 +192,7 @@ def main() -> None:
         "benchmark": "kernels",
         "copy_bandwidth_bytes_per_second": bandwidth,
         "measured": measured,
-        **provenance(),
+        **provenance("cuda"),
     }
     write_json(arguments.output, record)
 

@@ -48,7 +48,7 @@ class Regime:
     loads: dict[str, Load]
 
 
-HEADLINE = ("stock", "streaming_0.9", "random_0.9", "h2o_0.9", "cab_0.9", "h2o_0.5",
+HEADLINE = ("stock", "streaming_0.9", "h2o_0.9", "cab_0.9", "h2o_0.5",
             "h2o_0.9_sampled", "cab_0.9_sampled")  # fmt: skip
 SHORT = ("stock", "off_0", "scoring_0", "scoring_0_sampled", "h2o_0.9")
 REGIMES = {
@@ -57,7 +57,7 @@ REGIMES = {
         8.0,
         5120,
         {
-            "short": Load(Workload(64, 512, 256), SHORT, repeats=3),
+            "short": Load(Workload(64, 512, 256), SHORT, repeats=2),
             "headline": Load(Workload(96, 4000, 1024), HEADLINE),
         },
     ),
@@ -91,11 +91,10 @@ def groups(scoring: dict[str, Any], sampling: dict[str, Any]) -> list[Group]:
         Group("stock", None, {"stock": None}),
         Group(
             "scoring off",
-            {"policy": "dense", "request_policies": ["streaming", "random"]},
+            {"policy": "dense", "request_policies": ["streaming"]},
             {
                 "off_0": evict("streaming", 0),
                 "streaming_0.9": evict("streaming", 0.9),
-                "random_0.9": evict("random", 0.9),
                 "streaming_0.5": evict("streaming", 0.5),
             },
         ),
@@ -234,7 +233,7 @@ def main() -> None:
         "sampling": sampling,
         "groups": [asdict(group) for group in chosen],
         "measured": [],
-        **provenance(),
+        **provenance("cuda"),
     }
     with tempfile.TemporaryDirectory() as folder:
         for group in chosen:
