@@ -15,6 +15,8 @@ from harness.report.experiment import report_experiment
 from harness.study import Study
 from harness.sweep import Sweep
 
+from .records import Characters
+
 SETTINGS = {
     "methods": ["dense", "h2o", "cab"],
     "sparsity": [0.5],
@@ -91,8 +93,9 @@ class Engines:
 
 
 @pytest.fixture
-def engines(monkeypatch, tmp_path, smollm2):
+def engines(monkeypatch, smollm2):
     made = Engines()
+    monkeypatch.setattr("harness.texts.load_tokenizer", lambda path: Characters())
     monkeypatch.setattr(sweep_module, "running", made.running)
     monkeypatch.setattr(sweep_module, "preflight", lambda specification: None)
     monkeypatch.setattr(sweep_module, "device_type", lambda: "cpu")
