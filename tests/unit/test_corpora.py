@@ -4,24 +4,15 @@ import json
 
 import pytest
 
-from harness.corpora import HUB, describe, load_documents, load_text
+from harness.corpora import HUB, describe, load_documents, load_text, resolved_revision
 from harness.errors import UsageError
 from harness.specification import Text
 from harness.tokens import scored_text, tokenize
 from harness.workload import draw_prompts, draw_windows
 
+from .records import Characters
+
 ROWS = [{"text": "one", "body": "1"}, {"text": "two", "body": "2"}]
-
-
-class Characters:
-    """A tokenizer of characters."""
-
-    def __call__(self, text, add_special_tokens):
-        assert not add_special_tokens
-        return type("Encoding", (), {"input_ids": [ord(c) for c in text]})
-
-    def decode(self, tokens, clean_up_tokenization_spaces):
-        return "".join(map(chr, tokens))
 
 
 @pytest.fixture
@@ -64,6 +55,7 @@ def test_hub_texts_are_pinned(name):
     text = describe(name, None, "concatenate")
     assert len(text.revision) == 40
     assert (text.revision, text.split) == (HUB[name].revision, "test")
+    assert resolved_revision(text) == text.revision
 
 
 def test_refusals(files):
