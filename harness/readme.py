@@ -2,7 +2,8 @@
 
     python -m harness.readme README.md results
 
-NAME is a folder of records under ``results``; figures in a README are never typed in.
+NAME is a folder of records under ``results``, or a benchmark's record there; figures in a README
+are never typed in.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 from .aggregate import aggregate
+from .bench.tables import bench_table
 from .records import read_json, read_load_records, read_records
 from .report.tables import caption, markdown_table, provenance_line
 
@@ -22,6 +24,8 @@ def fill(text: str, results: Path) -> str:
     """``text`` with every marked table made anew from its records."""
 
     def table(match: re.Match[str]) -> str:
+        if match[2].endswith(".json"):
+            return f"{match[1]}\n{bench_table(read_json(results / match[2]))}\n\n{match[3]}"
         records = read_records(results / match[2])
         recorded = read_json(results / match[2] / "aggregated_results.json")
         current = aggregate(records, read_load_records(results / match[2]))

