@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from vllm_plugins.config import EvictionConfigError
 
-from .commands import model, offline
+from .commands import load, model, offline, serve
 from .errors import UsageError
 
-COMMANDS = (offline, model)
+COMMANDS = (offline, model, serve, load)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

