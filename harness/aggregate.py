@@ -6,27 +6,49 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any
 
-from .perplexity import after_eviction, perplexity, total
+from .perplexity import after_eviction, first_affected, perplexity, total
 from .specification import DENSE
-from .statistics import paired_test, summary
+from .statistics import holm, paired_test, summary
 
 METRICS = (
     "perplexity",
     "perplexity_after_eviction",
+    "word_perplexity",
+    "byte_perplexity",
+    "bits_per_byte",
     "tokens_per_second",
     "peak_memory_mb",
+    "process_peak_memory_mb",
+    "device_memory_mb",
     "avg_cache_size",
+    "peak_cache_size",
+    "blocks_evicted",
+    "decision_seconds",
 )
+LOAD_METRICS = (
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "output_tokens_per_second",
+    "peak_memory_mb",
+    "preemptions",
+    "blocks_evicted",
+    "decision_seconds",
+)
+TESTED = ("all_tokens", "after_eviction")
 
 
-def aggregate(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def aggregate(
+    records: Sequence[dict[str, Any]], loads: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """``{"h2o_s0.9": {"method", "sparsity", "num_runs", metric: {mean, std, min, max}}}``.
 
     Standard deviations are over runs (seeds). Dense evicts nothing, so its
     ``perplexity_after_eviction`` is null; ``dense_after_eviction`` of the other keys is its
-    perplexity on the very tokens theirs is over.
+    perplexity on the very tokens theirs is over. ``throughput`` holds what the separate pass
+    measured, where it was run.
     """
     results: dict[str, Any] = {}
+    by_load = _by_key(loads)
     for key, runs in _by_key(records).items():
         entry: dict[str, Any] = {
             "method": runs[0]["method"],
@@ -35,10 +57,15 @@ def aggregate(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "num_windows": sum(len(run["windows"]) for run in runs),
         }
         for metric in METRICS:
-            entry[metric] = summary([run[metric] for run in runs])
+            entry[metric] = summary([run.get(metric) for run in runs])
         dense = [_dense_on_the_same(run, records) for run in runs]
-        if runs[0]["method"] != DENSE and all(value is not None for value in dense):
+        if not _is_dense(runs[0]) and all(value is not None for value in dense):
             entry["dense_after_eviction"] = summary(dense)
+        if key in by_load:
+            entry["throughput"] = {
+                "num_runs": len(by_load[key]),
+                **{m: summary([run[m] for run in by_load[key]]) for m in LOAD_METRICS},
+            }
         results[key] = entry
     return results
 
@@ -47,65 +74,80 @@ def significance(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """``{"h2o_vs_cab_s0.9": {...}}``: every pair at equal sparsity, and dense against each.
 
     The unit is the window; windows are paired by seed and place. Two results a pair: over all
-    tokens, and over those after the first eviction.
+    tokens, and over those after the first eviction. Each is a family of its own for Holm's
+    correction: ``*_holm`` beside the p-values.
     """
     by_key = _by_key(records)
-    evicting = {key: runs for key, runs in by_key.items() if runs[0]["method"] != DENSE}
-    dense = next((runs for runs in by_key.values() if runs[0]["method"] == DENSE), None)
-    tests: dict[str, Any] = {}
-    for first, second in combinations(evicting.values(), 2):
-        if first[0]["sparsity"] == second[0]["sparsity"]:
-            tests[_name(first, second)] = _compare(first, second)
+    evicting = [runs for runs in by_key.values() if not _is_dense(runs[0])]
+    dense = next((runs for runs in by_key.values() if _is_dense(runs[0])), None)
+    pairs = [(a, b) for a, b in combinations(evicting, 2) if _level(a[0]) == _level(b[0])]
     if dense is not None:
-        for runs in evicting.values():
-            tests[_name(dense, runs)] = _compare(dense, runs)
+        pairs += [(dense, runs) for runs in evicting]
+    # Runs may have failed, or be still to come: a pair without a common window is no pair yet.
+    pairs = [(a, b) for a, b in pairs if window_losses(a).keys() & window_losses(b).keys()]
+    tests = {_name(first, second): _compare(first, second) for first, second in pairs}
+    for part in TESTED:
+        family = [test[part] for test in tests.values() if test[part] is not None]
+        for name in ("paired_t_p", "wilcoxon_p"):
+            adjusted = holm([result[name] for result in family])
+            for result, value in zip(family, adjusted, strict=True):
+                result[f"{name}_holm"] = value
+                result["family_size"] = len(family)
     return tests
 
 
+def window_losses(runs: Iterable[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:
+    """Windows of a method's runs by (seed, place)."""
+    return {(run["seed"], window["start"]): window for run in runs for window in run["windows"]}
+
+
 def _name(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> str:
-    return f"{first[0]['method']}_vs_{second[0]['method']}_s{second[0]['sparsity']:g}"
+    return f"{first[0]['method']}_vs_{second[0]['method']}_{_level(second[0])}"
 
 
 def _compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, Any]:
-    a, b = _windows(first), _windows(second)
+    a, b = window_losses(first), window_losses(second)
     shared = sorted(a.keys() & b.keys())
-    if not shared:
-        raise ValueError(f"{_name(first, second)} share no window")
+    seeds = [seed for seed, _ in shared]
     result: dict[str, Any] = {
-        "test": "paired t-test and Wilcoxon signed-rank on mean NLL per window (nats per token)",
-        "all_tokens": paired_test([_nll(a[w]) for w in shared], [_nll(b[w]) for w in shared]),
+        "test": "paired t-test and Wilcoxon signed-rank on mean NLL per window (nats per token), "
+        "Holm-corrected over all comparisons of the file",
+        "all_tokens": paired_test(
+            [_nll(a[w]) for w in shared], [_nll(b[w]) for w in shared], seeds
+        ),
         "after_eviction": None,
     }
-    starts = [
-        a[w]["eviction"]["first_eviction_tokens"] or b[w]["eviction"]["first_eviction_tokens"]
-        for w in shared
-    ]
-    if all(
-        start is not None and total(a[w], start)[1] for w, start in zip(shared, starts, strict=True)
-    ):
+    starts = [first_affected(a[w]) or first_affected(b[w]) for w in shared]
+    if all(s is not None and total(a[w], s)[1] for w, s in zip(shared, starts, strict=True)):
         result["after_eviction"] = paired_test(
             [_nll(a[w], start) for w, start in zip(shared, starts, strict=True)],
             [_nll(b[w], start) for w, start in zip(shared, starts, strict=True)],
+            seeds,
         )
     return result
 
 
 def _dense_on_the_same(run: dict[str, Any], records: Iterable[dict[str, Any]]) -> float | None:
     for record in records:
-        if record["method"] == DENSE and record["seed"] == run["seed"]:
-            starts = [window["eviction"]["first_eviction_tokens"] for window in run["windows"]]
+        if _is_dense(record) and record["seed"] == run["seed"]:
+            starts = [first_affected(window) for window in run["windows"]]
             evicted = after_eviction(record["windows"], starts)
             return perplexity(evicted) if evicted else None
     return None
 
 
+def _is_dense(record: dict[str, Any]) -> bool:
+    return record["method"] == DENSE
+
+
+def _level(record: dict[str, Any]) -> str:
+    """``s0.9`` or ``b256``: the key without the method."""
+    return record["key"].removeprefix(f"{record['method']}_")
+
+
 def _nll(window: dict[str, Any], start: int = 0) -> float:
     log_likelihood, count = total(window, start)
     return -log_likelihood / count
-
-
-def _windows(runs: list[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:
-    return {(run["seed"], window["start"]): window for run in runs for window in run["windows"]}
 
 
 def _by_key(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from vllm_plugins.config import EvictionConfigError
 
-from .commands import load, model, offline, serve
+from .commands import load, model, offline, report, serve, serve_sweep
 from .errors import UsageError
 
-COMMANDS = (offline, model, serve, load)
+COMMANDS = (offline, report, serve, load, serve_sweep, model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, EvictionConfigError) as error:
         print(f"kv-eviction: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("kv-eviction: interrupted; finished runs are kept", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(f"kv-eviction: {str(interruption) or 'interrupted'}", file=sys.stderr)
         return 130
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -87,3 +88,27 @@ def _convert(gguf: Path, folder: Path) -> None:
     config.update(architectures=["LlamaForCausalLM"], tie_word_embeddings=True, dtype="bfloat16")
     # Last, and what marks the folder as complete.
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+
+
+def recorded_name(name: str) -> str:
+    """How records call the model: a folder by its own name, whatever it lies in."""
+    path = Path(name).expanduser()
+    if path.exists() or name.startswith((".", "/", "~")):
+        return path.resolve().name
+    return name
+
+
+def fingerprint(path: str) -> str:
+    """Sixteen hexadecimal digits over a folder's configuration and its weights' names and sizes;
+    of a hub id that is not on this machine, over the id."""
+    digest = hashlib.sha256()
+    folder = Path(path)
+    if not folder.is_dir():
+        return hashlib.sha256(path.encode()).hexdigest()[:16]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # Written by whatever version of Transformers made the folder; says nothing about the model.
+    config.pop("transformers_version", None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    return digest.hexdigest()[:16]

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from .aggregate import aggregate
-from .records import read_json, read_records
-from .report import caption, markdown_table, provenance_line
+from .records import read_json, read_load_records, read_records
+from .report.tables import caption, markdown_table, provenance_line
 
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -24,7 +24,7 @@ def fill(text: str, results: Path) -> str:
     def table(match: re.Match[str]) -> str:
         records = read_records(results / match[2])
         recorded = read_json(results / match[2] / "aggregated_results.json")
-        current = aggregate(records)
+        current = aggregate(records, read_load_records(results / match[2]))
         if current != recorded:
             raise ValueError(f"{match[2]}/aggregated_results.json does not match its records")
         body = f"{caption(records[0])}, {len({r['seed'] for r in records})} runs.\n"

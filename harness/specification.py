@@ -1,110 +1,169 @@
-"""One frozen record that says everything about a run."""
+"""Frozen records that say everything about a run, and the hash that tells two runs apart."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_plugins.config import EvictionConfig, parse_sparsity
-
-from .errors import UsageError
+from vllm_plugins.policies import policy_names
 
 DENSE = "dense"
+PERPLEXITY, THROUGHPUT = "perplexity", "throughput"
+PROTOCOLS = ("chunked", "decode")
+_NOT_RECORDED = ("model_path", "dataset_path")
 
 
 @dataclass(frozen=True)
 class EngineSpecification:
-    """What one engine is started with; runs that share it share the engine."""
+    """What one engine is started with; runs that share it share the engine.
+
+    ``model_path`` is where the model lies on this machine: no part of records and hashes.
+    """
 
     model: str
+    """Embedded name, folder's name, or hub id."""
+    model_fingerprint: str
+    """Tells two models of one name apart: hash of the configuration and the weights' sizes."""
     context_length: int
     prefill_chunk: int
     block_size: int
     max_num_seqs: int
+    kv_pool_windows: int
+    """The pool holds so many whole windows; as many are scored at a time."""
+    enforce_eager: bool
+    dtype: str = "float32"
+    """Of weights, activations and KV cache; ``auto`` is the checkpoint's own."""
+    protocol: str = "chunked"
     eviction: dict[str, Any] = field(default_factory=dict)
     """Server-wide fields of ``EvictionConfig``, complete."""
+    model_path: str = field(default="", compare=False)
 
     @property
     def max_num_batched_tokens(self) -> int:
         """A chunk of every window in flight fits into one step."""
-        return self.prefill_chunk * self.max_num_seqs
+        return max(self.prefill_chunk * self.kv_pool_windows, self.max_num_seqs)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A policy with its parameters, under the name that tables and figures use."""
+
+    name: str
+    policy: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Which text the windows come from. Local files are told apart by their hash."""
+
+    dataset: str
+    """``wikitext``, a hub name, ``text:NAME`` without the folder."""
+    revision: str | None = None
+    split: str | None = None
+    column: str | None = None
+    sha256: str | None = None
+    document_mode: str = "concatenate"
+    dataset_path: str = field(default="", compare=False)
+    """Where a local file lies on this machine: no part of records and hashes."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """A saturating offline load: all requests are there at the start."""
+
+    num_requests: int
+    prompt_tokens: int
+    output_tokens: int
 
 
 @dataclass(frozen=True)
 class RunSpecification:
-    """One method at one sparsity on one seed's windows."""
+    """One method at one sparsity or budget, on one seed's windows, for one measurement."""
 
     engine: EngineSpecification
-    method: str
-    sparsity: float
-    dataset: str
-    num_samples: int
+    method: Method
+    text: Text
     seed: int
+    sparsity: float = 0.0
+    budget_tokens: int | None = None
+    num_samples: int = 0
+    min_context: int = 1
+    """First token of a window that is scored."""
+    load: Load | None = None
+    """Given: throughput is measured under it; None: perplexity."""
+
+    @property
+    def measure(self) -> str:
+        return PERPLEXITY if self.load is None else THROUGHPUT
+
+    @property
+    def level(self) -> str:
+        """Runs of equal level are compared: ``s0.9``, or ``b256`` for a budget in tokens."""
+        if self.budget_tokens is not None:
+            return f"b{self.budget_tokens}"
+        return f"s{self.sparsity:g}"
 
     @property
     def key(self) -> str:
         """Key of the run's method and sparsity in ``aggregated_results.json``."""
-        return f"{self.method}_s{self.sparsity:g}"
+        return f"{self.method.name}_{self.level}"
 
     @property
     def file_name(self) -> str:
         """Name of the run's record."""
-        return f"{self.key}_ctx{self.engine.context_length}_seed{self.seed}.json"
+        kind = "seed" if self.measure == PERPLEXITY else "load"
+        return f"{self.key}_ctx{self.engine.context_length}_{kind}{self.seed}.json"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Per-request settings (``SamplingParams.extra_args``)."""
+        settings: dict[str, Any] = {"kv_policy": self.method.policy}
+        if self.method.args:
+            settings["kv_policy_args"] = self.method.args
+        if self.budget_tokens is not None:
+            settings["kv_budget_tokens"] = self.budget_tokens
+        elif self.method.policy != DENSE:
+            settings["kv_sparsity"] = self.sparsity
+        return settings
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As plain JSON values, without what differs between machines."""
+        values = asdict(self)
+        for part in ("engine", "text"):
+            for name in _NOT_RECORDED:
+                values[part].pop(name, None)
+        return {"dataset": self.text.dataset, **values}
+
+    @property
+    def hash(self) -> str:
+        """The same for the same run on every machine."""
+        return digest(self.to_dict())
+
+    @property
+    def comparison(self) -> str:
+        """Shared by runs that may stand in one table: all but method, level and seed."""
+        return comparison(self.to_dict())
 
 
-def seeds_for(num_runs: int | None, seeds: Sequence[int] | None) -> tuple[int, ...]:
-    """Seeds of the runs: as given, or 0, 1, ... for ``num_runs``.
-
-    Raises:
-        UsageError: the two contradict each other, or a seed is repeated or negative.
-
-    """
-    if seeds is None:
-        return tuple(range(num_runs if num_runs is not None else 1))
-    if num_runs is not None and num_runs != len(seeds):
-        raise UsageError(f"--num-runs is {num_runs} but --seeds names {len(seeds)}; drop one")
-    if len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise UsageError("--seeds must be different whole numbers of at least 0")
-    return tuple(seeds)
+def comparison(specification: dict[str, Any]) -> str:
+    """``RunSpecification.comparison`` of a record's specification."""
+    varied = ("method", "sparsity", "budget_tokens", "seed")
+    return digest({k: v for k, v in specification.items() if k not in varied})
 
 
-def runs_for(
-    engine: EngineSpecification,
-    methods: Sequence[str],
-    sparsities: Sequence[Any],
-    dataset: str,
-    num_samples: int,
-    seeds: Sequence[int],
-) -> list[RunSpecification]:
-    """Every run of a comparison: ``dense`` once a seed, other methods at every sparsity.
-
-    Raises:
-        UsageError: nothing to run. ``EvictionConfigError``: a method or sparsity is wrong.
-
-    """
-    config = EvictionConfig.parse(engine.eviction)
-    pairs: list[tuple[str, float]] = []
-    for method in methods:
-        for sparsity in [0.0] if method == DENSE else sparsities:
-            config.request_settings(settings_for(method, sparsity), engine.block_size)
-            pair = (method, parse_sparsity("--sparsity", sparsity))
-            if pair not in pairs:
-                pairs.append(pair)
-    if not pairs:
-        raise UsageError("nothing to run; name at least one of --methods and one --sparsity")
-    return [
-        RunSpecification(engine, method, sparsity, dataset, num_samples, seed)
-        for seed in seeds
-        for method, sparsity in pairs
-    ]
+def digest(value: Any) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 of ``value`` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def settings_for(method: str, sparsity: Any) -> dict[str, Any]:
-    """Per-request settings (``SamplingParams.extra_args``) of a method at a sparsity."""
-    if method == DENSE:
-        return {"kv_policy": DENSE}
-    return {"kv_policy": method, "kv_sparsity": sparsity}
+def order(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Sort key of records: registered policies in order, then by name, level and seed."""
+    known = policy_names()
+    name = record["method"]
+    rank = known.index(name) if name in known else len(known)
+    budget = record["specification"].get("budget_tokens") or 0
+    return rank, name, record["sparsity"], budget, record["seed"]

@@ -25,11 +25,12 @@ from ..models import DEFAULT_MODEL, resolve_model
 from ..records import SCHEMA_VERSION, provenance, read_json, timestamp, write_json
 
 ENGINE = {
+    "dtype": "float32",
     "max_model_len": 1024,
     "max_num_seqs": 8,
     "max_num_batched_tokens": 512,
     "long_prefill_token_threshold": 64,
-    "kv_cache_memory_bytes": 400 << 20,
+    "kv_cache_memory_bytes": 800 << 20,
     "enforce_eager": True,
     "use_tqdm_on_load": False,
     "seed": 0,

@@ -1,136 +1,146 @@
-"""``kv-eviction offline``: methods at sparsities on one engine."""
+"""``kv-eviction offline``: a study, or a quick comparison by flags, on as few engines as can be."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vllm_plugins.config import SCORES, EvictionConfig
+from vllm_plugins.config import SCORES
 from vllm_plugins.policies import policy_names
 
-from ..corpora import DEFAULT_DATASET
+from ..corpora import DOCUMENT_MODES
 from ..errors import UsageError
-from ..models import DEFAULT_MODEL
+from ..specification import PROTOCOLS
+from ..study import DTYPES, Study, read_study
+
+_DEFAULTS = Study()
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand to ``commands`` (of ``ArgumentParser.add_subparsers``)."""
-    defaults = EvictionConfig()
+    """Add the subcommand to ``commands`` (of ``ArgumentParser.add_subparsers``).
+
+    Flags have no defaults of their own: a flag that is given overrides the study's file, which
+    overrides the defaults of ``Study``.
+    """
     offline = commands.add_parser(
         "offline",
-        help="perplexity, memory and speed of methods at sparsities, on one engine",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="perplexity, memory and speed of methods at sparsities",
+        argument_default=argparse.SUPPRESS,
     )
-    add = offline.add_argument
-    add("--model", default=DEFAULT_MODEL, help="embedded name, folder, or Hugging Face id")
-    add("--methods", nargs="+", default=["dense", "h2o", "cab"], metavar="METHOD",
-        help=f"of: {', '.join(policy_names())}")  # fmt: skip
-    add("--sparsity", nargs="+", default=["0.5", "0.9"], metavar="S",
-        help="share of KV blocks evicted, 0 <= S < 1")  # fmt: skip
-    add("--dataset", default=DEFAULT_DATASET,
-        help="canterbury, wikitext, pg19, arxiv, text:FILE, or a name for `datasets`")  # fmt: skip
-    add("--context-length", type=int, default=1024, metavar="TOKENS", help="tokens per window")
-    add("--num-samples", type=int, default=8, metavar="N", help="windows per run")
-    add("--num-runs", type=int, default=None, metavar="N", help="runs, on seeds 0, 1, ... [1]")
-    add("--seeds", type=int, nargs="+", default=None, metavar="SEED", help="seeds of the runs")
-    add("--experiment-name", default=None, metavar="NAME", help="folder of this experiment [time]")
-    add("--output-dir", type=Path, default=Path("runs"), metavar="DIR", help="where it goes")
-    add("--prefill-chunk", type=int, default=64, metavar="TOKENS",
-        help="tokens a window advances between evictions; part of every result")  # fmt: skip
-    add("--block-size", type=int, default=32, metavar="TOKENS", help="tokens per KV block")
-    add("--max-num-seqs", type=int, default=8, metavar="N", help="windows in flight")
-    add("--layer-groups", type=int, default=defaults.layer_groups, metavar="G",
-        help="groups of layers with victims of their own")  # fmt: skip
-    add("--score", choices=SCORES, default=defaults.score, help="how attention mass adds up")
-    add("--score-half-life", type=int, default=defaults.score_half_life, metavar="TOKENS",
-        help="for --score decay")  # fmt: skip
-    add("--score-queries", default=str(defaults.score_queries), metavar="all|W",
-        help="score all queries of a chunk, or its last W")  # fmt: skip
-    add("--sink-blocks", type=int, default=defaults.sink_blocks, metavar="N",
-        help="first blocks that are never evicted")  # fmt: skip
-    add("--policy-args", default="{}", metavar="JSON",
-        help='parameters by method, {"cab": {"bridge_definition": "forman"}}')  # fmt: skip
+
+    def add(flag: str, text: str, **options: Any) -> None:
+        default = getattr(_DEFAULTS, flag.removeprefix("--").replace("-", "_"), None)
+        if isinstance(default, tuple):
+            default = " ".join(map(str, default))
+        shown = "" if default in (None, "", False, {}) else f" [{default}]"
+        offline.add_argument(flag, help=f"{text}{shown}", **options)
+
+    count = {"type": int, "metavar": "N"}
+    tokens = {"type": int, "metavar": "TOKENS"}
+    add("--study", "YAML file of settings, named as the flags", type=Path, metavar="FILE")
+    add("--model", "embedded name, folder, or Hugging Face id")
+    add("--methods", f"of: {', '.join(policy_names())}", nargs="+", metavar="METHOD")
+    add("--sparsity", "share of KV blocks evicted, 0 <= S < 1", nargs="+", metavar="S")
+    add("--budget-tokens", "absolute budgets, instead of or beside sparsities", nargs="+", **tokens)
+    add("--dataset", "canterbury, wikitext, pg19, arxiv, text:FILE, jsonl:FILE, parquet:FILE, "
+        "or a name for `datasets`; several: a comparison each", nargs="+")  # fmt: skip
+    add("--text-column", "column of the text, where it is not the usual one", metavar="NAME")
+    add("--document-mode", "join documents, or draw windows within whole ones",
+        choices=DOCUMENT_MODES)  # fmt: skip
+    add("--context-length", "tokens per window", **tokens)
+    add("--min-context", "first token of a window that is scored", **tokens)
+    add("--num-samples", "windows per run", **count)
+    add("--num-runs", "runs, on seeds 0, 1, ... [1]", **count)
+    add("--seeds", "seeds of the runs", type=int, nargs="+", metavar="SEED")
+    add("--experiment-name", "folder of this experiment [the study's name, or the time]",
+        metavar="NAME")  # fmt: skip
+    add("--output-dir", "where it goes [runs]", type=Path, metavar="DIR")
+    add("--redo", "measure again what other code or settings measured", action="store_true")
+    add("--protocol", "prompts in chunks, or tokens forced one by one (CUDA)", choices=PROTOCOLS)
+    add("--prefill-chunk", "tokens a window advances between evictions; part of every result",
+        **tokens)  # fmt: skip
+    add("--block-size", "tokens per KV block", **tokens)
+    add("--max-num-seqs", "requests the engine runs at a time", **count)
+    add("--kv-pool-windows", "whole windows the KV pool holds, and windows scored at a time "
+        "[max-num-seqs]", **count)  # fmt: skip
+    add("--enforce-eager", "no CUDA graphs [on CPU]", action=argparse.BooleanOptionalAction)
+    add("--dtype", "of weights and KV cache [float32 on CPU, else auto]", choices=DTYPES)
+    add("--throughput", "measure throughput too, in a pass of its own",
+        action=argparse.BooleanOptionalAction)  # fmt: skip
+    add("--load-runs", "runs of the throughput pass [num-runs]", **count)
+    add("--load-requests", "requests of the throughput pass [2 * max-num-seqs]", **count)
+    add("--load-output-tokens", "output tokens of each [an eighth of the context]", **tokens)
+    add("--layer-groups", "groups of layers with victims of their own", type=int, metavar="G")
+    add("--score", "how attention mass adds up", choices=SCORES)
+    add("--score-half-life", "for --score decay", **tokens)
+    add("--score-queries", "score all queries of a chunk, or its last W", metavar="all|W")
+    add("--sink-blocks", "first blocks that are never evicted", **count)
+    add("--min-blocks", "no relative budget is smaller", **count)
+    add("--policy-args", 'parameters by method, {"cab": {"bridge_definition": "forman"}}',
+        metavar="JSON")  # fmt: skip
     offline.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the comparison and sum it up."""
+    """Run what is missing of the study, then report it; 1: some runs failed."""
     from tqdm import tqdm
 
-    from ..aggregate import aggregate, significance
-    from ..evaluate import evaluate
-    from ..records import write_json
-    from ..report import caption, plot_perplexity, text_table
-    from ..specification import runs_for, seeds_for
+    from ..report.experiment import report_experiment
+    from ..report.tables import text_table
+    from ..sweep import Sweep
 
-    seeds = seeds_for(arguments.num_runs, arguments.seeds)
-    runs = runs_for(
-        _engine_specification(arguments),
-        arguments.methods,
-        arguments.sparsity,
-        arguments.dataset,
-        arguments.num_samples,
-        seeds,
+    # A polite kill ends as Ctrl-C does: engine down, finished runs kept.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    given = vars(arguments)
+    study = _study(given)
+    name = given.get("experiment_name") or study.name
+    folder = given.get("output_dir", Path("runs")) / (
+        name or datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     )
-    name = arguments.experiment_name or datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    folder = arguments.output_dir / name
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} holds an experiment already; give another --experiment-name")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
-    total = sum(run.num_samples for run in runs)
-    with tqdm(total=total, unit="window", desc="engine starts", dynamic_ncols=True) as bar:
+    sweep = Sweep(study, folder, redo=given.get("redo", False))
+    if sweep.session.runs_skipped:
+        print(f"{sweep.session.runs_skipped} run(s) are there already", file=sys.stderr)
+    with tqdm(total=sweep.total_windows, unit="window", dynamic_ncols=True) as bar:
 
-        def progress(key: str, finished: int) -> None:
-            bar.set_description(key, refresh=False)
-            bar.update(finished)
+        def progress(label: str, finished: int) -> None:
+            bar.set_description(label, refresh=finished == 0)
+            if finished:
+                bar.update(finished)
+            else:
+                bar.unpause()  # the time an engine takes to start says nothing of what is left
 
-        records = evaluate(runs, folder, progress)
-    results = aggregate(records)
-    write_json(folder / "aggregated_results.json", results)
-    write_json(folder / "significance_tests.json", significance(records))
-    plot_perplexity(results, folder / "perplexity.png", caption(records[0]))
-    print(f"\n{caption(records[0])}, {len(seeds)} run(s)\n\n{text_table(results)}\n")
-    print(f"records and perplexity.png: {folder}")
-    return 0
+        try:
+            sweep.run(progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; finished runs are kept, --experiment-name {folder.name} goes on"
+            ) from None
+    for file, reason in sweep.failures:
+        print(f"failed: {file}: {reason}", file=sys.stderr)
+    if sweep.failures and not (sweep.session.runs_done or sweep.session.runs_skipped):
+        raise UsageError(f"every run failed; the reasons are kept under {folder}")
+    for varied, results in report_experiment(folder):
+        print(f"\n{varied}\n\n{text_table(results)}" if varied else f"\n{text_table(results)}")
+    print(f"\nrecords, tables, figures: {folder}/report.md")
+    return 1 if sweep.failures else 0
 
 
-def _engine_specification(arguments: argparse.Namespace) -> Any:
-    from vllm_plugins.checks import check_block_size
-
-    from ..specification import EngineSpecification
-
-    for name in ("prefill_chunk", "max_num_seqs", "num_samples"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
-    if arguments.context_length < 2:
-        raise UsageError("--context-length must be at least 2 tokens")
-    check_block_size(arguments.block_size)
-    try:
-        policy_args = json.loads(arguments.policy_args)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"--policy-args is not JSON: {error}") from None
-    config = EvictionConfig.parse(
-        {
-            "policy": "dense",
-            "policy_args": policy_args,
-            "layer_groups": arguments.layer_groups,
-            "score": arguments.score,
-            "score_half_life": arguments.score_half_life,
-            "score_queries": arguments.score_queries,
-            "sink_blocks": arguments.sink_blocks,
-        }
-    )
-    return EngineSpecification(
-        model=arguments.model,
-        context_length=arguments.context_length,
-        prefill_chunk=arguments.prefill_chunk,
-        block_size=arguments.block_size,
-        max_num_seqs=min(arguments.max_num_seqs, max(2, arguments.num_samples)),
-        eviction=config.to_dict(),
-    )
+def _study(given: dict[str, Any]) -> Study:
+    settings: dict[str, Any] = {}
+    if "study" in given:
+        settings = read_study(given["study"])
+        settings.setdefault("name", given["study"].stem)
+    names = {field.name for field in fields(Study)}
+    settings |= {name: value for name, value in given.items() if name in names}
+    if "policy_args" in given:
+        try:
+            settings["policy_args"] = json.loads(given["policy_args"])
+        except json.JSONDecodeError as error:
+            raise UsageError(f"--policy-args is not JSON: {error}") from None
+    return Study.parse(settings)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+LOAD = ("--throughput", "--load-runs", "1", "--load-requests", "4", "--load-output-tokens", "8")
+FIGURES = ("perplexity", "throughput", "memory", "position", "cache", "differences")
 
 
 def offline(folder, *arguments, **options):
@@ -26,7 +31,7 @@ def offline(folder, *arguments, **options):
 def experiment(smollm2, canterbury, tmp_path_factory):
     folder = tmp_path_factory.mktemp("offline")
     methods = ["--methods", "dense", "h2o", "cab", "--sparsity", "0.5", "0.6"]
-    done = offline(folder, *methods, "--num-runs", "2")
+    done = offline(folder, *methods, "--num-runs", "2", *LOAD)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "e", done
 
@@ -35,7 +40,10 @@ def test_every_file_is_there(experiment):
     folder, _ = experiment
     pairs = ["dense_s0", "h2o_s0.5", "h2o_s0.6", "cab_s0.5", "cab_s0.6"]
     expected = {f"{pair}_ctx320_seed{seed}.json" for pair in pairs for seed in (0, 1)}
-    expected |= {"aggregated_results.json", "significance_tests.json", "perplexity.png"}
+    expected |= {f"{pair}_ctx320_load0.json" for pair in pairs}
+    expected |= {f"{figure}.{kind}" for figure in FIGURES for kind in ("png", "svg")}
+    expected |= {"aggregated_results.json", "significance_tests.json", "curves.json"}
+    expected |= {"experiment.json", "report.md", "report.html"}
     assert {path.name for path in folder.iterdir()} == expected
 
 
@@ -58,6 +66,7 @@ def test_a_record_says_everything_about_its_run(experiment):
     assert [len(window["log_likelihoods"]) for window in record["windows"]] == [5] * 3
     assert record["specification"]["engine"]["prefill_chunk"] == 64
     assert record["specification"]["engine"]["eviction"]["score"] == "sum"
+    assert len(record["specification_hash"]) == len(record["code"]) == 16
     assert {"vllm-kv-eviction", "torch", "python"} <= set(record["versions"])
     assert record["hardware"]["cpu"]
     # 320 tokens are 10 blocks, 4 may stay; a chunk of 2 comes on top, for each of 3 windows.
@@ -65,6 +74,11 @@ def test_a_record_says_everything_about_its_run(experiment):
     assert eviction["peak_blocks"] == 6
     assert eviction["first_eviction_tokens"] == 192
     assert eviction["blocks_evicted"] == 4
+    assert record["blocks_evicted"] == 3 * 4
+    assert (record["preemptions"], record["device_memory_mb"]) == (0, None)
+    # The pool after each of 5 steps: what is held, and never more than the chunk above it.
+    assert record["cache_trace"]["tokens"] == [64, 128, 192, 256]
+    assert record["cache_trace"]["blocks"] == [2.0, 4.0, 6.0, 6.0]
     bytes_per_block = 30 * 2 * 3 * 64 * 32 * 2
     assert record["peak_memory_mb"] == 3 * 6 * bytes_per_block / 2**20
 
@@ -79,38 +93,82 @@ def test_eviction_costs_and_saves(experiment):
     assert tests["h2o_vs_cab_s0.6"]["all_tokens"]["num_windows"] == 6
 
 
+def test_throughput_comes_from_a_pass_of_its_own(experiment):
+    folder, _ = experiment
+    record = json.loads((folder / "h2o_s0.6_ctx320_load0.json").read_text())
+    load = record["specification"]["load"]
+    assert load == {"num_requests": 4, "prompt_tokens": 312, "output_tokens": 8}
+    assert record["prefill_tokens_per_second"] * record["prefill_seconds"] == pytest.approx(4 * 312)
+    assert record["output_tokens_per_second"] * record["load_seconds"] == pytest.approx(4 * 8)
+    assert record["blocks_evicted"] > 0
+    results = json.loads((folder / "aggregated_results.json").read_text())
+    assert results["dense_s0"]["throughput"]["blocks_evicted"]["mean"] == 0
+
+
 def test_it_shows_progress_and_a_table(experiment):
     _, done = experiment
-    assert "30/30" in done.stderr
+    # 10 runs of 3 windows, and 5 loads of 4 requests, twice each.
+    assert "70/70" in done.stderr
     table = [line for line in done.stdout.splitlines() if line.startswith(("dense", "h2o", "cab"))]
     assert len(table) == 5
     assert "Traceback" not in done.stderr
 
 
-def test_an_experiment_is_never_overwritten(experiment):
-    done = offline(experiment[0].parent, "--methods", "dense")
+def test_time_goes_into_the_experiments_record(experiment):
+    (session,) = json.loads((experiment[0] / "experiment.json").read_text())["sessions"]
+    assert session["engine_starts"] == 1
+    parts = ("engine_start_seconds", "measuring_seconds", "harness_seconds")
+    assert sum(session[part] for part in parts) == pytest.approx(session["wall_seconds"], abs=0.01)
+    assert session["measuring_seconds"] > 0
+
+
+def test_a_different_experiment_of_the_same_name_is_refused(experiment):
+    done = offline(experiment[0].parent, "--methods", "dense", "--prefill-chunk", "32")
     assert done.returncode == 2
+    assert "engine.prefill_chunk 64 there, 32 here" in done.stderr
     assert "give another --experiment-name" in done.stderr
 
 
-def test_interrupting_keeps_finished_runs(smollm2, canterbury, tmp_path):
-    command = [sys.executable, "-m", "harness", "offline", "--methods", "dense", "h2o", "cab"]
-    command += ["--context-length", "320", "--num-samples", "2", "--num-runs", "50"]
-    command += ["--output-dir", str(tmp_path), "--experiment-name", "e"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    record = tmp_path / "e" / "dense_s0_ctx320_seed0.json"
-    deadline = time.monotonic() + 240
-    while not record.exists() and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read()[-2000:]
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "finished runs are kept" in error
-    assert "Traceback" not in error
-    assert json.loads(record.read_text())["perplexity"] > 1
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+def test_a_sweep_killed_twice_ends_in_the_report_of_an_undisturbed_one(experiment, tmp_path):
+    """Once politely, once not, at random moments; all but times and memory of processes equal."""
+    folder, _ = experiment
+    methods = ["--methods", "dense", "h2o", "cab", "--sparsity", "0.5", "0.6", "--num-runs", "2"]
+    command = [sys.executable, "-m", "harness", "offline", "--context-length", "320"]
+    command += ["--num-samples", "3", "--output-dir", str(tmp_path), "--experiment-name", "e"]
+    seed = int.from_bytes(os.urandom(4), "little")
+    rng = random.Random(seed)
+    print(f"random moments of seed {seed}")
+    for end, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        process = subprocess.Popen(
+            [*command, *methods, *LOAD], stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        there = len(list(tmp_path.glob("e/*_ctx320_*.json")))
+        wanted = there + rng.randint(1, 5)
+        deadline = time.monotonic() + 240
+        while len(list(tmp_path.glob("e/*_ctx320_*.json"))) < wanted:
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.stderr.read()[-2000:]
+            time.sleep(0.01)
+        time.sleep(rng.random() / 2)
+        process.send_signal(end)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == status
+        if end == signal.SIGINT:
+            assert "finished runs are kept" in error
+            assert "Traceback" not in error
+            with pytest.raises(ProcessLookupError):
+                os.killpg(process.pid, 0)
+    done = offline(tmp_path, *methods, *LOAD)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "run(s) are there already" in done.stderr
+    assert untimed(tmp_path / "e") == untimed(folder)
+
+
+def untimed(folder):
+    """What a report says and draws, but for the part that is about time."""
+    said = (folder / "report.md").read_text().split("## Speed and time")[0]
+    figures = {f: (folder / f"{f}.svg").read_bytes() for f in FIGURES if f != "throughput"}
+    return said, (folder / "significance_tests.json").read_text(), figures
 
 
 def test_the_readmes_policy_works(smollm2, canterbury, tmp_path):

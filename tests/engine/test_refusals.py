@@ -162,7 +162,7 @@ def test_a_hand_written_configuration_is_refused_too(tiny_llama):
 )
 def test_command_line(arguments, sentence, capsys, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("word " * 2000)
+    text.write_text("word " * 9000)
     base = ["offline", "--dataset", f"text:{text}", "--output-dir", str(tmp_path / "runs")]
     assert main([*base, *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

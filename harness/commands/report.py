@@ -1,0 +1,29 @@
+"""``kv-eviction report DIR``: tables, figures and pages anew from an experiment's records."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand to ``commands`` (of ``ArgumentParser.add_subparsers``)."""
+    report = commands.add_parser(
+        "report", help="tables, figures and pages anew from an experiment's records"
+    )
+    report.add_argument("folder", type=Path, metavar="DIR", help="folder of an experiment")
+    report.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the report and say where it is."""
+    from ..report.experiment import report_experiment
+
+    if not arguments.folder.is_dir():
+        raise UsageError(f"{arguments.folder} is no folder; name the folder of an experiment")
+    report_experiment(arguments.folder)
+    print(f"{arguments.folder}/report.md, report.html")
+    return 0

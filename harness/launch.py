@@ -1,0 +1,108 @@
+"""Starts vLLM engines under a specification, and ends them cleanly."""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .engine import Engine, bytes_per_block
+from .errors import UsageError
+from .specification import EngineSpecification
+
+
+def device_type() -> str:
+    """``cpu`` or ``cuda``, as vLLM sees it."""
+    _quiet()
+    from vllm.platforms import current_platform
+
+    return current_platform.device_type
+
+
+def preflight(specification: EngineSpecification) -> Any:
+    """vLLM's configuration of an engine, checked, without starting anything.
+
+    Raises:
+        UsageError: vLLM refuses model or settings. ``EvictionConfigError``: eviction does.
+
+    """
+    _quiet()
+    from vllm import EngineArgs
+
+    from vllm_plugins import EvictionConfigError
+    from vllm_plugins.checks import check_engine
+
+    try:
+        config = EngineArgs(**_arguments(specification)).create_engine_config()
+    except EvictionConfigError:
+        raise
+    except Exception as error:  # whatever Transformers and vLLM find wrong with a model
+        reason = " ".join(str(error).split())
+        raise UsageError(f"vLLM refuses {specification.model}: {reason}") from None
+    check_engine(config)
+    return config
+
+
+@contextmanager
+def running(specification: EngineSpecification) -> Iterator[Engine]:
+    """An engine for the duration of the block.
+
+    The pool holds every window in flight without eviction, so that no method is preempted while
+    it is scored and all are compared at the same concurrency.
+
+    Raises:
+        UsageError: vLLM refuses model or settings. ``EvictionConfigError``: eviction does.
+
+    """
+    config = preflight(specification)
+    from vllm import LLM
+
+    llm = LLM(**_arguments(specification), kv_cache_memory_bytes=_pool_bytes(config, specification))
+    try:
+        yield Engine(llm, specification)
+    finally:
+        # Left to the interpreter's exit, vLLM's engine can abort there with status 134.
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        if config.device_config.device_type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+def _quiet() -> None:
+    # In one process all windows of a wave are in the queue before the first step, so they move
+    # in lockstep at the given chunk; and there is one peak memory to report.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+def _arguments(specification: EngineSpecification) -> dict[str, Any]:
+    from vllm_plugins import eviction_engine_args
+
+    return {
+        "model": specification.model_path,
+        "dtype": specification.dtype,
+        "max_model_len": specification.context_length + 1,
+        "max_num_seqs": specification.max_num_seqs,
+        "max_num_batched_tokens": specification.max_num_batched_tokens,
+        "long_prefill_token_threshold": specification.prefill_chunk,
+        "enforce_eager": specification.enforce_eager,
+        "enable_trace_replay": specification.protocol == "decode",
+        "use_tqdm_on_load": False,
+        "seed": 0,
+        **eviction_engine_args(block_size=specification.block_size, **specification.eviction),
+    }
+
+
+def _pool_bytes(config: Any, specification: EngineSpecification) -> int:
+    groups = specification.eviction["layer_groups"]
+    per_window = -(-config.model_config.max_model_len // specification.block_size) + 1
+    blocks = (specification.kv_pool_windows * per_window + 1) * groups
+    return (blocks + 1) * bytes_per_block(config, specification)

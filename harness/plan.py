@@ -1,0 +1,217 @@
+"""From a study's settings to the runs they make, completely specified."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from vllm_plugins.config import EvictionConfig, parse_sparsity
+
+from .corpora import describe
+from .errors import UsageError
+from .models import fingerprint, recorded_name, resolve_model
+from .specification import DENSE, EngineSpecification, Load, Method, RunSpecification
+from .study import Study, short_name
+
+_EVICTION = ("layer_groups", "score", "score_half_life", "score_queries", "sink_blocks",
+             "min_blocks", "policy_args")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One point of a study: runs that stand in one table, and where they go."""
+
+    varied: dict[str, Any]
+    folder: Path
+    runs: tuple[RunSpecification, ...]
+
+
+def comparisons(study: Study, folder: Path, device: str) -> list[Comparison]:
+    """The runs of a study, completely specified.
+
+    Args:
+        study: the settings.
+        folder: of the experiment; a study that varies something has a folder below per point.
+        device: ``cpu`` or ``cuda``; settles the defaults that differ.
+
+    Raises:
+        UsageError: a setting, model or text is wrong. ``EvictionConfigError``: of the plugin.
+
+    """
+    points = []
+    for values in itertools.product(*study.vary.values()):
+        varied = dict(zip(study.vary, values, strict=True))
+        point = Study.parse({**_settings(replace(study, vary={})), **varied})
+        shown = {name: _shown(name, value) for name, value in varied.items()}
+        target = folder.joinpath(*(slug(f"{name}={value}") for name, value in shown.items()))
+        points.append(Comparison(shown, target, tuple(_runs(point, device))))
+    if len({point.folder for point in points}) < len(points):
+        raise UsageError("vary lists the same value twice; drop one")
+    return points
+
+
+def slug(text: str) -> str:
+    """``text`` as a file name."""
+    return re.sub(r"[^A-Za-z0-9.=+-]+", "-", text).strip("-")
+
+
+def seeds_for(num_runs: int | None, seeds: Sequence[int] | None) -> tuple[int, ...]:
+    """Seeds of the runs: as given, or 0, 1, ... for ``num_runs``.
+
+    Raises:
+        UsageError: the two contradict each other, or a seed is repeated or negative.
+
+    """
+    if seeds is None:
+        if num_runs is not None and num_runs < 1:
+            raise UsageError("--num-runs must be at least 1")
+        return tuple(range(num_runs if num_runs is not None else 1))
+    if num_runs is not None and num_runs != len(seeds):
+        raise UsageError(f"--num-runs is {num_runs} but --seeds names {len(seeds)}; drop one")
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise UsageError("--seeds must be different whole numbers of at least 0")
+    return tuple(seeds)
+
+
+def method_for(value: Any) -> Method:
+    """A method as given: a policy's name, or ``{policy, name, args}``.
+
+    Raises:
+        UsageError: neither; or a name that no file can bear.
+
+    """
+    if isinstance(value, str):
+        return Method(value, value)
+    if not isinstance(value, dict) or "policy" not in value:
+        raise UsageError(f"a method is {value!r}; give a policy's name or {{policy, name, args}}")
+    unknown = set(value) - {"policy", "name", "args"}
+    if unknown:
+        raise UsageError(f"a method has {sorted(unknown)}; it takes policy, name and args")
+    args = value.get("args") or {}
+    parts = "-".join(str(v) for v in args.values())
+    name = str(value.get("name") or (f"{value['policy']}-{parts}" if parts else value["policy"]))
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*(_[A-Za-z0-9.+-]+)*", name):
+        raise UsageError(f"a method's name is {name!r}; use letters, digits, '.', '+', '-' or '_'")
+    return Method(name, value["policy"], args)
+
+
+def levels_for(
+    methods: Sequence[Any], sparsities: Sequence[Any], budgets: Sequence[Any] = ()
+) -> list[tuple[Method, float, int | None]]:
+    """Every (method, sparsity, budget in tokens) of a comparison; ``dense`` once.
+
+    Raises:
+        UsageError: nothing to run, or two methods of one name. ``EvictionConfigError``: a
+        sparsity is out of range.
+
+    """
+    levels: list[tuple[Method, float, int | None]] = []
+    for method in map(method_for, methods):
+        if method.policy == DENSE:
+            wanted: list[tuple[float, int | None]] = [(0.0, None)]
+        else:
+            wanted = [(parse_sparsity("sparsity", s), None) for s in sparsities]
+            wanted += [(0.0, budget) for budget in budgets]
+        for sparsity, budget in wanted:
+            if (method, sparsity, budget) not in levels:
+                levels.append((method, sparsity, budget))
+    if len({(m.name, s, b) for m, s, b in levels}) < len(levels):
+        raise UsageError("two methods bear the same name; give them a name each")
+    if not levels:
+        raise UsageError("nothing to run; name at least one of --methods and one --sparsity")
+    return levels
+
+
+def check_levels(engine: EngineSpecification, runs: Sequence[RunSpecification]) -> None:
+    """Refuse what the plugin would refuse, before an engine starts.
+
+    Raises:
+        EvictionConfigError: a policy, parameter or budget is wrong.
+
+    """
+    config = EvictionConfig.parse(engine.eviction)
+    for settings in {json.dumps(run.settings): run.settings for run in runs}.values():
+        config.request_settings(settings, engine.block_size)
+
+
+def _shown(name: str, value: Any) -> Any:
+    if name == "dataset":
+        return short_name(value)
+    return recorded_name(value) if name == "model" else value
+
+
+def _settings(study: Study) -> dict[str, Any]:
+    return {f.name: getattr(study, f.name) for f in fields(study)}
+
+
+def _runs(study: Study, device: str) -> list[RunSpecification]:
+    from vllm_plugins.checks import check_block_size
+
+    seeds = seeds_for(study.num_runs, study.seeds)
+    levels = levels_for(study.methods, study.sparsity, study.budget_tokens)
+    check_block_size(study.block_size)
+    if study.protocol == "decode" and device != "cuda":
+        raise UsageError(
+            "--protocol decode forces tokens through vLLM's Model Runner V2, which only CUDA "
+            "has; use --protocol chunked"
+        )
+    eviction = EvictionConfig.parse(
+        {"policy": "dense", **{name: getattr(study, name) for name in _EVICTION}}
+    )
+    path = resolve_model(study.model)
+    max_num_seqs = max(2, study.max_num_seqs)
+    pool = study.kv_pool_windows or max_num_seqs
+    engine = EngineSpecification(
+        model=recorded_name(study.model),
+        model_fingerprint=fingerprint(path),
+        context_length=study.context_length,
+        prefill_chunk=study.prefill_chunk,
+        block_size=study.block_size,
+        max_num_seqs=max(max_num_seqs, pool),
+        kv_pool_windows=max(2, pool),
+        enforce_eager=study.enforce_eager if study.enforce_eager is not None else device != "cuda",
+        dtype=study.dtype or ("auto" if device == "cuda" else "float32"),
+        protocol=study.protocol,
+        eviction=eviction.to_dict(),
+        model_path=path,
+    )
+    text = describe(study.dataset, study.text_column, study.document_mode)
+    runs = [
+        RunSpecification(
+            engine,
+            method,
+            text,
+            seed,
+            sparsity,
+            budget,
+            num_samples=study.num_samples,
+            min_context=study.min_context,
+        )
+        for seed in seeds
+        for method, sparsity, budget in levels
+    ]
+    check_levels(engine, runs)
+    if study.throughput:
+        load = _load(study, engine)
+        runs += [
+            replace(run, num_samples=0, min_context=1, load=load)
+            for run in runs
+            if run.seed in seeds[: study.load_runs]
+        ]
+    return runs
+
+
+def _load(study: Study, engine: EngineSpecification) -> Load:
+    output = study.load_output_tokens or max(1, study.context_length // 8)
+    if output >= study.context_length:
+        raise UsageError(
+            f"--load-output-tokens {output} leaves no prompt in a context of "
+            f"{study.context_length}; lower it"
+        )
+    requests = study.load_requests or 2 * engine.max_num_seqs
+    return Load(requests, study.context_length - output, output)

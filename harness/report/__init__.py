@@ -1,0 +1,1 @@
+"""Tables, figures and pages from aggregated results. Nothing here computes a statistic."""

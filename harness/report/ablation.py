@@ -1,0 +1,69 @@
+"""Figures and tables over the comparisons of a study that varies something."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from .styles import new_figure, save, shared_legend, styles
+from .tables import Row, change, level, spread
+
+Point = tuple[str, dict[str, Any]]
+"""What was varied, in words, and the point's ``aggregated_results.json``."""
+
+
+def ablation_rows(points: list[Point]) -> list[Row]:
+    """Header and rows: perplexity of each method and sparsity at every point."""
+    keys = list(dict.fromkeys(key for _, results in points for key in results))
+    table: list[Row] = [("method", "sparsity", *(name for name, _ in points))]
+    for key in keys:
+        entry = next(results[key] for _, results in points if key in results)
+        cells = []
+        for _, results in points:
+            if key not in results:
+                cells.append("-")
+                continue
+            value, dense = results[key]["perplexity"], results.get("dense_s0")
+            text = spread(value, results[key]["num_runs"])
+            if dense is not None and entry["method"] != "dense":
+                text += f" ({change(value['mean'], dense['perplexity']['mean'])})"
+            cells.append(text)
+        sparsity = "-" if entry["method"] == "dense" else level(key, entry)
+        table.append((entry["method"], sparsity, *cells))
+    return table
+
+
+def draw_ablation(points: list[Point], path: Path, caption: str) -> None:
+    """Perplexity over the points, a panel per sparsity; bars from the lowest to the highest run."""
+    keys = list(dict.fromkeys(key for _, results in points for key in results))
+    entries = {key: next(r[key] for _, r in points if key in r) for key in keys}
+    levels = sorted(
+        {level(key, entry) for key, entry in entries.items() if entry["method"] != "dense"}
+    ) or ["-"]
+    figure, grid = new_figure(
+        max(6.4, 3.6 * len(levels)), 4.2, ncols=len(levels), sharey=True, squeeze=False
+    )
+    looks = styles([entry["method"] for entry in entries.values()])
+    for axes, wanted in zip(grid[0], levels, strict=True):
+        for key, entry in entries.items():
+            if entry["method"] != "dense" and level(key, entry) != wanted:
+                continue
+            there = [(i, r[key]["perplexity"]) for i, (_, r) in enumerate(points) if key in r]
+            axes.errorbar(
+                [i for i, _ in there],
+                [value["mean"] for _, value in there],
+                yerr=[[v["mean"] - v["min"] for _, v in there],
+                      [v["max"] - v["mean"] for _, v in there]],
+                capsize=3,
+                label=entry["method"],
+                **looks[entry["method"]],
+            )  # fmt: skip
+        names = [textwrap.fill(name, 16) for name, _ in points]
+        axes.set_xticks(range(len(points)), names, fontsize=7)
+        axes.set(title=f"sparsity {wanted}", xlim=(-0.3, len(points) - 0.7))
+        axes.grid(alpha=0.3)
+    grid[0][0].set_ylabel("perplexity")
+    shared_legend(figure, grid[0])
+    figure.suptitle("\n".join(textwrap.wrap(caption, 90)), fontsize=8)
+    save(figure, path)

@@ -1,0 +1,156 @@
+"""The report of one comparison: its records in, tables, figures and pages out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..aggregate import aggregate, significance
+from ..curves import curves
+from ..records import FAILED, read_json, read_load_records, read_records, write_json
+from .expectations import expectation_rows
+from .figures import draw
+from .page import write_pages
+from .tables import (
+    HEADER,
+    Row,
+    caption,
+    machine_line,
+    markdown,
+    normalised_rows,
+    rows,
+    test_rows,
+    throughput_rows,
+)
+
+_TIMED = HEADER.index("tok/s")
+_TIMED_FIGURES = ("throughput",)
+TIMINGS = "## Speed and time"
+"""Heading of the only part that differs between two runs of one specification."""
+
+
+def report_comparison(folder: Path, title: str, sessions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write everything that follows from the records of ``folder``; the aggregated results.
+
+    Raises:
+        ValueError: no record. ``UsageError``: records that must not be mixed.
+
+    """
+    records, loads = read_records(folder), read_load_records(folder)
+    results, tests = aggregate(records, loads), significance(records)
+    extra = curves(records, results)
+    write_json(folder / "aggregated_results.json", results)
+    write_json(folder / "significance_tests.json", tests)
+    write_json(folder / "curves.json", extra)
+    figures = draw(folder, results, tests, extra, caption(records[0]))
+    write_pages(folder, _page(title, folder, records, loads, results, tests, figures, sessions))
+    return results
+
+
+def failures(folder: Path) -> list[dict[str, Any]]:
+    """Records of failed runs below ``folder``."""
+    return [read_json(path) for path in sorted((folder / FAILED).glob("*.json"))]
+
+
+def time_rows(sessions: list[dict[str, Any]]) -> list[Row]:
+    """Header and rows: where each session's time went."""
+    table: list[Row] = [
+        ("started (UTC)", "wall s", "engine starts", "engine start s", "measuring s", "harness s",
+         "overhead", "runs"),
+    ]  # fmt: skip
+    for session in sessions:
+        table.append(
+            (
+                session["started"].removesuffix("+00:00"),
+                f"{session['wall_seconds']:.0f}",
+                str(session["engine_starts"]),
+                f"{session['engine_start_seconds']:.0f}",
+                f"{session['measuring_seconds']:.0f}",
+                f"{session['harness_seconds']:.0f}",
+                f"{100 * session['overhead_share']:.1f}%",
+                str(session["runs_done"]),
+            )
+        )
+    return table
+
+
+def _page(
+    title: str, folder: Path, records: list[dict[str, Any]], loads: list[dict[str, Any]],
+    results: dict[str, Any], tests: dict[str, Any], figures: list[tuple[str, str]],
+    sessions: list[dict[str, Any]],
+) -> str:  # fmt: skip
+    first = records[0]
+    seeds = sorted({record["seed"] for record in records})
+    untimed = [
+        tuple(c for i, c in enumerate(row) if i != _TIMED) for row in (HEADER, *rows(results))
+    ]
+    parts = [
+        f"# {title}",
+        f"{caption(first)}; {len(seeds)} run(s), seed {', '.join(map(str, seeds))}.",
+        f"{_text_line(first)}",
+        f"{machine_line(first)}; code {first.get('code', 'unknown')}.",
+        "## Results",
+        "Mean and standard deviation over runs. *After eviction*: over the tokens predicted after "
+        "the first block went, dense beside it on the same tokens.",
+        markdown(untimed),
+        *_shown(figures, lambda name: name not in _TIMED_FIGURES),
+        "## Differences",
+        "Second minus first, nats per token: positive means that the first is better. Unit: the "
+        "window, paired by seed and place. *detectable*: the smallest difference that a sample of "
+        "this size and spread finds with 80% power at 5%. Holm's correction is over all rows of a "
+        "table.",
+        "All tokens:",
+        markdown(test_rows(tests, "all_tokens")) if tests else "Nothing to compare.",
+    ]
+    after = test_rows(tests, "after_eviction")
+    if len(after) > 1:
+        parts += ["After eviction:", markdown(after)]
+    methods = {t["all_tokens"]["interval_method"] for t in tests.values()} - {None}
+    if methods:
+        parts.append(
+            f"Intervals by seeds: {', '.join(sorted(methods))}. By windows: Student's t, all "
+            f"windows taken as independent."
+        )
+    if len(table := normalised_rows(results)) > 1:
+        parts += ["## Independent of the tokenizer", markdown(table)]
+    if len(table := expectation_rows(results, caption(first))) > 1:
+        parts += ["## Expected, published, measured", markdown(table, numbers=False)]
+    if failed := failures(folder):
+        lines = [f"- `{f['key']}` of seed {f['seed']}: {f['reason']}" for f in failed]
+        parts += ["## Failed runs", "\n".join(lines)]
+    parts += [TIMINGS, f"Measured {first['timestamp'][:10]}.", _scoring_line(results)]
+    if loads:
+        load = loads[0]["specification"]["load"]
+        parts += [
+            f"Saturating load, a pass of its own without log-probs: {load['num_requests']} "
+            f"requests of {load['prompt_tokens']} + {load['output_tokens']} tokens, all there at "
+            f"the start.",
+            markdown(throughput_rows(results)),
+            *_shown(figures, lambda name: name in _TIMED_FIGURES),
+        ]
+    if sessions:
+        parts += ["Where the time went, by session:", markdown(time_rows(sessions))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _shown(figures: list[tuple[str, str]], wanted: Any) -> list[str]:
+    return [f"![{text}]({name}.png)\n\n*{text}*" for name, text in figures if wanted(name)]
+
+
+def _text_line(record: dict[str, Any]) -> str:
+    text = record["specification"].get("text", {})
+    told = [f"Text: {record['specification']['dataset']}"]
+    if text.get("revision"):
+        told.append(f"revision {text['revision']}, split {text['split']}")
+    if text.get("sha256"):
+        told.append(f"sha256 {text['sha256'][:16]}...")
+    if "document_mode" in text:
+        told.append(f"documents: {text['document_mode']}")
+    if record["specification"].get("min_context", 1) > 1:
+        told.append(f"first {record['specification']['min_context']} tokens not scored")
+    return ", ".join(told) + "."
+
+
+def _scoring_line(results: dict[str, Any]) -> str:
+    pairs = [f"{key} {entry['tokens_per_second']['mean']:.0f}" for key, entry in results.items()]
+    return f"Tokens scored per second, log-probs on: {', '.join(pairs)}."

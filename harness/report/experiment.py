@@ -1,0 +1,80 @@
+"""The report of an experiment: one comparison, or those of a study that varies something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..records import EXPERIMENT, read_json, read_records
+from .ablation import ablation_rows, draw_ablation
+from .comparison import TIMINGS, failures, report_comparison, time_rows
+from .page import write_pages
+from .tables import caption, machine_line, markdown
+
+
+def report_experiment(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Make ``folder``'s tables, figures and pages anew from its records.
+
+    Returns:
+        What was varied ("" for a plain comparison) and the aggregated results, by comparison.
+
+    Raises:
+        UsageError: ``folder`` holds no records, or records that must not be mixed.
+
+    """
+    experiment = read_json(folder / EXPERIMENT) if (folder / EXPERIMENT).is_file() else {}
+    sessions = experiment.get("sessions", [])
+    name = folder.resolve().name
+    points = experiment.get("comparisons") or [{"varied": {}, "folder": "."}]
+    there = [p for p in points if any((folder / p["folder"]).glob("*_seed*.json"))]
+    if not there:
+        raise UsageError(f"{folder} holds no run record; name the folder of an experiment")
+    if there == points[:1] and not points[0]["varied"]:
+        return [("", report_comparison(folder, name, sessions))]
+    reported = []
+    for point in there:
+        varied = ", ".join(f"{k} {v}" for k, v in point["varied"].items())
+        results = report_comparison(folder / point["folder"], f"{name}: {varied}", [])
+        reported.append((varied, results))
+    failed = [
+        f"- {', '.join(f'{k} {v}' for k, v in point['varied'].items())}: `{f['key']}` of seed "
+        f"{f['seed']}: {f['reason']}"
+        for point in points
+        for f in failures(folder / point["folder"])
+    ]
+    _overview(folder, name, there, reported, failed, sessions)
+    return reported
+
+
+def _overview(
+    folder: Path, name: str, points: list[dict[str, Any]],
+    reported: list[tuple[str, dict[str, Any]]], failed: list[str],
+    sessions: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    first = read_records(folder / points[0]["folder"])[0]
+    varied = ", ".join(points[0]["varied"])
+    draw_ablation(
+        reported, folder / "ablation", f"{name}: {varied} varied; first: {caption(first)}"
+    )
+    links = [
+        f"- [{text}]({point['folder']}/report.md)"
+        for point, (text, _) in zip(points, reported, strict=True)
+    ]
+    parts = [
+        f"# {name}",
+        f"Varied: {varied}. First point: {caption(first)}.",
+        f"{machine_line(first)}; code {first.get('code', 'unknown')}.",
+        "## Perplexity",
+        "Mean and standard deviation over runs; in brackets against dense at the same point.",
+        markdown(ablation_rows(reported)),
+        "![Perplexity at every point](ablation.png)",
+        "## Reports",
+        "\n".join(links),
+    ]
+    if failed:
+        parts += ["## Failed runs", "\n".join(failed)]
+    parts += [TIMINGS, f"Measured {first['timestamp'][:10]}."]
+    if sessions:
+        parts += ["Where the time went, by session:", markdown(time_rows(sessions))]
+    write_pages(folder, "\n\n".join(parts) + "\n")

