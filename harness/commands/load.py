@@ -140,7 +140,9 @@ def _values(arguments: argparse.Namespace) -> dict[str, Any]:
     try:
         rate = float(arguments.request_rate)
     except ValueError:
-        raise UsageError(f"--request-rate is {arguments.request_rate!r}; give a number or inf") from None
+        raise UsageError(
+            f"--request-rate is {arguments.request_rate!r}; give a number or inf"
+        ) from None
     names = set(LoadSpecification.__dataclass_fields__) - {"settings", "quality", "request_rate"}
     return {name: getattr(arguments, name) for name in names} | {
         "request_rate": rate,

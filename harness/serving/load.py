@@ -22,6 +22,8 @@ from .sampling import Sampler
 from .specification import LoadSpecification
 from .target import Target
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 @dataclass
 class Outcome:
@@ -56,10 +58,15 @@ def run_load(
     """
     import uvloop
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(
-            _run(specification, plan, target, server_pid, watch, progress, api_key)
-        )
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(
+                _run(specification, plan, target, server_pid, watch, progress, api_key)
+            )
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 async def _run(
@@ -104,7 +111,7 @@ def _stop_on_signals(loop: LoadLoop) -> list[int]:
         seen.append(number)
         loop.stop("interrupted")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
     return seen
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
-from ..workload import draw_windows
+from ..workload import Window, draw_windows
 from .arrivals import send_times
 from .lengths import Lengths
 from .specification import LoadSpecification
@@ -38,7 +38,7 @@ class Plan:
     """A whole load. ``windows``: (first token's index, tokens) of the quality windows."""
 
     requests: list[PlannedRequest]
-    windows: list[tuple[int, list[int]]]
+    windows: list[Window]
 
 
 def make_plan(
@@ -76,11 +76,11 @@ def make_plan(
         ).tolist()
     rng = np.random.default_rng([s.seed, 1])
     quality = _quality_places(s, rng)
-    windows = []
+    windows: list[Window] = []
     if quality:
         count = min(s.quality.num_windows, len(quality))
         text = tokens_of(s.quality.dataset)
-        windows = draw_windows(text, count, s.quality.context_length, s.seed)
+        windows = draw_windows([text], count, s.quality.context_length, s.seed)
     prompts = _Prompts(s, vocabulary_size, tokens_of, entries, np.random.default_rng([s.seed, 2]))
     requests = []
     for index, send_at in enumerate(times):

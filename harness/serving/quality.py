@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..perplexity import after_eviction, by_chunk, perplexity, total
+from ..perplexity import after_eviction, by_chunk, first_affected, perplexity, total
 from .plan import QUALITY
 from .result import SUCCEEDED, Result
 
@@ -34,7 +34,7 @@ def quality_record(
         assert result.window is not None
         start, tokens = windows[result.window]
         eviction = (result.answer or {}).get("kv_transfer_params") or {}
-        eviction = eviction.get(_EVICTION_KEY, {})
+        eviction = eviction.get(_EVICTION_KEY) or {"first_eviction_tokens": None}
         rows.append(
             {
                 "window": result.window,
@@ -46,9 +46,7 @@ def quality_record(
             }
         )
     counted = [row for row in rows if not row["other_chunk"]]
-    evicted = after_eviction(
-        counted, [row["eviction"].get("first_eviction_tokens") for row in counted]
-    )
+    evicted = after_eviction(counted, map(first_affected, counted))
     return {
         "num_asked": len(asked),
         "num_answered": len(rows),

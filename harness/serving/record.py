@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,7 +101,7 @@ def load_record(
             "goodput": "requests per second that met every objective",
             "kv_cache_usage": "share of the pool's blocks that is held",
         },
-        **provenance(),
+        **provenance("cuda" if shutil.which("nvidia-smi") else "cpu"),
     }
 
 

@@ -22,10 +22,11 @@ def load_lines(record: dict[str, Any]) -> list[str]:
             for kind in ("failed", "timed_out", "incomplete", "not_sent")
         ),
     ]
+    lines += [f"  {row['count']} x {row['error']}: {row['message']}" for row in record["failures"]]
     lines += [
-        f"  {row['count']} x {row['error']}: {row['message']}" for row in record["failures"]
+        "",
+        f"{'from %.1f to %.1f s' % (low, high):28}" + "".join(f"{c:>10}" for c in _COLUMNS),
     ]
-    lines += ["", f"{'from %.1f to %.1f s' % (low, high):28}" + "".join(f"{c:>10}" for c in _COLUMNS)]
     for name in (*LATENCIES, "send_lag_ms"):
         values = steady[name]
         if values is not None:

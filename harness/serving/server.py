@@ -39,8 +39,10 @@ def vllm_command(model: str, flags: Sequence[str]) -> list[str]:
     try:
         version("vllm")
     except PackageNotFoundError:
-        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *flags]
+        start = ["vllm.entrypoints.openai.api_server", "--model"]
+    else:
+        start = ["vllm.entrypoints.cli.main", "serve"]
+    return [sys.executable, "-m", *start, model, *flags]
 
 
 def check_port(host: str, port: int) -> None:

@@ -175,4 +175,3 @@ def counts(results: Sequence[Result]) -> dict[str, int]:
     """How many requests were planned, and how each ended."""
     found = Counter(r.status for r in results)
     return {"planned": len(results)} | {status: found[status] for status in STATUSES}
-

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import aiohttp
 
-from ..corpora import load_text
+from ..corpora import describe
 from ..errors import UsageError
-from ..models import resolve_model
+from ..models import recorded_name, resolve_model
+from ..tokens import load_tokenizer, tokenize
 
 _TIMEOUT_S = 30.0
 
@@ -28,7 +28,7 @@ class Target:
     def to_dict(self) -> dict[str, Any]:
         return {
             "base_url": self.base_url,
-            "model": self.model,
+            "model": recorded_name(self.model),
             "max_model_len": self.max_model_len,
             "vllm_version": self.version,
         }
@@ -70,27 +70,28 @@ class Texts:
 
     def __init__(self, tokenizer: str) -> None:
         self._name = tokenizer
-        self.tokens_of = cache(self._tokens_of)
+        self._tokenizer: Any = None
+        self._tokens: dict[str, list[int]] = {}
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            UsageError: it has none; random prompts do without, given ``--vocab-size``.
+
+        """
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(resolve_model(self._name))
+        return self._tokenizer
 
     @property
     def vocabulary_size(self) -> int:
-        return len(self._tokenizer())
+        return len(self.tokenizer)
 
-    def _tokens_of(self, dataset: str) -> list[int]:
-        tokenizer = self._tokenizer()
-        text = load_text(dataset)
-        tokenizer.model_max_length = len(text)  # no warning: windows are cut from this
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    @cache  # noqa: B019 - one tokenizer for the life of a command
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(resolve_model(self._name))
-        except (OSError, ValueError) as error:
-            reason = (str(error).splitlines() or ["unknown"])[0]
-            raise UsageError(
-                f"cannot load the tokenizer of {self._name}: {reason}; give --tokenizer FOLDER, or "
-                "--vocab-size N with random prompts"
-            ) from None
+    def tokens_of(self, dataset: str) -> list[int]:
+        """All tokens of a dataset, documents joined, as ``kv-eviction offline`` reads it."""
+        if dataset not in self._tokens:
+            text = describe(dataset, None, "concatenate")
+            self._tokens[dataset] = tokenize(self.tokenizer, text)[0]
+        return self._tokens[dataset]

@@ -46,15 +46,14 @@ def read_trace(path: Path) -> list[TraceEntry]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read trace {path}: {error}") from None
     entries = []
-    number = 0
     try:
-        for number, entry in readers[path.suffix](lines):
+        for entry in readers[path.suffix](lines):
             if entry.input_length < 1 or entry.output_length < 0:
                 raise ValueError("a length out of range")
             entries.append(entry)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
-            f"trace {path}: entry {number + 1} is not what the format says ({error!r})"
+            f"trace {path}: entry {len(entries) + 1} is not what the format says ({error!r})"
         ) from None
     if not entries:
         raise UsageError(f"trace {path} holds no entry")
@@ -99,26 +98,20 @@ def replay(
 
 
 def _azure(lines: list[str]):
-    for number, row in enumerate(csv.DictReader(lines)):
-        yield (
-            number,
-            TraceEntry(
-                datetime.fromisoformat(row["TIMESTAMP"]).replace(tzinfo=UTC).timestamp(),
-                int(row["ContextTokens"]),
-                int(row["GeneratedTokens"]),
-            ),
+    for row in csv.DictReader(lines):
+        yield TraceEntry(
+            datetime.fromisoformat(row["TIMESTAMP"]).replace(tzinfo=UTC).timestamp(),
+            int(row["ContextTokens"]),
+            int(row["GeneratedTokens"]),
         )
 
 
 def _mooncake(lines: list[str]):
-    for number, line in enumerate(filter(str.strip, lines)):
+    for line in filter(str.strip, lines):
         row = json.loads(line)
-        yield (
-            number,
-            TraceEntry(
-                row["timestamp"] / 1000.0,
-                int(row["input_length"]),
-                int(row["output_length"]),
-                tuple(row.get("hash_ids", ())),
-            ),
+        yield TraceEntry(
+            row["timestamp"] / 1000.0,
+            int(row["input_length"]),
+            int(row["output_length"]),
+            tuple(row.get("hash_ids", ())),
         )
