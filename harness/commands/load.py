@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
 def _add_times(group: Any) -> None:
     add = group.add_argument
     add("--arrivals", choices=PROCESSES, default=_D.arrivals,
-        help="closed: --max-concurrency in flight; the others are open loops [%(default)s]")  # fmt: skip
+        help="closed: --max-concurrency in flight; the others: open loops [poisson]")  # fmt: skip
     add("--request-rate", default="inf", metavar="R", help="per second; inf: all at once [inf]")
     add("--burstiness", type=float, default=_D.burstiness, metavar="SHAPE",
         help="of gamma arrivals: 1 is Poisson, less is burstier [%(default)g]")  # fmt: skip
@@ -60,7 +60,7 @@ def _add_contents(group: Any) -> None:
         help="random tokens, a dataset's text, or the trace's lengths [%(default)s]")  # fmt: skip
     add("--dataset", default=_D.dataset, help="for --prompts text [%(default)s]")
     add("--input-length", default=_D.input_length, metavar="LENGTH",
-        help="N, uniform:LOW:HIGH, normal:MEAN:STD or lognormal:MEDIAN:SIGMA [%(default)s]")  # fmt: skip
+        help="N, uniform:LOW:HIGH, normal:MEAN:STD, lognormal:MEDIAN:SIGMA [512]")  # fmt: skip
     add("--output-length", default=_D.output_length, metavar="LENGTH", help="[%(default)s]")
     add("--max-tokens", type=int, default=None, metavar="N",
         help="leave out trace entries with more tokens [the server's max_model_len]")  # fmt: skip
@@ -87,7 +87,7 @@ def _add_measures(group: Any) -> None:
         help="between samples of /metrics and memory [%(default)g]")  # fmt: skip
     add("--server-pid", type=int, default=None, help="of a local server: sample its memory")
     add("--quality-share", type=float, default=_Q.share, metavar="SHARE",
-        help="of the requests that ask for prompt log-probs of known windows [%(default)g]")  # fmt: skip
+        help="of the requests that ask for prompt log-probs of known windows [0]")  # fmt: skip
     add("--quality-dataset", default=DEFAULT_DATASET, help="[%(default)s]")
     add("--quality-context-length", type=int, default=_Q.context_length, metavar="TOKENS",
         help="per window [%(default)s]")  # fmt: skip

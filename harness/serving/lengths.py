@@ -18,7 +18,8 @@ _PARAMETERS = {
 
 @dataclass(frozen=True)
 class Lengths:
-    """``fixed:N``, ``uniform:LOW:HIGH`` (inclusive), ``normal:MEAN:STD``, ``lognormal:MEDIAN:SIGMA``."""
+    """``fixed:N``, ``uniform:LOW:HIGH`` (both included), ``normal:MEAN:STD`` or
+    ``lognormal:MEDIAN:SIGMA``."""
 
     kind: str
     parameters: tuple[float, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -110,8 +111,7 @@ def _quality_places(s: LoadSpecification, rng: np.random.Generator) -> dict[int,
         )
     edges = np.linspace(0, s.num_requests, count + 1).astype(int)
     return {
-        int(rng.integers(low, high)): number
-        for number, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+        int(rng.integers(low, high)): number for number, (low, high) in enumerate(pairwise(edges))
     }
 
 
@@ -158,7 +158,8 @@ class _Prompts:
             return self._rng.integers(0, self._vocabulary_size, size=length).tolist()
         if length > len(self._text):
             raise UsageError(
-                f"{self._s.dataset} has {len(self._text):,} tokens, fewer than a prompt of {length:,}"
+                f"{self._s.dataset} has {len(self._text):,} tokens, fewer than a prompt of "
+                f"{length:,}"
             )
         start = int(self._rng.integers(0, len(self._text) - length + 1))
         return self._text[start : start + length]

@@ -25,7 +25,7 @@ def load_lines(record: dict[str, Any]) -> list[str]:
     lines += [f"  {row['count']} x {row['error']}: {row['message']}" for row in record["failures"]]
     lines += [
         "",
-        f"{'from %.1f to %.1f s' % (low, high):28}" + "".join(f"{c:>10}" for c in _COLUMNS),
+        f"{f'from {low:.1f} to {high:.1f} s':28}" + "".join(f"{c:>10}" for c in _COLUMNS),
     ]
     for name in (*LATENCIES, "send_lag_ms"):
         values = steady[name]

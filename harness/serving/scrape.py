@@ -40,7 +40,7 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 def parse_cache_config(text: str) -> dict[str, int]:
-    """``num_gpu_blocks``, ``block_size`` and ``kv_cache_memory_bytes``, as far as they are known."""
+    """``num_gpu_blocks``, ``block_size``, ``kv_cache_memory_bytes``, as far as known."""
     found = {}
     for family in text_string_to_metric_families(_wanted(text, (_CONFIG,))):
         for sample in family.samples:

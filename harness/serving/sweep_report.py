@@ -138,7 +138,8 @@ def _conditions(record: Mapping[str, Any]) -> str:
     return (
         f"{run['model']}, KV pool of {memory.get('num_gpu_blocks', '?')} blocks of "
         f"{run['block_size']} tokens{size}. Per run {load['num_requests']} requests, "
-        f"{load['arrivals']} arrivals{rate}, prompts {load['input_length']} ({load['prompts']}), outputs {load['output_length']}."
+        f"{load['arrivals']} arrivals{rate}, prompts {load['input_length']} ({load['prompts']}), "
+        f"outputs {load['output_length']}."
         f"{share} Latencies count from the intended send time."
     )
 
