@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.output_dir / arguments.study.stem
     signal.signal(signal.SIGTERM, _interrupt)
     result = run_sweep(study, folder, lambda line: print(line, file=sys.stderr, flush=True))
-    if any(folder.glob("*_seed*.json")):
+    if result.finished or result.skipped:
         report_serving(folder)
         print(f"records, report.md and report.html: {folder}")
     if result.skipped:

@@ -97,14 +97,23 @@ def serving(
     *,
     startup_timeout_s: float = 600.0,
     environment: dict[str, str] | None = None,
+    patience_s: float = _TERMINATE_S,
 ) -> Iterator[Server]:
     """Run ``command`` as a server for the duration of the block.
 
     It gets a session of its own; whatever way the block is left, every process of it is ended.
     Should this process be killed outright, the kernel tells the server to end too (Linux).
 
+    Args:
+        command: without host and port.
+        port: on the loopback.
+        log: everything it prints.
+        startup_timeout_s: until it must answer ``/health``.
+        environment: on top of this process's.
+        patience_s: between asking it to end and killing it.
+
     Raises:
-        ServerError: it ended, or did not answer ``/health`` in time.
+        ServerError: it ended, or did not answer in time.
 
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -123,10 +132,10 @@ def serving(
         _wait_until_healthy(server, startup_timeout_s)
         yield server
     finally:
-        end_group(process)
+        end_group(process, patience_s)
 
 
-def end_group(process: subprocess.Popen[bytes], patience_s: float = _TERMINATE_S) -> None:
+def end_group(process: subprocess.Popen[bytes], patience_s: float) -> None:
     """End a session's leader and everything in it: asked first, then killed."""
     deadline = time.monotonic() + patience_s
     for number in (signal.SIGTERM, signal.SIGKILL):
