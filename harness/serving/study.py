@@ -30,7 +30,8 @@ class ServingStudy:
     """Methods x sparsities x rates x seeds; the keys of a study's YAML file."""
 
     model: str = DEFAULT_MODEL
-    methods: tuple[str, ...] = (DENSE, "h2o", "cab")
+    methods: tuple[Any, ...] = (DENSE, "h2o", "cab")
+    """Names, or ``{policy: h2o, sparsity: [0.5]}`` where a method has sparsities of its own."""
     sparsity: tuple[float, ...] = (0.9,)
     rates: tuple[float, ...] = ()
     """Requests per second; empty for loads without one (closed loop, trace)."""
@@ -106,9 +107,13 @@ class ServingStudy:
     def runs(self) -> list[ServingRun]:
         """Every run, one server's after the other."""
         found = []
-        for method in self.methods:
-            sparsities = (0.0,) if method in _WITHOUT_SPARSITY else self.sparsity
-            for sparsity in sparsities:
+        for entry in self.methods:
+            method, sparsities = entry, self.sparsity
+            if isinstance(entry, Mapping):
+                if set(entry) != {"policy", "sparsity"}:
+                    raise UsageError(f"method {dict(entry)} needs policy and sparsity, no more")
+                method, sparsities = entry["policy"], tuple(entry["sparsity"])
+            for sparsity in (0.0,) if method in _WITHOUT_SPARSITY else sparsities:
                 value = parse_sparsity("sparsity", sparsity)
                 for rate in self.rates or (None,):
                     for seed in self.seeds:
