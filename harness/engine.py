@@ -84,7 +84,7 @@ class Engine:
             # (scheduler.py, long_prefill_token_threshold), so a lone window gets a companion.
             companions = 1 if len(wave) == 1 else 0
             batch = [windows[i] for i in wave] + [windows[wave[0]]] * companions
-            pool: list[int] = []
+            pool: list[tuple[int, int]] = []
             outputs = self._run(
                 [self._scoring_request(window, settings, min_context) for window in batch],
                 progress,
@@ -165,9 +165,10 @@ class Engine:
         self,
         requests: Sequence[tuple[list[int], Any]],
         progress: Progress,
-        pool: list[int] | None = None,
+        pool: list[tuple[int, int]] | None = None,
     ) -> list[Any]:
-        """Outputs of ``requests``, in their order; ``pool`` gets the blocks in use by step."""
+        """Outputs of ``requests``, in their order; ``pool`` gets, for each step before the first
+        request ends, tokens scheduled of a request and blocks in use."""
         engine = self._llm.llm_engine
         names = [
             engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
@@ -181,25 +182,25 @@ class Engine:
                         done[int(output.request_id)] = output
                         progress(1)
                 if pool is not None and not done:
-                    pool.append(self._blocks_in_use())
+                    pool += self._pool_state()
         except BaseException:
             engine.abort_request(names, internal=True)
             raise
         return [done[i] for i in range(len(requests))]
 
-    def _blocks_in_use(self) -> int:
+    def _pool_state(self) -> list[tuple[int, int]]:
         scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
         pool = scheduler.kv_cache_manager.block_pool
-        return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        return [(request.num_computed_tokens, used) for request in scheduler.running[:1]]
 
-    def _trace(self, pool: list[int], num_windows: int) -> dict[str, list[float]]:
-        chunk = self.specification.prefill_chunk if self.specification.protocol != "decode" else 1
+    def _trace(self, pool: list[tuple[int, int]], num_windows: int) -> dict[str, list[float]]:
         groups = self.specification.eviction["layer_groups"]
         stride = -(-len(pool) // MAX_TRACE_POINTS) or 1
-        steps = range(stride - 1, len(pool), stride)
+        points = pool[stride - 1 :: stride]
         return {
-            "tokens": [(step + 1) * chunk for step in steps],
-            "blocks": [round(pool[step] / num_windows / groups, 3) for step in steps],
+            "tokens": [tokens for tokens, _ in points],
+            "blocks": [round(blocks / num_windows / groups, 3) for _, blocks in points],
         }
 
     def _scored(self, window: list[int], output: Any) -> ScoredWindow:

@@ -34,8 +34,13 @@ _MEASURING = (
 """Modules of the harness that a result depends on; tables and figures are made anew anyway."""
 
 
-def provenance(device: str = "cpu") -> dict[str, Any]:
-    """Versions, hardware and code of this process."""
+def provenance(device: str | None = None) -> dict[str, Any]:
+    """Versions, hardware and code of this process.
+
+    Args:
+        device: ``cpu`` or ``cuda``; None: as torch sees it.
+
+    """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -44,10 +49,16 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
             continue
     return {
         "versions": versions,
-        "hardware": hardware(device),
+        "hardware": hardware(device or _device()),
         "commit": _commit(),
         "code": code_fingerprint(),
     }
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def code_fingerprint() -> str:

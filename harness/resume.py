@@ -9,7 +9,7 @@ from typing import Any
 from .errors import UsageError
 from .plan import Comparison
 from .records import SCHEMA_VERSION, identity, read_json
-from .specification import RunSpecification, comparison
+from .specification import VARIED, RunSpecification, comparison
 
 
 def missing(
@@ -63,8 +63,11 @@ def _difference(
             return f"was made by another {name} ({there[name]}, here {here[name]})"
     if run is not None and record["specification_hash"] != run.hash:
         return f"holds another specification ({_changes(record['specification'], run.to_dict())})"
-    if run is None and comparison(record["specification"]) not in {r.comparison for r in runs}:
-        return "belongs to another comparison"
+    there_specification = record["specification"]
+    mates = [r for r in runs if (r.load is None) == (there_specification["load"] is None)]
+    if run is None and mates and comparison(there_specification) != mates[0].comparison:
+        ours = {k: v for k, v in mates[0].to_dict().items() if k not in VARIED}
+        return f"belongs to another comparison ({_changes(there_specification, ours)})"
     return None
 
 

@@ -12,6 +12,8 @@ from vllm_plugins.policies import policy_names
 DENSE = "dense"
 PERPLEXITY, THROUGHPUT = "perplexity", "throughput"
 PROTOCOLS = ("chunked", "decode")
+VARIED = ("method", "sparsity", "budget_tokens", "seed")
+"""What differs between the runs of one comparison."""
 _NOT_RECORDED = ("model_path", "dataset_path")
 
 
@@ -150,8 +152,7 @@ class RunSpecification:
 
 def comparison(specification: dict[str, Any]) -> str:
     """``RunSpecification.comparison`` of a record's specification."""
-    varied = ("method", "sparsity", "budget_tokens", "seed")
-    return digest({k: v for k, v in specification.items() if k not in varied})
+    return digest({k: v for k, v in specification.items() if k not in VARIED})
 
 
 def digest(value: Any) -> str:

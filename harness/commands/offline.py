@@ -6,6 +6,8 @@ import argparse
 import json
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,8 +97,6 @@ def run(arguments: argparse.Namespace) -> int:
     from ..report.tables import text_table
     from ..sweep import Sweep
 
-    # A polite kill ends as Ctrl-C does: engine down, finished runs kept.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     given = vars(arguments)
     study = _study(given)
     name = given.get("experiment_name") or study.name
@@ -116,7 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
                 bar.unpause()  # the time an engine takes to start says nothing of what is left
 
         try:
-            sweep.run(progress)
+            with _polite_ends():
+                sweep.run(progress)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted; finished runs are kept, --experiment-name {folder.name} goes on"
@@ -129,6 +130,20 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n{varied}\n\n{text_table(results)}" if varied else f"\n{text_table(results)}")
     print(f"\nrecords, tables, figures: {folder}/report.md")
     return 1 if sweep.failures else 0
+
+
+@contextmanager
+def _polite_ends() -> Iterator[None]:
+    """A polite kill ends as Ctrl-C does, engine down and finished runs kept; and so does a
+    sweep in the background, which shells start with SIGINT ignored."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _study(given: dict[str, Any]) -> Study:

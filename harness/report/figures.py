@@ -92,16 +92,18 @@ def _against_sparsity(
     figure, axes = new_figure()
     methods = _methods(results)
     looks = styles(list(methods))
-    for method, pairs in methods.items():
+    for i, (method, pairs) in enumerate(methods.items()):
         look = looks[method]
         values = [metric(entry) for _, entry in pairs]
+        # A little apart, so that no bar hides another.
+        dodge = 0.008 * (i - len(methods) / 2)
         if method == "dense":
             axes.axhline(values[0]["mean"], color=look["color"], ls=look["linestyle"], label=method)
             axes.axhspan(values[0]["min"], values[0]["max"], color=look["color"], alpha=0.08, lw=0)
             continue
         lower, upper = zip(*map(_bars, values), strict=True)
         axes.errorbar(
-            [entry["sparsity"] for _, entry in pairs],
+            [entry["sparsity"] + dodge for _, entry in pairs],
             [value["mean"] for value in values],
             yerr=[lower, upper],
             capsize=3,
@@ -144,7 +146,7 @@ def _memory(results: dict[str, Any], front: list[str]) -> Any:
                               textcoords="offset points")  # fmt: skip
     axes.plot([], [], "o", ms=10, mfc="none", mec="black", mew=0.8, label="Pareto front")
     axes.set(xlabel="peak KV memory, MiB", ylabel="perplexity")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.05 * axes.get_xlim()[1])
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -188,14 +190,16 @@ def _cache(results: dict[str, Any], traces: dict[str, Any]) -> Any:
     )
     looks = styles([entry["method"] for entry in results.values()])
     for axes, wanted in zip(grid[0], levels or [""], strict=True):
+        width = 4.0
         for key, trace in traces.items():
             method = results[key]["method"]
             if method != "dense" and key != f"{method}_{wanted}":
                 continue
             look = looks[method]
             axes.plot(trace["tokens"], trace["blocks"], color=look["color"], ls=look["linestyle"],
-                      marker=look["marker"], ms=4, lw=1.2, label=method,
+                      marker=look["marker"], ms=4, lw=width, label=method,
                       markevery=max(1, len(trace["tokens"]) // 8))  # fmt: skip
+            width = max(1.0, width - 0.8)  # what lies on top is thinner: nothing hides another
         title = f"sparsity {wanted[1:]}" if wanted.startswith("s") else wanted
         axes.set(title=title, xlabel="tokens processed")
         axes.set_ylim(bottom=0)

@@ -79,7 +79,7 @@ def test_a_record_says_everything_about_its_run(experiment):
     # The pool after each of 5 steps: what is held, and never more than the chunk above it.
     assert record["cache_trace"]["tokens"] == [64, 128, 192, 256]
     assert record["cache_trace"]["blocks"] == [2.0, 4.0, 6.0, 6.0]
-    bytes_per_block = 30 * 2 * 3 * 64 * 32 * 2
+    bytes_per_block = 30 * 2 * 3 * 64 * 32 * 4
     assert record["peak_memory_mb"] == 3 * 6 * bytes_per_block / 2**20
 
 

@@ -1,4 +1,4 @@
-"""Made-up run records, as the harness writes them."""
+"""Made-up run records, as the harness writes them, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -97,3 +97,14 @@ def experiment():
             record("cab", 0.5, seed, 0.1, 12),
         )
     ]
+
+
+class Characters:
+    """A tokenizer of characters."""
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return type("Encoding", (), {"input_ids": [ord(c) for c in text]})
+
+    def decode(self, tokens, clean_up_tokenization_spaces):
+        return "".join(map(chr, tokens))

@@ -10,18 +10,9 @@ from harness.specification import Text
 from harness.tokens import scored_text, tokenize
 from harness.workload import draw_prompts, draw_windows
 
+from .records import Characters
+
 ROWS = [{"text": "one", "body": "1"}, {"text": "two", "body": "2"}]
-
-
-class Characters:
-    """A tokenizer of characters."""
-
-    def __call__(self, text, add_special_tokens):
-        assert not add_special_tokens
-        return type("Encoding", (), {"input_ids": [ord(c) for c in text]})
-
-    def decode(self, tokens, clean_up_tokenization_spaces):
-        return "".join(map(chr, tokens))
 
 
 @pytest.fixture

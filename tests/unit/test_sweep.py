@@ -15,6 +15,8 @@ from harness.report.experiment import report_experiment
 from harness.study import Study
 from harness.sweep import Sweep
 
+from .records import Characters
+
 SETTINGS = {
     "methods": ["dense", "h2o", "cab"],
     "sparsity": [0.5],
@@ -91,8 +93,9 @@ class Engines:
 
 
 @pytest.fixture
-def engines(monkeypatch, tmp_path, smollm2):
+def engines(monkeypatch, smollm2):
     made = Engines()
+    monkeypatch.setattr("harness.texts.load_tokenizer", lambda path: Characters())
     monkeypatch.setattr(sweep_module, "running", made.running)
     monkeypatch.setattr(sweep_module, "preflight", lambda specification: None)
     monkeypatch.setattr(sweep_module, "device_type", lambda: "cpu")
@@ -184,7 +187,14 @@ def test_an_engine_that_does_not_start_fails_its_runs_only(engines, settings, tm
     [
         ({"num_samples": 5}, "holds another specification (num_samples 6 there, 5 here)"),
         ({"prefill_chunk": 32}, "engine.prefill_chunk 64 there, 32 here"),
-        ({"methods": ["streaming"], "prefill_chunk": 32}, "belongs to another comparison"),
+        (
+            {"methods": ["streaming"], "prefill_chunk": 32},
+            "belongs to another comparison (engine.prefill_chunk 64 there, 32 here)",
+        ),
+        (
+            {"methods": ["dense", {"policy": "cab", "name": "cab", "args": {"local": 0.3}}]},
+            "method.args.local None there, 0.3 here",
+        ),
     ],
 )
 def test_another_specification_is_never_mixed_in(engines, settings, tmp_path, change, sentence):

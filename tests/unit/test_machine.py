@@ -1,0 +1,34 @@
+"""Hardware and identity of a run."""
+
+import json
+
+from harness.machine import device_memory_mb, hardware, process_peak_memory_mb
+from harness.records import SCHEMA_VERSION, code_fingerprint, identity, provenance
+
+
+def test_hardware_of_a_cpu():
+    found = hardware("cpu")
+    assert found["device"] == "cpu"
+    assert found["cores"] >= 1
+    assert found["memory_gib"] > 0
+    assert "gpu" not in found
+
+
+def test_memory():
+    assert process_peak_memory_mb() > 10
+    assert device_memory_mb("cpu") is None
+
+
+def test_provenance_names_versions_hardware_and_code():
+    source = provenance()
+    assert "torch" in source["versions"]
+    assert source["code"] == code_fingerprint()
+    json.dumps(source)
+
+
+def test_the_gpu_is_what_tells_machines_apart_where_there_is_one():
+    source = provenance()
+    record = {"schema_version": SCHEMA_VERSION, **source}
+    assert identity(record)["hardware"] == source["hardware"]["cpu"]
+    record["hardware"] = {**source["hardware"], "gpu": "a card"}
+    assert identity(record)["hardware"] == "a card"
