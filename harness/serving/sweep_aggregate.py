@@ -119,6 +119,50 @@ def aggregate_sweep(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return entries
 
 
+RATIOS = (
+    "output_throughput",
+    "request_throughput",
+    "time_to_first_token_ms.p50",
+    "time_per_output_token_ms.p50",
+    "end_to_end_latency_ms.p50",
+    "mean_concurrency",
+    "kv_mib_per_request",
+    "perplexity",
+)
+
+
+def against_baseline(records: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """Ratios to ``baseline`` (a method) at the same rate and seed, so at the same arrivals.
+
+    Each is the geometric mean over seeds with a 95% t interval of the logarithm; None where a run
+    lacks the metric or it is 0. Empty without runs of the baseline.
+    """
+    keys = [(r["run"]["request_rate"], r["run"]["seed"]) for r in records]
+    base = {k: r for k, r in zip(keys, records, strict=True) if r["run"]["method"] == baseline}
+    groups: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
+    for key, record in zip(keys, records, strict=True):
+        run = record["run"]
+        if run["method"] != baseline and key in base:
+            group = run["method"], run["sparsity"], run["request_rate"]
+            groups.setdefault(group, []).append((record, base[key]))
+    rows = []
+    for (method, sparsity, rate), pairs in groups.items():
+        row: dict[str, Any] = {"method": method, "sparsity": sparsity, "request_rate": rate}
+        for name in RATIOS:
+            read = METRICS[name]
+            row[name] = _ratio([(read(record), read(other)) for record, other in pairs])
+        rows.append(row)
+    return rows
+
+
+def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, float] | None:
+    if not all(a and b for a, b in pairs):
+        return None
+    logarithms = np.log([a / b for a, b in pairs if a and b])
+    mean, low, high = (float(np.exp(value)) for value in mean_interval(logarithms))
+    return {"mean": mean, "low": low, "high": high, "num_runs": len(pairs)}
+
+
 def max_rates(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Per method and sparsity, the highest tested rate up to which every seed kept the objectives.
 

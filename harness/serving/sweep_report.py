@@ -12,7 +12,7 @@ from ..report.page import write_pages
 from ..report.tables import machine_line, markdown
 from .figures import draw_serving, label
 from .study import DENSE, STOCK
-from .sweep_aggregate import aggregate_sweep, max_rates
+from .sweep_aggregate import RATIOS, against_baseline, aggregate_sweep, max_rates
 
 AGGREGATED = "aggregated_results.json"
 _FIRST = (STOCK, DENSE)
@@ -54,15 +54,22 @@ def report_serving(folder: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{folder} holds no complete serving record")
     entries = aggregate_sweep(records)
     rates = max_rates(entries)
-    write_json(folder / AGGREGATED, {"entries": entries, "max_rate_within_slo": rates})
+    baseline = records[0]["run"]["method"]
+    ratios = against_baseline(records, baseline) if baseline in _FIRST else []
+    write_json(
+        folder / AGGREGATED,
+        {"entries": entries, "max_rate_within_slo": rates, f"against_{baseline}": ratios},
+    )
     figures = draw_serving(entries, records, folder)
-    write_pages(folder, _page(folder.resolve().name, entries, rates, records, everything, figures))
+    title = folder.resolve().name
+    write_pages(folder, _page(title, entries, ratios, rates, records, everything, figures))
     return entries
 
 
 def _page(
     name: str,
     entries: Sequence[Mapping[str, Any]],
+    ratios: Sequence[Mapping[str, Any]],
     rates: Sequence[Mapping[str, Any]],
     records: Sequence[Mapping[str, Any]],
     everything: Sequence[Mapping[str, Any]],
@@ -74,6 +81,13 @@ def _page(
     parts.append(f"Seeds {', '.join(map(str, seeds))}; equal seeds are equal requests at equal "
                  f"intended times for every method.{interval}")  # fmt: skip
     parts.append(markdown(_rows(entries)))
+    if ratios:
+        parts += [
+            f"## Times {label(records[0]['run'])}",
+            "Ratios at the same rate and seed, so under the same arrivals; geometric mean over "
+            "seeds [95% interval].",
+            markdown(_ratio_rows(ratios)),
+        ]
     if rates:
         parts += ["## Highest rate within the objectives", _slo_line(records[0]),
                   markdown(_rate_rows(rates))]  # fmt: skip
@@ -107,6 +121,25 @@ def _rows(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         rows.append(
             (label(entry), *(rate if with_rate else ()), *(_cell(entry[key]) for key in columns))
         )
+    return rows
+
+
+def _ratio_rows(ratios: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    columns = {
+        name: _COLUMNS[name].split(",")[0] for name in RATIOS if any(r[name] for r in ratios)
+    }
+    with_rate = any(row["request_rate"] is not None for row in ratios)
+    rows = [("method", *(("rate, 1/s",) if with_rate else ()), *columns.values())]
+    for row in ratios:
+        cells = []
+        for name in columns:
+            value = row[name]
+            cell = "-" if value is None else f"{value['mean']:.2f}"
+            if value is not None and value["num_runs"] > 1:
+                cell += f" [{value['low']:.2f}, {value['high']:.2f}]"
+            cells.append(cell)
+        rate = "-" if row["request_rate"] is None else f"{row['request_rate']:g}"
+        rows.append((label(row), *((rate,) if with_rate else ()), *cells))
     return rows
 
 

@@ -23,7 +23,7 @@ from harness.serving.summary import (
     summarize,
     token_timeline,
 )
-from harness.serving.sweep_aggregate import aggregate_sweep, max_rates
+from harness.serving.sweep_aggregate import against_baseline, aggregate_sweep, max_rates
 
 STREAM = (
     b": ping\r\n\r\ndata: one\r\n\r\nevent: x\ndata: two\ndata: more\n\n"
@@ -223,3 +223,16 @@ def test_the_highest_rate_is_the_last_before_the_first_that_breaks():
     # t interval of two values: 12.706 standard errors of 50 ms.
     assert ttft["high"] - ttft["mean"] == pytest.approx(635.3, abs=0.2)
     assert first["kv_mib_per_request"]["mean"] == 0.25
+
+
+def test_ratios_are_paired_by_seed():
+    # Seeds differ threefold, the method by a steady factor of two: the interval is tight.
+    records = [serving_record("dense", 1.0, seed, t) for seed, t in enumerate((1.0, 3.0, 2.0))]
+    records += [serving_record("h2o", 1.0, seed, t) for seed, t in enumerate((0.5, 1.5, 1.0))]
+    (row,) = against_baseline(records, "dense")
+    assert (row["method"], row["request_rate"]) == ("h2o", 1.0)
+    ratio = row["time_to_first_token_ms.p50"]
+    assert ratio["mean"] == pytest.approx(0.5)
+    assert ratio["high"] == pytest.approx(0.5)
+    assert row["perplexity"] is None
+    assert against_baseline(records[3:], "dense") == []
