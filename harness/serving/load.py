@@ -99,6 +99,8 @@ async def _run(
             await asyncio.gather(*beside, return_exceptions=True)
             await client.close()
             gc.unfreeze()
+        if loop.stop_reason is None:
+            await sampler.finish(start)
     record = load_record(s, plan, target, results, sampler, started_at, loop.stop_reason)
     return Outcome(record, loop.stop_reason, bool(interrupted))
 

@@ -26,6 +26,7 @@ from .summary import (
 from .target import Target
 
 SCHEMA_VERSION = 1
+OURS = "kv_eviction_"
 LAG_LIMIT_MS = 1.0
 """Above this median send lag the client, not the server, shapes the load."""
 
@@ -108,7 +109,8 @@ def load_record(
 def memory(
     columns: dict[str, Any], cache_config: dict[str, int], span: tuple[float, float]
 ) -> dict[str, Any]:
-    """KV pool and what of it was held over the steady span (by the samples in it)."""
+    """KV pool, what of it was held over the steady span (by the samples in it), and by how much
+    counters grew over the run."""
     result: dict[str, Any] = dict(cache_config)
     for name in (
         "kv_cache_usage",
@@ -124,9 +126,15 @@ def memory(
         inside = values[(times >= span[0]) & (times <= span[1])]
         if len(inside):
             result[name] = {"mean": float(inside.mean()), "max": float(inside.max())}
-    preemptions = columns.get("num_preemptions", [])
-    if len(preemptions):
-        result["preemptions"] = int(preemptions[-1] - preemptions[0])
+    counters = {"num_preemptions": "preemptions"} | {
+        name: name
+        for name in columns
+        if name.startswith(OURS) and not name.startswith(f"{OURS}live_share")
+    }
+    for name, shown in counters.items():
+        values = columns.get(name, [])
+        if len(values):
+            result[shown] = values[-1] - values[0]
     return result
 
 

@@ -41,7 +41,7 @@ def load_lines(record: dict[str, Any]) -> list[str]:
             lines.append(f"{name + ' (mean, max)':28}{_cell(memory[name]['mean']):>10}"
                          f"{_cell(memory[name]['max']):>10}")  # fmt: skip
     if "preemptions" in memory:
-        lines.append(f"{'preemptions':28}{memory['preemptions']:>10}")
+        lines.append(f"{'preemptions':28}{memory['preemptions']:>10.0f}")
     if quality := record["quality"]:
         value = quality["perplexity"]
         shown = "-" if value is None else f"{value:.3f}"

@@ -12,7 +12,7 @@ import psutil
 
 from .scrape import parse_cache_config, parse_metrics
 
-_SCRAPE_TIMEOUT_S = 5.0
+_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
 
 
 class Sampler:
@@ -30,9 +30,8 @@ class Sampler:
     async def run(self, start: float) -> None:
         """Sample until cancelled; ``start`` is the run's zero on ``time.perf_counter``."""
         device = asyncio.ensure_future(self._watch_device())
-        timeout = aiohttp.ClientTimeout(total=_SCRAPE_TIMEOUT_S)
         try:
-            async with aiohttp.ClientSession(timeout=timeout) as session:
+            async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
                 while True:
                     await self._sample(session, start)
                     # On a grid: a slow scrape does not shift those after it.
@@ -40,6 +39,11 @@ class Sampler:
                     await asyncio.sleep(start + turn * self._interval_s - time.perf_counter())
         finally:
             device.cancel()
+
+    async def finish(self, start: float) -> None:
+        """One more sample, after the last request has ended: counters are complete then."""
+        async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
+            await self._sample(session, start)
 
     async def _sample(self, session: aiohttp.ClientSession, start: float) -> None:
         began = time.perf_counter()

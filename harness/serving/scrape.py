@@ -27,7 +27,8 @@ def parse_metrics(text: str) -> dict[str, float]:
     a whole page takes long enough to delay a request.
     """
     values: dict[str, float] = {}
-    for family in text_string_to_metric_families(_wanted(text, (*SERIES, PREFIX))):
+    names = tuple(name + "{" for name in SERIES)
+    for family in text_string_to_metric_families(_wanted(text, (*names, PREFIX))):
         for sample in family.samples:
             name = sample.name
             if name.endswith("_created") or math.isnan(sample.value):

@@ -149,6 +149,7 @@ def test_failures_are_grouped_by_kind():
 METRICS = """# TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{engine="0",model_name="m"} 3.0
 vllm:num_requests_running{engine="1",model_name="m"} 4.0
+vllm:num_requests_running_by_reason{engine="0",reason="x"} 9.0
 # TYPE vllm:kv_cache_usage_perc gauge
 vllm:kv_cache_usage_perc{engine="0"} 0.25
 vllm:num_preemptions_total{engine="0"} 2.0
