@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_plugins.policies import policy_names
 
+from ..errors import UsageError
 from ..models import DEFAULT_MODEL, resolve_model
 from .eviction_flags import add_eviction_flags, eviction_settings
 
@@ -65,7 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
     print(shell_line(["vllm", "serve", model, *flags]), flush=True)
     if arguments.print_command:
         return 0
-    check_port(flag_value(flags, "--host") or "0.0.0.0", int(flag_value(flags, "--port") or 8000))
+    port = flag_value(flags, "--port") or "8000"
+    if not port.isdigit():
+        raise UsageError(f"--port is {port!r}; give a number")
+    check_port(flag_value(flags, "--host") or "0.0.0.0", int(port))
     command = vllm_command(model, flags)
     # The same process from here on: signals, exit status and output are vLLM's own.
     os.execv(command[0], command)

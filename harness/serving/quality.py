@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..perplexity import after_eviction, by_chunk, first_affected, perplexity, total
@@ -17,12 +17,8 @@ def quality_record(
 ) -> dict[str, Any] | None:
     """What a load record says about quality; None where no request asked for it.
 
-    A window counts only if the server evicted under the chunk that was asked for: its number of
-    steps, in the answer's own eviction record, must be that of the chunk, without preemption
-    (vLLM gives a request that is alone in the engine its whole token budget as its chunk, and
-    cuts a chunk short where the budget of a step is used up). The others are kept, marked by
-    ``other_chunk``, and are in no perplexity. A server without eviction sends no such record;
-    there the chunk changes nothing and every window counts.
+    Windows under another chunk than was asked for (``kept_to_chunk``) are kept, marked by
+    ``other_chunk``, and are in no perplexity.
     """
     asked = [r for r in results if r.kind == QUALITY]
     if not asked:
@@ -35,16 +31,14 @@ def quality_record(
         start, tokens = windows[result.window]
         eviction = (result.answer or {}).get("kv_transfer_params") or {}
         eviction = eviction.get(_EVICTION_KEY) or {"first_eviction_tokens": None}
-        rows.append(
-            {
-                "window": result.window,
-                "start": start,
-                "sent_s": round(result.sent or 0.0, 4),
-                "other_chunk": not _kept_to(chunk, len(tokens), eviction),
-                "eviction": eviction,
-                **by_chunk(log_likelihoods(result.answer or {}, tokens), chunk),
-            }
-        )
+        row = {
+            "window": result.window,
+            "start": start,
+            "sent_s": round(result.sent or 0.0, 4),
+            "eviction": eviction,
+            **by_chunk(log_likelihoods(result.answer or {}, tokens), chunk),
+        }
+        rows.append({**row, "other_chunk": not kept_to_chunk(row)})
     counted = [row for row in rows if not row["other_chunk"]]
     evicted = after_eviction(counted, map(first_affected, counted))
     return {
@@ -73,7 +67,17 @@ def log_likelihoods(answer: dict[str, Any], tokens: Sequence[int]) -> list[float
     ]
 
 
-def _kept_to(chunk: int, num_tokens: int, eviction: dict[str, Any]) -> bool:
-    if "num_steps" not in eviction:
+def kept_to_chunk(row: Mapping[str, Any]) -> bool:
+    """Whether a window was evicted from under the chunk that its sums are over.
+
+    Its number of steps, from the answer's own eviction record, must be that of the chunk, without
+    preemption: vLLM gives a request that is alone in the engine its whole token budget as its
+    chunk, cuts a chunk short where the budget of a step is used up, and computes a preempted
+    prompt anew. Where nothing was evicted (dense, or a server without the plugin, which sends no
+    such record) the chunk changes nothing.
+    """
+    eviction = row["eviction"]
+    if not eviction.get("blocks_evicted"):
         return True
-    return eviction["num_steps"] == -(-num_tokens // chunk) and not eviction["preemptions"]
+    steps = -(-(row["num_predictions"] + 1) // row["predictions_per_entry"])
+    return eviction["num_steps"] == steps and not eviction["preemptions"]

@@ -102,8 +102,13 @@ def load_record(
             "goodput": "requests per second that met every objective",
             "kv_cache_usage": "share of the pool's blocks that is held",
         },
-        **provenance("cuda" if shutil.which("nvidia-smi") else "cpu"),
+        **here(),
     }
+
+
+def here() -> dict[str, Any]:
+    """Versions, hardware and code of this machine, where server and client are one."""
+    return provenance("cuda" if shutil.which("nvidia-smi") else "cpu")
 
 
 def memory(

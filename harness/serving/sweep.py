@@ -10,11 +10,12 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..models import resolve_model
-from ..records import read_json, write_json
+from ..records import identity, read_json, write_json
 from .flags import serve_flags
 from .launch import eviction_flags
 from .load import run_load
 from .plan import Plan, make_plan
+from .record import SCHEMA_VERSION, here
 from .server import Server, ServerError, free_port, serving, vllm_command
 from .specification import LoadSpecification, QualitySpecification
 from .study import STOCK, ServingRun, ServingStudy
@@ -175,6 +176,12 @@ def _is_done(run: ServingRun, folder: Path) -> bool:
     if record["run"]["hash"] != run.describe()["hash"]:
         raise UsageError(
             f"{path} is of another study; give another --output-dir, or remove it to run it again"
+        )
+    now = identity({"schema_version": SCHEMA_VERSION, **here()})
+    if differing := [name for name, value in identity(record).items() if value != now[name]]:
+        raise UsageError(
+            f"{path} was measured with another {' and '.join(differing)}; give another "
+            "--output-dir, or remove it to run it again"
         )
     return record["complete"]
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ..perplexity import perplexity, total
 from ..statistics import mean_interval
+from .quality import kept_to_chunk
 from .slo import holds
 
 METRICS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {}
@@ -88,7 +90,36 @@ def _preemptions(record: Mapping[str, Any]) -> float | None:
 
 @_metric("perplexity")
 def _perplexity(record: Mapping[str, Any]) -> float | None:
-    return record["quality"]["perplexity"] if record["quality"] else None
+    """Over the windows that count in the runs of *every* method at this rate and seed."""
+    return record.get("shared_perplexity")
+
+
+def with_shared_perplexity(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """``records``, each with ``shared_perplexity``: methods are compared on the same windows.
+
+    Which windows count under a method depends on preemptions, so on the method. None where no
+    window counts under all of them.
+    """
+    common: dict[tuple[Any, ...], set[int]] = {}
+    counted = [
+        {w["window"]: w for w in r["quality"]["windows"] if kept_to_chunk(w)}
+        if r["quality"]
+        else {}
+        for r in records
+    ]
+    keys = [(r["run"]["request_rate"], r["run"]["seed"]) for r in records]
+    for key, windows in zip(keys, counted, strict=True):
+        common[key] = common.get(key, set(windows)) & set(windows)
+    return [
+        {
+            **record,
+            "shared_perplexity": perplexity(total(windows[i]) for i in sorted(common[key]))
+            if common[key]
+            else None,
+            "shared_windows": len(common[key]),
+        }
+        for key, windows, record in zip(keys, counted, records, strict=True)
+    ]
 
 
 def aggregate_sweep(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

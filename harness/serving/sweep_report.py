@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..records import read_json, write_json
+from ..records import identity, read_json, write_json
 from ..report.page import write_pages
 from ..report.tables import machine_line, markdown
 from .figures import draw_serving, label
 from .study import DENSE, STOCK
-from .sweep_aggregate import RATIOS, against_baseline, aggregate_sweep, max_rates
+from .sweep_aggregate import (
+    RATIOS,
+    against_baseline,
+    aggregate_sweep,
+    max_rates,
+    with_shared_perplexity,
+)
 
 AGGREGATED = "aggregated_results.json"
 _FIRST = (STOCK, DENSE)
@@ -52,6 +58,15 @@ def report_serving(folder: Path) -> list[dict[str, Any]]:
     records = sorted((r for r in everything if r["complete"]), key=_order)
     if not records:
         raise UsageError(f"{folder} holds no complete serving record")
+    first = identity(records[0])
+    for record in records[1:]:
+        if differing := [name for name, value in identity(record).items() if value != first[name]]:
+            raise UsageError(
+                f"records of {folder} differ in {' and '.join(differing)} "
+                f"({record['run']['method']}, seed {record['run']['seed']}); "
+                "keep those that belong together"
+            )
+    records = with_shared_perplexity(records)
     entries = aggregate_sweep(records)
     rates = max_rates(entries)
     baseline = records[0]["run"]["method"]
@@ -81,6 +96,12 @@ def _page(
     parts.append(f"Seeds {', '.join(map(str, seeds))}; equal seeds are equal requests at equal "
                  f"intended times for every method.{interval}")  # fmt: skip
     parts.append(markdown(_rows(entries)))
+    if records[0]["quality"]:
+        counted = sum(r["shared_windows"] for r in records) / len(records)
+        parts.append(
+            "Perplexity is over windows whose chunk was kept without preemption under every "
+            f"method, {counted:.1f} a run on average; equal ones for all methods."
+        )
     if ratios:
         parts += [
             f"## Times {label(records[0]['run'])}",

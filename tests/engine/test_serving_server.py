@@ -2,10 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness.cli import main
@@ -163,3 +166,28 @@ def test_every_query_of_the_dashboard_finds_its_metric(record, server):
     ours = {name for name in live if name.startswith("vllm:kv_eviction_")}
     ours = {name for name in ours if not name.endswith("_created")}
     assert ours <= asked, "a metric of ours that no panel shows"
+
+
+def test_an_engine_that_is_killed_ends_a_load(server, tmp_path):
+    """Last: the server does not outlive it."""
+    output = tmp_path / "record.json"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", "load", "--base-url", server.base_url, "--output", output,
+         "--num-requests", "300", "--request-rate", "3", "--input-length", "100",
+         "--output-length", "100"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    for line in iter(lambda: process.stderr.read(200), ""):
+        if re.search(r"[1-9]\d* in flight", line):
+            break
+    members = psutil.Process(server.pid).children(recursive=True)
+    (engine,) = (p for p in members if "EngineCore" in " ".join(p.cmdline()))
+    engine.kill()
+    _, error = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "ended early: the server at" in error
+    assert "Traceback" not in error
+    record = json.loads(output.read_text())
+    assert not record["complete"]
+    assert record["counts"]["not_sent"] > 100
+    assert record["counts"]["failed"] + record["counts"]["incomplete"] > 0

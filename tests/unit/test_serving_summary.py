@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import UsageError
+from harness.serving.quality import kept_to_chunk
 from harness.serving.result import FAILED, NOT_SENT, SUCCEEDED, TIMED_OUT, Result
 from harness.serving.scrape import parse_cache_config, parse_metrics
 from harness.serving.slo import check_run_slo, holds, parse_slo
@@ -23,7 +24,12 @@ from harness.serving.summary import (
     summarize,
     token_timeline,
 )
-from harness.serving.sweep_aggregate import against_baseline, aggregate_sweep, max_rates
+from harness.serving.sweep_aggregate import (
+    against_baseline,
+    aggregate_sweep,
+    max_rates,
+    with_shared_perplexity,
+)
 
 STREAM = (
     b": ping\r\n\r\ndata: one\r\n\r\nevent: x\ndata: two\ndata: more\n\n"
@@ -237,3 +243,32 @@ def test_ratios_are_paired_by_seed():
     assert ratio["high"] == pytest.approx(0.5)
     assert row["perplexity"] is None
     assert against_baseline(records[3:], "dense") == []
+
+
+def quality_row(window, log_likelihood, steps=4, preemptions=0, evicted=3):
+    return {
+        "window": window, "log_likelihoods": [log_likelihood] * 4, "num_predictions": 255,
+        "predictions_per_entry": 64,
+        "eviction": {"num_steps": steps, "preemptions": preemptions, "blocks_evicted": evicted},
+    }  # fmt: skip
+
+
+def test_windows_of_another_chunk_do_not_count():
+    assert kept_to_chunk(quality_row(0, -1.0))
+    assert not kept_to_chunk(quality_row(0, -1.0, steps=1))
+    assert not kept_to_chunk(quality_row(0, -1.0, preemptions=1))
+    # Nothing evicted: the chunk changes nothing. A server without the plugin: no record.
+    assert kept_to_chunk(quality_row(0, -1.0, steps=1, evicted=0))
+    assert kept_to_chunk({**quality_row(0, -1.0), "eviction": {"first_eviction_tokens": None}})
+
+
+def test_methods_are_compared_on_the_same_windows():
+    dense, h2o = serving_record("dense", 1.0, 0, 1.0), serving_record("h2o", 1.0, 0, 1.0)
+    dense["quality"] = {"windows": [quality_row(0, -64.0), quality_row(1, -6.4)]}
+    h2o["quality"] = {"windows": [quality_row(0, -70.0), quality_row(1, -9.0, preemptions=1)]}
+    shared = with_shared_perplexity([dense, h2o])
+    assert [r["shared_windows"] for r in shared] == [1, 1]
+    assert shared[0]["shared_perplexity"] == pytest.approx(np.exp(256 / 255))
+    assert shared[1]["shared_perplexity"] == pytest.approx(np.exp(280 / 255))
+    h2o["quality"]["windows"].pop(0)
+    assert with_shared_perplexity([dense, h2o])[0]["shared_perplexity"] is None

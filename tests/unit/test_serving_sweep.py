@@ -96,6 +96,11 @@ def test_records_of_another_study_are_not_mixed_in(stub_servers, tmp_path, capsy
     changed = {**STUDY["load"], "num_requests": 5}
     assert main(study(tmp_path, rates=[50], seeds=[0], methods=["dense"], load=changed)) == 2
     assert "is of another study; give another --output-dir" in capsys.readouterr().err
+    path = tmp_path / "out" / "demo" / "dense_s0_rate50_seed0.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "code": "older"}))
+    assert main(study(tmp_path, rates=[50], seeds=[0], methods=["dense"])) == 2
+    assert "was measured with another code; give another" in capsys.readouterr().err
 
 
 def test_a_server_that_does_not_start_fails_its_runs_only(stub_servers, tmp_path, capsys):
