@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from vllm_plugins.config import EvictionConfigError
 
-from .commands import model, offline, report
+from .commands import load, model, offline, report, serve, serve_sweep
 from .errors import UsageError
 
-COMMANDS = (offline, report, model)
+COMMANDS = (offline, report, serve, load, serve_sweep, model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,157 @@
+"""``kv-eviction load``: an asynchronous load on a running OpenAI server."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..corpora import DEFAULT_DATASET
+from ..errors import UsageError
+from ..serving.arrivals import PROCESSES
+from ..serving.specification import PROMPTS, LoadSpecification, QualitySpecification
+
+_D = LoadSpecification(num_requests=100)
+_Q = QualitySpecification()
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "load",
+        help="load a running server over HTTP: latency, throughput, memory and quality together",
+        description="Sends a load to an OpenAI-compatible server and writes one JSON record. "
+        "Exit status 1: some requests did not succeed, or the run ended early.",
+    )
+    add = parser.add_argument
+    add("--base-url", default="http://localhost:8000", metavar="URL", help="[%(default)s]")
+    add("--model", default=None, metavar="NAME", help="as the server calls it [its first]")
+    add("--output", type=Path, required=True, metavar="FILE", help="the record")
+    add("--num-requests", type=int, required=True, metavar="N")
+    add("--seed", type=int, default=0, help="of times, prompts and lengths [%(default)s]")
+    add("--timeout", dest="timeout_s", type=float, default=_D.timeout_s, metavar="S",
+        help="a request may take so many seconds [%(default)g]")  # fmt: skip
+    _add_times(parser.add_argument_group("when requests are sent"))
+    _add_contents(parser.add_argument_group("what they ask for"))
+    _add_measures(parser.add_argument_group("what is measured"))
+    parser.set_defaults(run=run)
+
+
+def _add_times(group: Any) -> None:
+    add = group.add_argument
+    add("--arrivals", choices=PROCESSES, default=_D.arrivals,
+        help="closed: --max-concurrency in flight; the others: open loops [poisson]")  # fmt: skip
+    add("--request-rate", default="inf", metavar="R", help="per second; inf: all at once [inf]")
+    add("--burstiness", type=float, default=_D.burstiness, metavar="SHAPE",
+        help="of gamma arrivals: 1 is Poisson, less is burstier [%(default)g]")  # fmt: skip
+    add("--ramp-to", type=float, default=None, metavar="R", help="end rate of --arrivals ramp")
+    add("--max-concurrency", type=int, default=None, metavar="N", help="of a closed loop")
+    add("--trace", default=None, metavar="FILE", help="Azure .csv or Mooncake .jsonl")
+    add("--time-scale", type=float, default=_D.time_scale, metavar="X",
+        help="replay a trace X times as fast [%(default)g]")  # fmt: skip
+
+
+def _add_contents(group: Any) -> None:
+    add = group.add_argument
+    add("--prompts", choices=PROMPTS, default=_D.prompts,
+        help="random tokens, a dataset's text, or the trace's lengths [%(default)s]")  # fmt: skip
+    add("--dataset", default=_D.dataset, help="for --prompts text [%(default)s]")
+    add("--input-length", default=_D.input_length, metavar="LENGTH",
+        help="N, uniform:LOW:HIGH, normal:MEAN:STD, lognormal:MEDIAN:SIGMA [512]")  # fmt: skip
+    add("--output-length", default=_D.output_length, metavar="LENGTH", help="[%(default)s]")
+    add("--max-tokens", type=int, default=None, metavar="N",
+        help="leave out trace entries with more tokens [the server's max_model_len]")  # fmt: skip
+    add("--shared-prefix-length", type=int, default=0, metavar="N",
+        help="tokens that prompts of a group begin with [%(default)s]")  # fmt: skip
+    add("--shared-prefix-groups", type=int, default=1, metavar="N", help="[%(default)s]")
+    add("--kv-policy", default=None, help="eviction policy of every request [the server's]")
+    add("--kv-sparsity", type=float, default=None, metavar="S")
+    add("--kv-budget-tokens", type=int, default=None, metavar="TOKENS")
+    add("--tokenizer", default=None, metavar="FOLDER", help="folder or hub id [the server's model]")
+    add("--vocab-size", type=int, default=None, metavar="N",
+        help="random tokens lie below it; no tokenizer is loaded then")  # fmt: skip
+
+
+def _add_measures(group: Any) -> None:
+    add = group.add_argument
+    add("--slo", nargs="+", default=[], metavar="NAME:MS",
+        help="objectives of a request, for goodput: time_to_first_token_ms:2000")  # fmt: skip
+    add("--warm-up", dest="warm_up_s", type=float, default=0.0, metavar="S",
+        help="first seconds that the steady figures leave out [0]")  # fmt: skip
+    add("--cool-down", dest="cool_down_s", type=float, default=0.0, metavar="S",
+        help="steady figures end so long before the last sending [0: at the end]")  # fmt: skip
+    add("--sample-interval", dest="sample_interval_s", type=float, default=1.0, metavar="S",
+        help="between samples of /metrics and memory [%(default)g]")  # fmt: skip
+    add("--server-pid", type=int, default=None, help="of a local server: sample its memory")
+    add("--quality-share", type=float, default=_Q.share, metavar="SHARE",
+        help="of the requests that ask for prompt log-probs of known windows [0]")  # fmt: skip
+    add("--quality-dataset", default=DEFAULT_DATASET, help="[%(default)s]")
+    add("--quality-context-length", type=int, default=_Q.context_length, metavar="TOKENS",
+        help="per window [%(default)s]")  # fmt: skip
+    add("--quality-windows", type=int, default=_Q.num_windows, metavar="N", help="[%(default)s]")
+    add("--quality-chunk", type=int, default=_Q.chunk, metavar="TOKENS",
+        help="the server's --long-prefill-token-threshold [%(default)s]")  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load, write the record, say what happened."""
+    from ..records import write_json
+    from ..serving.load import output_path, run_load
+    from ..serving.plan import make_plan
+    from ..serving.report import load_lines
+    from ..serving.target import Texts, find_target
+
+    specification = LoadSpecification.parse(_values(arguments))
+    output = output_path(arguments.output)
+    target = asyncio.run(find_target(arguments.base_url, arguments.model))
+    texts = Texts(arguments.tokenizer or target.root)
+    vocabulary = arguments.vocab_size or (
+        texts.vocabulary_size if specification.prompts != "text" else 1
+    )
+    plan = make_plan(specification, vocabulary, texts.tokens_of, target.max_model_len)
+    outcome = run_load(
+        specification,
+        plan,
+        target,
+        server_pid=arguments.server_pid,
+        api_key=os.environ.get("OPENAI_API_KEY"),
+    )
+    write_json(output, outcome.record)
+    print("\n".join(load_lines(outcome.record)))
+    print(f"record: {output}")
+    if outcome.stop_reason:
+        print(f"kv-eviction: ended early: {outcome.stop_reason}; the record is kept",
+              file=sys.stderr)  # fmt: skip
+    counts = outcome.record["counts"]
+    if outcome.interrupted:
+        return 130
+    return 0 if counts["succeeded"] == counts["planned"] else 1
+
+
+def _values(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = {
+        name: value
+        for name in ("kv_policy", "kv_sparsity", "kv_budget_tokens")
+        if (value := getattr(arguments, name)) is not None
+    }
+    try:
+        rate = float(arguments.request_rate)
+    except ValueError:
+        raise UsageError(
+            f"--request-rate is {arguments.request_rate!r}; give a number or inf"
+        ) from None
+    names = set(LoadSpecification.__dataclass_fields__) - {"settings", "quality", "request_rate"}
+    return {name: getattr(arguments, name) for name in names} | {
+        "request_rate": rate,
+        "settings": settings,
+        "quality": {
+            "share": arguments.quality_share,
+            "dataset": arguments.quality_dataset,
+            "context_length": arguments.quality_context_length,
+            "num_windows": arguments.quality_windows,
+            "chunk": arguments.quality_chunk,
+        },
+    }

@@ -1,0 +1,51 @@
+"""``kv-eviction serve-sweep``: servers, loads and records of a serving study."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "serve-sweep",
+        help="a serving study: servers x loads, records and report; resumes where it stopped",
+        description="Starts a server per method and sparsity, loads each at every rate and seed, "
+        "and writes a report. Runs that are there already are not run again. Exit status 1: some "
+        "runs failed.",
+    )
+    parser.add_argument("study", type=Path, metavar="STUDY.yaml")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs"), metavar="DIR",
+        help="the study's folder goes here, under the file's name [runs]")  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the study and report on it."""
+    from ..serving.study import ServingStudy
+    from ..serving.sweep import run_sweep
+    from ..serving.sweep_report import report_serving
+
+    study = ServingStudy.read(arguments.study)
+    folder = arguments.output_dir / arguments.study.stem
+    signal.signal(signal.SIGTERM, _interrupt)
+    result = run_sweep(study, folder, lambda line: print(line, file=sys.stderr, flush=True))
+    if result.finished or result.skipped:
+        report_serving(folder)
+        print(f"records, report.md and report.html: {folder}")
+    if result.skipped:
+        print(f"{len(result.skipped)} runs were there already")
+    if result.interrupted:
+        raise KeyboardInterrupt("interrupted; finished runs are kept, the same command resumes")
+    for key, reason in result.failed:
+        print(f"kv-eviction: {key}: {reason}", file=sys.stderr)
+    return 1 if result.failed else 0
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """A request to terminate ends servers the way Ctrl-C does."""
+    raise KeyboardInterrupt("terminated; finished runs are kept, the same command resumes")

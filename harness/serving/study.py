@@ -1,0 +1,171 @@
+"""A serving study: which servers, which loads; from a YAML file."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vllm_plugins.config import EvictionConfig, parse_sparsity
+
+from ..errors import UsageError
+from ..models import DEFAULT_MODEL, recorded_name
+from .slo import check_run_slo
+from .specification import LoadSpecification
+
+DENSE = "dense"
+STOCK = "stock"
+"""A server without the plugin: plain ``vllm serve`` under the same flags."""
+_WITHOUT_SPARSITY = (DENSE, STOCK)
+
+
+@dataclass(frozen=True)
+class ServingStudy:
+    """Methods x sparsities x rates x seeds; the keys of a study's YAML file."""
+
+    model: str = DEFAULT_MODEL
+    methods: tuple[Any, ...] = (DENSE, "h2o", "cab")
+    """Names, or ``{policy: h2o, sparsity: [0.5]}`` where a method has sparsities of its own."""
+    sparsity: tuple[float, ...] = (0.9,)
+    rates: tuple[float, ...] = ()
+    """Requests per second; empty for loads without one (closed loop, trace)."""
+    seeds: tuple[int, ...] = (0,)
+    block_size: int = 32
+    eviction: dict[str, Any] = field(default_factory=dict)
+    """Server-wide eviction settings besides policy and sparsity."""
+    server: dict[str, Any] = field(default_factory=dict)
+    """Engine arguments and front-end flags of ``vllm serve``, names with underscores."""
+    environment: dict[str, str] = field(default_factory=dict)
+    startup_timeout_s: float = 600.0
+    warm_up_requests: int = 4
+    """Sent to each new server before anything is measured: first steps are slow."""
+    vocabulary_size: int | None = None
+    """For models without a tokenizer; random prompts only."""
+    load: dict[str, Any] = field(default_factory=dict)
+    slo: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of a run: ``{time_to_first_token_ms: {p99: 2000}}``."""
+
+    @classmethod
+    def read(cls, path: Path) -> ServingStudy:
+        """Read and check a study.
+
+        Raises:
+            UsageError: no such file, not YAML, or a setting is wrong.
+
+        """
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, Mapping):
+            raise UsageError(f"{path} holds no mapping of settings")
+        return cls.parse(values)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> ServingStudy:
+        """From untyped settings."""
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {sorted(known)}"
+                raise UsageError(f"unknown setting {name!r} of a serving study; {hint}")
+        lists = {n: tuple(values[n]) for n in ("methods", "sparsity", "rates", "seeds")
+                 if n in values}  # fmt: skip
+        study = cls(**{**values, **lists})
+        study._validate()
+        return study
+
+    def _validate(self) -> None:
+        if not self.methods or not self.seeds:
+            raise UsageError("a serving study needs at least one of methods and one of seeds")
+        for name in ("policy", "sparsity"):
+            if name in self.eviction:
+                raise UsageError(f"eviction.{name} is set by methods and sparsity; remove it")
+        check_run_slo(self.slo)
+        for run in self.runs():
+            if run.method != STOCK:
+                EvictionConfig.parse(self.settings(run.method, run.sparsity))
+
+    def settings(self, method: str, sparsity: float) -> dict[str, Any]:
+        """Eviction settings of a server: one policy, and no request may ask for another."""
+        return {
+            **self.eviction,
+            "policy": method,
+            "sparsity": sparsity,
+            "request_policies": [],
+        }
+
+    def runs(self) -> list[ServingRun]:
+        """Every run, one server's after the other."""
+        found = []
+        for entry in self.methods:
+            method, sparsities = entry, self.sparsity
+            if isinstance(entry, Mapping):
+                if set(entry) != {"policy", "sparsity"}:
+                    raise UsageError(f"method {dict(entry)} needs policy and sparsity, no more")
+                method, sparsities = entry["policy"], tuple(entry["sparsity"])
+            for sparsity in (0.0,) if method in _WITHOUT_SPARSITY else sparsities:
+                value = parse_sparsity("sparsity", sparsity)
+                for rate in self.rates or (None,):
+                    for seed in self.seeds:
+                        found.append(ServingRun(self, method, value, rate, seed))
+        return found
+
+
+@dataclass(frozen=True)
+class ServingRun:
+    """One load on one server."""
+
+    study: ServingStudy
+    method: str
+    sparsity: float
+    rate: float | None
+    seed: int
+
+    @property
+    def server_key(self) -> str:
+        """Runs that share it share a server."""
+        return f"{self.method}_s{self.sparsity:g}"
+
+    @property
+    def key(self) -> str:
+        rate = "" if self.rate is None else f"_rate{self.rate:g}"
+        return f"{self.server_key}{rate}"
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.key}_seed{self.seed}.json"
+
+    @property
+    def load(self) -> LoadSpecification:
+        """The load: the study's, at this rate and seed."""
+        own = {"seed": self.seed} | ({} if self.rate is None else {"request_rate": self.rate})
+        return LoadSpecification.parse({**self.study.load, **own})
+
+    def describe(self) -> dict[str, Any]:
+        """What a record says about its run, with a hash that tells two apart."""
+        study = self.study
+        values = {
+            "method": self.method,
+            "sparsity": self.sparsity,
+            "request_rate": self.rate,
+            "seed": self.seed,
+            "model": recorded_name(study.model),
+            "block_size": study.block_size,
+            "eviction": study.eviction,
+            "server": study.server,
+            "environment": study.environment,
+            "warm_up_requests": study.warm_up_requests,
+            "slo": study.slo,
+        }
+        text = json.dumps([values, self.load.to_dict()], sort_keys=True)
+        return values | {"hash": hashlib.sha256(text.encode()).hexdigest()[:16]}

@@ -1,0 +1,232 @@
+"""The report of a serving study: tables and figures from its records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..records import identity, read_json, write_json
+from ..report.page import write_pages
+from ..report.tables import machine_line, markdown
+from .figures import draw_serving, label
+from .study import DENSE, STOCK
+from .sweep_aggregate import (
+    RATIOS,
+    against_baseline,
+    aggregate_sweep,
+    max_rates,
+    with_shared_perplexity,
+)
+
+AGGREGATED = "aggregated_results.json"
+_FIRST = (STOCK, DENSE)
+_COLUMNS = {
+    "output_throughput": "output tok/s",
+    "request_throughput": "requests/s",
+    "time_to_first_token_ms.p50": "TTFT p50, ms",
+    "time_to_first_token_ms.p99": "TTFT p99, ms",
+    "time_per_output_token_ms.p50": "TPOT p50, ms",
+    "time_per_output_token_ms.p95": "TPOT p95, ms",
+    "end_to_end_latency_ms.p50": "latency p50, ms",
+    "goodput": "goodput, 1/s",
+    "mean_concurrency": "in batch, mean",
+    "peak_concurrency": "in batch, peak",
+    "kv_usage_mean": "KV pool held, mean",
+    "kv_mib_per_request": "KV MiB/request",
+    "preemptions": "preemptions",
+    "perplexity": "perplexity",
+}
+
+
+def is_serving(folder: Path) -> bool:
+    """Whether ``folder`` holds records of a serving study."""
+    return any(_paths(folder)) and read_json(_paths(folder)[0]).get("kind") == "serving"
+
+
+def report_serving(folder: Path) -> list[dict[str, Any]]:
+    """Write tables, figures and pages of a folder of serving records; the aggregated entries.
+
+    Runs that ended early are named and in no figure.
+
+    Raises:
+        UsageError: no complete record.
+
+    """
+    everything = [read_json(path) for path in _paths(folder)]
+    records = sorted((r for r in everything if r["complete"]), key=_order)
+    if not records:
+        raise UsageError(f"{folder} holds no complete serving record")
+    first = identity(records[0])
+    for record in records[1:]:
+        if differing := [name for name, value in identity(record).items() if value != first[name]]:
+            raise UsageError(
+                f"records of {folder} differ in {' and '.join(differing)} "
+                f"({record['run']['method']}, seed {record['run']['seed']}); "
+                "keep those that belong together"
+            )
+    records = with_shared_perplexity(records)
+    entries = aggregate_sweep(records)
+    rates = max_rates(entries)
+    baseline = records[0]["run"]["method"]
+    ratios = against_baseline(records, baseline) if baseline in _FIRST else []
+    write_json(
+        folder / AGGREGATED,
+        {"entries": entries, "max_rate_within_slo": rates, f"against_{baseline}": ratios},
+    )
+    figures = draw_serving(entries, records, folder)
+    title = folder.resolve().name
+    write_pages(folder, _page(title, entries, ratios, rates, records, everything, figures))
+    return entries
+
+
+def _page(
+    name: str,
+    entries: Sequence[Mapping[str, Any]],
+    ratios: Sequence[Mapping[str, Any]],
+    rates: Sequence[Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any]],
+    everything: Sequence[Mapping[str, Any]],
+    figures: Sequence[tuple[str, str]],
+) -> str:
+    seeds = sorted({record["run"]["seed"] for record in records})
+    parts = [f"# Serving: {name}", _conditions(records[0]), _machine(records[0])]
+    interval = " Intervals: 95%, t distribution over seeds." if len(seeds) > 1 else ""
+    parts.append(f"Seeds {', '.join(map(str, seeds))}; equal seeds are equal requests at equal "
+                 f"intended times for every method.{interval}")  # fmt: skip
+    parts.append(markdown(_rows(entries)))
+    if records[0]["quality"]:
+        counted = sum(r["shared_windows"] for r in records) / len(records)
+        parts.append(
+            "Perplexity is over windows whose chunk was kept without preemption under every "
+            f"method, {counted:.1f} a run on average; equal ones for all methods."
+        )
+    if ratios:
+        parts += [
+            f"## Times {label(records[0]['run'])}",
+            "Ratios at the same rate and seed, so under the same arrivals; geometric mean over "
+            "seeds [95% interval].",
+            markdown(_ratio_rows(ratios)),
+        ]
+    if rates:
+        parts += ["## Highest rate within the objectives", _slo_line(records[0]),
+                  markdown(_rate_rows(rates))]  # fmt: skip
+    for stem, title in figures:
+        parts += [f"## {title}", f"![{title}]({stem}.png)"]
+    broken = [record for record in everything if not record["complete"]]
+    problems = [f"- {label(r['run'])}, seed {r['run']['seed']}: {r['stop_reason']}" for r in broken]
+    problems += [
+        f"- {label(r['run'])}, seed {r['run']['seed']}: {warning}"
+        for r in everything
+        for warning in r["warnings"]
+    ]
+    problems += [
+        f"- {label(r['run'])}, seed {r['run']['seed']}: {row['count']} x {row['error']} "
+        f"({row['message']})"
+        for r in records
+        for row in r["failures"]
+    ]
+    if problems:
+        parts += ["## What did not go as planned", "\n".join(problems)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    columns = {key: name for key, name in _COLUMNS.items() if any(e[key] for e in entries)}
+    with_rate = any(entry["request_rate"] is not None for entry in entries)
+    header = ("method", *(("rate, 1/s",) if with_rate else ()), *columns.values())
+    rows = [header]
+    for entry in entries:
+        rate = (f"{entry['request_rate']:g}",) if entry["request_rate"] is not None else ("-",)
+        rows.append(
+            (label(entry), *(rate if with_rate else ()), *(_cell(entry[key]) for key in columns))
+        )
+    return rows
+
+
+def _ratio_rows(ratios: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    columns = {
+        name: _COLUMNS[name].split(",")[0] for name in RATIOS if any(r[name] for r in ratios)
+    }
+    with_rate = any(row["request_rate"] is not None for row in ratios)
+    rows = [("method", *(("rate, 1/s",) if with_rate else ()), *columns.values())]
+    for row in ratios:
+        cells = []
+        for name in columns:
+            value = row[name]
+            cell = "-" if value is None else f"{value['mean']:.2f}"
+            if value is not None and value["num_runs"] > 1:
+                cell += f" [{value['low']:.2f}, {value['high']:.2f}]"
+            cells.append(cell)
+        rate = "-" if row["request_rate"] is None else f"{row['request_rate']:g}"
+        rows.append((label(row), *((rate,) if with_rate else ()), *cells))
+    return rows
+
+
+def _rate_rows(rates: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    rows = [("method", "highest rate kept, 1/s", "next rate tested, broken")]
+    for row in rates:
+        rows.append(
+            (
+                label(row),
+                "none" if row["max_rate"] is None else f"{row['max_rate']:g}",
+                "-" if row["first_broken"] is None else f"{row['first_broken']:g}",
+            )
+        )
+    return rows
+
+
+def _conditions(record: Mapping[str, Any]) -> str:
+    run, load, memory = record["run"], record["specification"], record["memory"]
+    pool = memory.get("kv_cache_memory_bytes")
+    size = f", {pool / 2**20:.0f} MiB" if pool else ""
+    rate = "" if run["request_rate"] is None else " at the rates of the table"
+    quality = load["quality"]
+    share = (
+        f" {quality['share']:.0%} of the requests ask for prompt log-probs of known windows of "
+        f"{quality['context_length']} tokens of {quality['dataset']}."
+        if quality["share"]
+        else ""
+    )
+    return (
+        f"{run['model']}, KV pool of {memory.get('num_gpu_blocks', '?')} blocks of "
+        f"{run['block_size']} tokens{size}. Per run {load['num_requests']} requests, "
+        f"{load['arrivals']} arrivals{rate}, prompts {load['input_length']} ({load['prompts']}), "
+        f"outputs {load['output_length']}."
+        f"{share} Latencies count from the intended send time."
+    )
+
+
+def _slo_line(record: Mapping[str, Any]) -> str:
+    limits = [
+        f"{statistic} {name} at most {limit:g}"
+        for name, statistics in record["run"]["slo"].items()
+        for statistic, limit in statistics.items()
+    ]
+    return f"Objectives: {'; '.join(limits)}; every request succeeds; in every seed."
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    return machine_line(dict(record))
+
+
+def _cell(value: Mapping[str, float] | None) -> str:
+    if value is None:
+        return "-"
+    digits = 0 if abs(value["mean"]) >= 100 else 1 if abs(value["mean"]) >= 10 else 2
+    text = f"{value['mean']:.{digits}f}"
+    if value["num_runs"] > 1:
+        text += f" ± {value['high'] - value['mean']:.{digits}f}"
+    return text
+
+
+def _order(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    run = record["run"]
+    rank = _FIRST.index(run["method"]) if run["method"] in _FIRST else len(_FIRST)
+    rate = -1.0 if run["request_rate"] is None else run["request_rate"]
+    return rank, run["method"], run["sparsity"], rate, run["seed"]
+
+
+def _paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*_seed*.json"))

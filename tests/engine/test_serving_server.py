@@ -1,0 +1,193 @@
+"""One real server for all tests here: the API, its metrics, a load with quality, the dashboard."""
+
+import json
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.cli import main
+from harness.serving.launch import eviction_flags
+from harness.serving.server import free_port, serving, vllm_command
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {"policy": "h2o", "sparsity": 0.6, "request_policies": ["cab", "dense"]}
+FLAGS = [
+    "--served-model-name", "smollm2", "--dtype", "float32", "--max-model-len", "512",
+    "--max-num-seqs", "8", "--max-num-batched-tokens", "512",
+    "--long-prefill-token-threshold", "64", "--kv-cache-memory-bytes", str(150 << 20),
+    "--enforce-eager",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(smollm2, tmp_path_factory):
+    command = vllm_command(smollm2, [*eviction_flags(32, SETTINGS), *FLAGS])
+    log = tmp_path_factory.mktemp("server") / "log"
+    environment = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_OMP_THREADS_BIND": "0"}
+    with serving(command, free_port(), log, environment=environment) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def record(server, tmp_path_factory):
+    """A load with quality requests, on the running server."""
+    output = tmp_path_factory.mktemp("load") / "record.json"
+    status = main(
+        ["load", "--base-url", server.base_url, "--output", str(output), "--num-requests", "20",
+         "--request-rate", "8", "--input-length", "200", "--output-length", "48",
+         "--quality-share", "0.2", "--quality-windows", "4", "--quality-context-length", "320",
+         "--server-pid", str(server.pid), "--sample-interval", "0.5"]
+    )  # fmt: skip
+    assert status == 0
+    return json.loads(output.read_text())
+
+
+def post(server, body):
+    request = urllib.request.Request(
+        f"{server.base_url}/v1/completions",
+        json.dumps({"model": "smollm2", "prompt": "Hello", "max_tokens": 2, **body}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"kv_sparsity": 1.5}, "kv_sparsity is 1.5; give a number from 0"),
+        ({"kv_policy": "nope"}, "unknown policy 'nope'"),
+        ({"kv_sparsty": 0.5}, "did you mean 'kv_sparsity'"),
+        # Only this server knows these two: its block size, and what it offers.
+        ({"kv_budget_tokens": 40}, "give at least 64"),
+        ({"kv_policy": "streaming", "kv_sparsity": 0.5}, "is not offered by this server"),
+    ],
+)
+def test_bad_settings_are_http_400_with_a_sentence(settings, sentence, server):
+    status, body = post(server, {"vllm_xargs": settings})
+    assert status == 400
+    assert sentence in body["error"]["message"]
+    assert "\n" not in body["error"]["message"]
+
+
+def test_settings_of_a_request_are_followed(server):
+    status, body = post(server, {"vllm_xargs": {"kv_policy": "cab", "kv_sparsity": 0.9}})
+    assert status == 200
+    assert body["kv_transfer_params"]["kv_eviction"]["policy"] == "cab"
+    assert post(server, {})[1]["kv_transfer_params"]["kv_eviction"]["sparsity"] == 0.6
+
+
+def test_bodies_that_are_no_request_stay_vllms_business(server):
+    status, body = post(server, {"vllm_xargs": [1]})
+    assert status == 400
+    assert "vllm_xargs" in body["error"]["message"]
+
+
+def test_the_openai_client_works_unchanged(server):
+    import openai
+
+    client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none")
+    stream = client.completions.create(
+        model="smollm2", prompt="Once upon a time", max_tokens=8, stream=True,
+        extra_body={"vllm_xargs": {"kv_policy": "cab", "kv_sparsity": 0.5}},
+    )  # fmt: skip
+    assert sum(1 for _ in stream) >= 8
+    chat = client.chat.completions.create(
+        model="smollm2", messages=[{"role": "user", "content": "Hi"}], max_tokens=4
+    )
+    assert chat.usage.completion_tokens == 4
+    with pytest.raises(openai.BadRequestError, match="give a number from 0"):
+        client.chat.completions.create(
+            model="smollm2", messages=[{"role": "user", "content": "Hi"}],
+            extra_body={"vllm_xargs": {"kv_sparsity": 2}},
+        )  # fmt: skip
+
+
+def test_a_record_has_latency_memory_and_quality_on_one_clock(record):
+    assert record["counts"]["succeeded"] == 20
+    assert record["requests"]["output_tokens"] == [48] * 16
+    samples = record["samples"]
+    assert samples["time_s"][0] < 1.0
+    assert samples["time_s"][-1] == pytest.approx(record["duration_s"], abs=1.5)
+    assert max(samples["kv_cache_usage"]) > 0.1
+    assert max(samples["num_requests_running"]) >= 4
+    assert record["memory"]["kv_eviction_blocks_evicted"] > 50
+    assert record["memory"]["kv_eviction_requests:h2o"] == 20
+    assert record["memory"]["process_memory_mib"]["max"] > 300
+    assert record["memory"]["kv_cache_memory_bytes"] == 150 << 20
+    assert sum(record["output_tokens"]["tokens"]) == pytest.approx(16 * 48 + 4, abs=4)
+
+
+def test_perplexity_under_load_is_the_offline_figure(record, tmp_path):
+    quality = record["quality"]
+    assert quality["num_answered"] == 4
+    assert quality["num_other_chunk"] == 0
+    assert main(
+        ["offline", "--methods", "h2o", "--sparsity", "0.6", "--context-length", "320",
+         "--num-samples", "4", "--seeds", "0", "--output-dir", str(tmp_path),
+         "--experiment-name", "e"]
+    ) == 0  # fmt: skip
+    (path,) = (tmp_path / "e").glob("h2o*_seed0.json")
+    offline = json.loads(path.read_text())
+    assert [w["start"] for w in offline["windows"]] == sorted(
+        w["start"] for w in quality["windows"]
+    )
+    assert quality["perplexity"] == pytest.approx(offline["perplexity"], rel=1e-4)
+    assert quality["perplexity_after_eviction"] == pytest.approx(
+        offline["perplexity_after_eviction"], rel=1e-4
+    )
+
+
+def test_the_server_logs_its_counters(record, server):
+    """vLLM's own line, every ten seconds."""
+    assert re.search(r"KV Transfer metrics: kv_eviction_blocks_evicted=\d+", server.log.read_text())
+
+
+def test_every_query_of_the_dashboard_finds_its_metric(record, server):
+    with urllib.request.urlopen(f"{server.base_url}/metrics", timeout=30) as response:
+        live = set(re.findall(r"(?m)^([\w:]+)[{ ]", response.read().decode()))
+    dashboard = json.loads((ROOT / "scripts" / "grafana" / "kv_eviction.json").read_text())
+    queries = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
+    queries += [
+        v["query"]["query"] for v in dashboard["templating"]["list"] if v["type"] == "query"
+    ]
+    asked = {name for query in queries for name in re.findall(r"vllm:\w+", query)}
+    assert len(asked) > 12
+    assert asked <= live
+    ours = {name for name in live if name.startswith("vllm:kv_eviction_")}
+    ours = {name for name in ours if not name.endswith("_created")}
+    assert ours <= asked, "a metric of ours that no panel shows"
+
+
+def test_an_engine_that_is_killed_ends_a_load(server, tmp_path):
+    """Last: the server does not outlive it."""
+    output = tmp_path / "record.json"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", "load", "--base-url", server.base_url, "--output", output,
+         "--num-requests", "300", "--request-rate", "3", "--input-length", "100",
+         "--output-length", "100"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    for line in iter(lambda: process.stderr.read(200), ""):
+        if re.search(r"[1-9]\d* in flight", line):
+            break
+    members = psutil.Process(server.pid).children(recursive=True)
+    (engine,) = (p for p in members if "EngineCore" in " ".join(p.cmdline()))
+    engine.kill()
+    _, error = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "ended early: the server at" in error
+    assert "Traceback" not in error
+    record = json.loads(output.read_text())
+    assert not record["complete"]
+    assert record["counts"]["not_sent"] > 100
+    assert record["counts"]["failed"] + record["counts"]["incomplete"] > 0

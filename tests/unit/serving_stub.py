@@ -1,0 +1,137 @@
+"""A server that misbehaves on demand: ``python -m tests.unit.serving_stub MODE --port P``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import threading
+from contextlib import contextmanager
+
+from aiohttp import web
+
+METRICS = """vllm:num_requests_running{engine="0"} 2.0
+vllm:num_requests_waiting{engine="0"} 0.0
+vllm:kv_cache_usage_perc{engine="0"} 0.5
+vllm:cache_config_info{block_size="32",kv_cache_memory_bytes="1048576",num_gpu_blocks="10"} 1.0
+"""
+
+
+def chunk(text="a", finish=None):
+    body = {"choices": [{"index": 0, "text": text, "finish_reason": finish}]}
+    return f"data: {json.dumps(body)}\n\n".encode()
+
+
+def usage(tokens):
+    return f'data: {{"choices": [], "usage": {{"completion_tokens": {tokens}}}}}\n\n'.encode()
+
+
+class Stub:
+    """``mode``: ``good``, or what goes wrong with every request from number ``after`` on."""
+
+    def __init__(self, mode="good", after=0):
+        self.mode, self.after, self.count = mode, after, 0
+        self.bodies = []
+
+    def app(self):
+        app = web.Application()
+        app.router.add_post("/v1/completions", self.completions)
+        app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/metrics", self.metrics)
+        return app
+
+    async def models(self, request):
+        return web.json_response({"data": [{"id": "stub", "max_model_len": 4096}]})
+
+    async def health(self, request):
+        return web.Response()
+
+    async def metrics(self, request):
+        return web.Response(text=METRICS)
+
+    async def completions(self, request):
+        body = await request.json()
+        self.bodies.append(body)
+        self.count += 1
+        mode = self.mode if self.count > self.after else "good"
+        if mode == "http_500":
+            return web.json_response({"error": {"message": "the engine is on fire"}}, status=500)
+        if mode == "die":
+            os._exit(9)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        tokens = body["max_tokens"]
+        for i in range(tokens):
+            if i == 2 and mode == "close":
+                request.transport.abort()
+                return response
+            if i == 2 and mode == "malformed":
+                await response.write(b"data: {half a chu\n\n")
+                return response
+            if i == 2 and mode == "error_event":
+                await response.write(b'data: {"error": {"message": "out of luck"}}\n\n')
+                return response
+            if mode == "hang":
+                await asyncio.sleep(60)
+            await response.write(chunk(finish="length" if i == tokens - 1 else None))
+            if mode == "slow":
+                await asyncio.sleep(0.2)
+        await response.write(usage(tokens))
+        if mode != "no_done":
+            await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+@contextmanager
+def running(mode="good", after=0):
+    """A stub in a thread of this process: (its address, the stub)."""
+    stub = Stub(mode, after)
+    loop = asyncio.new_event_loop()
+    started = threading.Event()
+    address = []
+
+    async def start():
+        runner = web.AppRunner(stub.app(), shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        address.append(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}")
+        started.set()
+        return runner
+
+    def serve():
+        asyncio.set_event_loop(loop)
+        runner = loop.run_until_complete(start())
+        loop.run_forever()
+        loop.run_until_complete(runner.cleanup())
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    started.wait(10)
+    try:
+        yield address[0], stub
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("mode")
+    parser.add_argument("--after", type=int, default=0)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    arguments = parser.parse_args()
+    if arguments.mode == "no_start":
+        print("ValueError: this model cannot be served")
+        raise SystemExit(3)
+    if arguments.mode == "never_ready":
+        threading.Event().wait()
+    stub = Stub(arguments.mode, arguments.after)
+    web.run_app(stub.app(), host=arguments.host, port=arguments.port, print=None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Sweeps over stub servers: start, run, resume, die, clean up, report."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.cli import main
+from harness.errors import UsageError
+from harness.serving import sweep
+from harness.serving.flags import flag_value, serve_flags
+from harness.serving.server import ServerError, free_port, last_error, serving
+from harness.serving.study import ServingStudy
+
+STUB = [sys.executable, "-m", "tests.unit.serving_stub"]
+STUDY = {
+    "methods": ["dense", "h2o"],
+    "sparsity": [0.9],
+    "rates": [20, 40],
+    "seeds": [0, 1],
+    "vocabulary_size": 100,
+    "warm_up_requests": 2,
+    "load": {"num_requests": 6, "input_length": 4, "output_length": 5},
+    "slo": {"time_to_first_token_ms": {"p99": 5000}},
+}
+
+
+@pytest.fixture
+def stub_servers(monkeypatch, tmp_path):
+    """Let sweeps start stubs: ``modes`` by method."""
+    modes = {}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+
+    def command(study, model, run):
+        return [*STUB, *modes.get(run.method, ["good"])]
+
+    monkeypatch.setattr(sweep, "server_command", command)
+    return modes
+
+
+def study(tmp_path, **changes):
+    path = tmp_path / "demo.yaml"
+    path.write_text(json.dumps({**STUDY, "model": str(tmp_path / "model"), **changes}))
+    return ["serve-sweep", str(path), "--output-dir", str(tmp_path / "out")]
+
+
+def records(tmp_path):
+    paths = sorted((tmp_path / "out" / "demo").glob("*_seed*.json"))
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def children():
+    return psutil.Process().children(recursive=True)
+
+
+def test_a_sweep_reports_and_resumes(stub_servers, tmp_path, capsys):
+    assert main(study(tmp_path)) == 0
+    found = records(tmp_path)
+    assert set(found) == {
+        f"{key}_rate{rate}_seed{seed}"
+        for key in ("dense_s0", "h2o_s0.9") for rate in (20, 40) for seed in (0, 1)
+    }  # fmt: skip
+    one = found["h2o_s0.9_rate40_seed1"]
+    assert one["complete"]
+    assert one["kind"] == "serving"
+    assert one["run"]["slo"] == STUDY["slo"]
+    other = found["dense_s0_rate40_seed1"]
+    assert one["requests"]["intended_s"] == other["requests"]["intended_s"], "same arrivals"
+    folder = tmp_path / "out" / "demo"
+    report = (folder / "report.md").read_text()
+    assert "| h2o 0.9 | 40 |" in report
+    assert "| h2o 0.9 | 40 | - |" in report, "the highest rate tested was kept"
+    for stem in ("latency", "goodput", "throughput", "kv_memory"):
+        assert (folder / f"{stem}.png").stat().st_size > 10_000
+    assert not children()
+    # A second call runs what is missing, and nothing else.
+    (folder / "dense_s0_rate20_seed0.json").unlink()
+    before = {key: value["timestamp"] for key, value in found.items()}
+    capsys.readouterr()
+    assert main(study(tmp_path)) == 0
+    assert "7 runs were there already" in capsys.readouterr().out
+    after = {key: value["timestamp"] for key, value in records(tmp_path).items()}
+    del before["dense_s0_rate20_seed0"]
+    assert before.items() < after.items()
+
+
+def test_records_of_another_study_are_not_mixed_in(stub_servers, tmp_path, capsys):
+    assert main(study(tmp_path, rates=[50], seeds=[0], methods=["dense"])) == 0
+    changed = {**STUDY["load"], "num_requests": 5}
+    assert main(study(tmp_path, rates=[50], seeds=[0], methods=["dense"], load=changed)) == 2
+    assert "is of another study; give another --output-dir" in capsys.readouterr().err
+    path = tmp_path / "out" / "demo" / "dense_s0_rate50_seed0.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "code": "older"}))
+    assert main(study(tmp_path, rates=[50], seeds=[0], methods=["dense"])) == 2
+    assert "was measured with another code; give another" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_start_fails_its_runs_only(stub_servers, tmp_path, capsys):
+    stub_servers["dense"] = ["no_start"]
+    assert main(study(tmp_path, rates=[50], seeds=[0])) == 1
+    assert set(records(tmp_path)) == {"h2o_s0.9_rate50_seed0"}
+    error = capsys.readouterr().err
+    assert "dense_s0: the server ended with status 3: ValueError: this model cannot be" in error
+
+
+def test_a_server_that_dies_is_replaced(stub_servers, tmp_path, capsys):
+    # Warm-up 2, first run 6: it dies in the second run; the next server takes the rest.
+    stub_servers["dense"] = ["die", "--after", "10"]
+    assert main(study(tmp_path, rates=[20], seeds=[0, 1, 2], methods=["dense"])) == 1
+    found = records(tmp_path)
+    assert [r["complete"] for r in found.values()] == [True, False, True]
+    assert "the server" in found["dense_s0_rate20_seed1"]["stop_reason"]
+    folder = tmp_path / "out" / "demo"
+    assert {p.name for p in (folder / "logs").iterdir()} == {"dense_s0.log", "dense_s0.2.log"}
+    assert "What did not go as planned" in (folder / "report.md").read_text()
+    assert not children()
+    stub_servers["dense"] = ["good"]
+    assert main(study(tmp_path, rates=[20], seeds=[0, 1, 2], methods=["dense"])) == 0
+    assert all(r["complete"] for r in records(tmp_path).values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_a_sweep_leaves_no_process(number, tmp_path):
+    code = (
+        "import sys; from harness.serving import sweep; from harness.cli import main; "
+        f"sweep.server_command = lambda *a: {[*STUB, 'slow']!r}; sys.exit(main(sys.argv[1:]))"
+    )
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    arguments = study(tmp_path, rates=[1], load={**STUDY["load"], "num_requests": 60})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    for line in process.stderr:
+        if line.startswith("dense_s0_rate1, seed 0"):
+            break
+    time.sleep(2)
+    servers = psutil.Process(process.pid).children(recursive=True)
+    assert servers
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "finished runs are kept" in error
+    assert "Traceback" not in error
+    assert not any(server.is_running() for server in servers)
+    (record,) = records(tmp_path).values()
+    assert record["stop_reason"] == "interrupted"
+
+
+def test_a_server_with_children_is_ended_whole(tmp_path):
+    code = (
+        "import subprocess, sys, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        "subprocess.run([*sys.argv[1].split(), *sys.argv[2:]])"
+    )
+    command = [sys.executable, "-c", code, " ".join([*STUB, "good"])]
+    with serving(command, free_port(), tmp_path / "log", patience_s=1) as server:
+        members = [psutil.Process(server.pid), *children()]
+        assert len(members) >= 3
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in members)
+
+
+def test_a_server_that_is_never_ready(tmp_path):
+    started = time.monotonic()
+    with (
+        pytest.raises(ServerError, match="did not answer within 2 s"),
+        serving([*STUB, "never_ready"], free_port(), tmp_path / "log", startup_timeout_s=2),
+    ):
+        pass
+    assert time.monotonic() - started < 10
+    assert not children()
+
+
+def test_the_telling_line_of_a_log(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(
+        "INFO fine\n(EngineCore pid=3) ValueError: the pool is too small\nmore\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert last_error(log) == "ValueError: the pool is too small"
+
+
+def test_flags():
+    flags = serve_flags(
+        {"block_size": 32, "enable_prefix_caching": False, "enforce_eager": True, "x": None,
+         "logits_processors": ["a:b"], "kv_transfer_config": {"kv_role": "kv_both"}}
+    )  # fmt: skip
+    assert flags == [
+        "--block-size", "32", "--no-enable-prefix-caching", "--enforce-eager",
+        "--logits-processors", "a:b", "--kv-transfer-config", '{"kv_role":"kv_both"}',
+    ]  # fmt: skip
+    assert flag_value([*flags, "--port=3", "--port", "4"], "--port") == "4"
+
+
+def test_serve_prints_the_plain_command(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    arguments = ["serve", str(tmp_path), "--policy", "cab", "--sparsity", "0.9",
+                 "--max-model-len", "1024", "--print-command", "--enable-lora"]  # fmt: skip
+    assert main(arguments) == 0
+    line = capsys.readouterr().out.strip()
+    assert line.startswith(f"vllm serve {tmp_path} --kv-transfer-config '{{")
+    assert '"policy":"cab","sparsity":0.9' in line
+    assert line.endswith("--max-model-len 1024 --enable-lora")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"methdos": ["h2o"]}, "did you mean 'methods'"),
+        ({"methods": ["h20"]}, "unknown policy 'h20'"),
+        ({"sparsity": [1.5]}, "sparsity is 1.5"),
+        ({"seeds": []}, "at least one"),
+        ({"eviction": {"policy": "cab"}}, "is set by methods"),
+        ({"slo": {"speed": {"p99": 1}}}, "slo names 'speed'"),
+        ({"load": {"num_requests": 3, "x": 1}}, "unknown or missing load setting"),
+        ({"load": {}}, "num_requests"),
+    ],
+)
+def test_bad_studies(changes, sentence, stub_servers, tmp_path, capsys):
+    assert main(study(tmp_path, **changes)) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_study(tmp_path):
+    (tmp_path / "s.yaml").write_text("a: [")
+    with pytest.raises(UsageError, match="is not YAML"):
+        ServingStudy.read(tmp_path / "s.yaml")
+    with pytest.raises(UsageError, match="cannot read"):
+        ServingStudy.read(tmp_path / "t.yaml")
+
+
+def test_the_committed_studies_are_valid():
+    folder = Path(__file__).parents[2] / "scripts" / "studies" / "serving"
+    studies = [ServingStudy.read(path) for path in sorted(folder.glob("*.yaml"))]
+    assert studies
+    assert all(run.load.num_requests > 0 for s in studies for run in s.runs())
