@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from .attention import check_settings
 from .checks import is_configured
 from .config import EvictionConfig, EvictionConfigError
 
@@ -55,7 +56,7 @@ class RequestCheck:
             return None
         config, block_size = self._config
         try:
-            config.request_settings(settings, block_size)
+            check_settings(config.request_settings(settings, block_size))
         except EvictionConfigError as error:
             return str(error)
         return None
