@@ -133,7 +133,8 @@ def load_documents(text: Text) -> tuple[list[str], str]:
 
 
 def resolved_revision(text: Text) -> str | None:
-    """The hub commit that was read: the pinned one, or what the newest was at loading time."""
+    """The hub commit that was read: the pinned one, or what the newest was at loading time.
+    None for a text that is not from the hub, and without a network."""
     if text.revision or text.dataset_path or text.sha256:
         return text.revision
     known = HUB.get(text.dataset)

@@ -167,7 +167,8 @@ class Sweep:
             return isinstance(error, UnfaithfulRun)
         finally:
             self.session.measuring_seconds += time.perf_counter() - started
-        write_json(folder / run.file_name, {**record, **self.source})
+        revision = self.texts.revision(run)
+        write_json(folder / run.file_name, {**record, "dataset_revision": revision, **self.source})
         (folder / FAILED / run.file_name).unlink(missing_ok=True)
         self.session.runs_done += 1
         self._write_experiment()

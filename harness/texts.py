@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
+from .corpora import resolved_revision
 from .specification import RunSpecification, Text
 from .tokens import load_tokenizer, tokenize
 from .workload import Window, draw_prompts, draw_windows
@@ -20,6 +21,7 @@ class Texts:
 
     def __init__(self, runs: Sequence[RunSpecification]) -> None:
         self.tokenizer = cache(load_tokenizer)
+        self._revision = cache(resolved_revision)
         self._documents: dict[tuple[str, Text], list[list[int]]] = {}
         for run in runs:
             if run.load is None:
@@ -37,6 +39,10 @@ class Texts:
         return draw_prompts(
             self._tokens(run), run.load.num_requests, run.load.prompt_tokens, run.seed
         )
+
+    def revision(self, run: RunSpecification) -> str | None:
+        """The hub commit that the run's text was read at, where it came from the hub."""
+        return self._revision(run.text)
 
     def any_window(self, run: RunSpecification) -> list[int]:
         """Tokens to warm an engine up with."""

@@ -140,8 +140,8 @@ def _shown(figures: list[tuple[str, str]], wanted: Any) -> list[str]:
 def _text_line(record: dict[str, Any]) -> str:
     text = record["specification"].get("text", {})
     told = [f"Text: {record['specification']['dataset']}"]
-    if text.get("revision"):
-        told.append(f"revision {text['revision']}, split {text['split']}")
+    if revision := record.get("dataset_revision"):
+        told.append(f"revision {revision}, split {text['split']}")
     if text.get("sha256"):
         told.append(f"sha256 {text['sha256'][:16]}...")
     if "document_mode" in text:

@@ -112,7 +112,7 @@ def _against_sparsity(
         )
     axes.set(xlabel="sparsity (share of KV blocks evicted)", ylabel=label, xlim=(0, 1))
     if from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -190,7 +190,7 @@ def _cache(results: dict[str, Any], traces: dict[str, Any]) -> Any:
     )
     looks = styles([entry["method"] for entry in results.values()])
     for axes, wanted in zip(grid[0], levels or [""], strict=True):
-        width = 4.0
+        width = 3.0
         for key, trace in traces.items():
             method = results[key]["method"]
             if method != "dense" and key != f"{method}_{wanted}":
@@ -199,7 +199,7 @@ def _cache(results: dict[str, Any], traces: dict[str, Any]) -> Any:
             axes.plot(trace["tokens"], trace["blocks"], color=look["color"], ls=look["linestyle"],
                       marker=look["marker"], ms=4, lw=width, label=method,
                       markevery=max(1, len(trace["tokens"]) // 8))  # fmt: skip
-            width = max(1.0, width - 0.8)  # what lies on top is thinner: nothing hides another
+            width = max(1.0, width - 0.5)  # what lies on top is thinner: nothing hides another
         title = f"sparsity {wanted[1:]}" if wanted.startswith("s") else wanted
         axes.set(title=title, xlabel="tokens processed")
         axes.set_ylim(bottom=0)

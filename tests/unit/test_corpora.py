@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from harness.corpora import HUB, describe, load_documents, load_text
+from harness.corpora import HUB, describe, load_documents, load_text, resolved_revision
 from harness.errors import UsageError
 from harness.specification import Text
 from harness.tokens import scored_text, tokenize
@@ -55,6 +55,7 @@ def test_hub_texts_are_pinned(name):
     text = describe(name, None, "concatenate")
     assert len(text.revision) == 40
     assert (text.revision, text.split) == (HUB[name].revision, "test")
+    assert resolved_revision(text) == text.revision
 
 
 def test_refusals(files):
