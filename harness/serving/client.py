@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import aiohttp
+from yarl import URL
 
 from .plan import QUALITY, PlannedRequest
 from .result import FAILED, INCOMPLETE, SUCCEEDED, TIMED_OUT, Result
@@ -17,13 +18,14 @@ from .sse import EventParser
 _KEEP_ALIVE_S = 3.0
 """Below uvicorn's five seconds: a connection is never reused while the server closes it."""
 _MESSAGE_LIMIT = 300
+_decode = json.JSONDecoder().decode
 
 
 class Client:
     """Speaks the OpenAI completions API to one server, over as many connections as it takes."""
 
     def __init__(self, base_url: str, timeout_s: float, api_key: str | None = None) -> None:
-        self._url = base_url.rstrip("/") + "/v1/completions"
+        self._url = URL(base_url.rstrip("/") + "/v1/completions")
         self._timeout_s = timeout_s
         self._headers = {"Content-Type": "application/json"}
         if api_key:
@@ -35,6 +37,7 @@ class Client:
             timeout=aiohttp.ClientTimeout(total=None),
             trace_configs=[trace],
             auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
         )
 
     async def close(self) -> None:
@@ -108,7 +111,7 @@ async def _take_stream(result: Result, response: aiohttp.ClientResponse, start: 
                 done = True
                 continue
             try:
-                chunk = json.loads(event)
+                chunk = _decode(event.decode())
                 choices, usage, error = (
                     chunk.get("choices"),
                     chunk.get("usage"),

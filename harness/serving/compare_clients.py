@@ -1,8 +1,9 @@
 """Our client against ``vllm bench serve``, on one running server: ``scripts/compare_clients``.
 
-The same load (number, lengths, constant rate) is sent by either in turn. Both have random prompts
-of their own; what must agree are the medians of time to first token and time per output token, and
-the output throughput.
+The same load (number and lengths of requests; a constant rate, or so many in flight) is sent by
+either in turn. Both have random prompts of their own; what must agree are the medians of time to
+first token and time per output token, and the output throughput. Near saturation an open loop
+amplifies any disturbance of the machine; a closed one does not.
 """
 
 from __future__ import annotations
@@ -58,14 +59,25 @@ def theirs(arguments: argparse.Namespace, target: Target, seed: int) -> dict[str
             "--dataset-name", "random", "--random-input-len", str(arguments.input_length),
             "--random-output-len", str(arguments.output_length), "--ignore-eos",
             "--num-prompts", str(arguments.num_requests), "--seed", str(seed),
-            "--request-rate", str(arguments.request_rate), "--burstiness", "1000000",
-            "--temperature", "0", "--save-result", "--result-dir", folder,
+            *_load_flags(arguments), "--temperature", "0", "--save-result", "--result-dir", folder,
             "--result-filename", "result.json", "--disable-tqdm",
         ]  # fmt: skip
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         result = read_json(Path(folder) / "result.json")
     assert result["completed"] == arguments.num_requests
     return {name: result[field] for name, field in _FIELDS.items()}
+
+
+def _load_flags(arguments: argparse.Namespace) -> list[str]:
+    if arguments.max_concurrency:
+        return ["--max-concurrency", str(arguments.max_concurrency)]
+    return ["--request-rate", str(arguments.request_rate), "--burstiness", "1000000"]
+
+
+def _load(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.max_concurrency:
+        return {"arrivals": "closed", "max_concurrency": arguments.max_concurrency}
+    return {"arrivals": "constant", "request_rate": arguments.request_rate}
 
 
 def main() -> int:
@@ -76,6 +88,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--num-requests", type=int, default=40)
     parser.add_argument("--request-rate", type=float, default=1.0)
+    parser.add_argument("--max-concurrency", type=int, help="a closed loop, instead of a rate")
     parser.add_argument("--input-length", type=int, default=128)
     parser.add_argument("--output-length", type=int, default=32)
     arguments = parser.parse_args()
@@ -86,8 +99,7 @@ def main() -> int:
         specification = LoadSpecification.parse(
             {
                 "num_requests": arguments.num_requests,
-                "arrivals": "constant",
-                "request_rate": arguments.request_rate,
+                **_load(arguments),
                 "input_length": arguments.input_length,
                 "output_length": arguments.output_length,
                 "seed": seed,
