@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -220,7 +221,8 @@ class EvictionConfig:
             sparsity, budget = 0.0, extra["kv_budget_tokens"]
         elif get_policy(policy).select is None:
             sparsity, budget = 0.0, None
-        settings = self._settings(policy, sparsity, budget, extra.get("kv_policy_args"), "kv_")
+        overrides = _parse_policy_args(extra.get("kv_policy_args"))
+        settings = self._settings(policy, sparsity, budget, overrides, "kv_")
         if settings.budget_tokens is not None:
             _check_budget_tokens(
                 "kv_budget_tokens", settings.budget_tokens, self.sink_blocks, block_size
@@ -240,10 +242,6 @@ class EvictionConfig:
             if not prefix and sparsity > 0:
                 raise EvictionConfigError("give sparsity or budget_tokens, not both")
             budget = _parse_int(f"{prefix}budget_tokens", budget, 1)
-        if overrides is not None and not isinstance(overrides, Mapping):
-            raise EvictionConfigError(
-                f"kv_policy_args is {overrides!r}; give a mapping of parameter to value"
-            )
         args = {**self.policy_args.get(policy, {}), **(overrides or {})}
         return RequestSettings(policy, sparsity, budget, _resolve(policy, args))
 
@@ -290,6 +288,21 @@ def _parse_score_queries(value: Any) -> str | int:
         raise EvictionConfigError(
             f'score_queries is {value!r}; give "all" or how many of a chunk\'s last queries count'
         ) from None
+
+
+def _parse_policy_args(value: Any) -> Mapping[str, Any] | None:
+    """A mapping, or one as JSON text: ``vllm_xargs`` carries no mappings over HTTP."""
+    parsed = value
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+    if parsed is not None and not isinstance(parsed, Mapping):
+        raise EvictionConfigError(
+            f"kv_policy_args is {value!r}; give a mapping of parameter to value, or one as JSON"
+        )
+    return parsed
 
 
 def _policy(name: Any):

@@ -68,6 +68,7 @@ BAD_REQUESTS = [
     ({"kv_polcy": "h2o"}, "did you mean 'kv_policy'"),
     ({"kv_policy_args": {"local": 1.0}}, "no parameter 'local'"),
     ({"kv_policy_args": "local"}, "give a mapping"),
+    ({"kv_policy_args": '["recent"]'}, "give a mapping"),
 ]
 
 
@@ -86,6 +87,9 @@ def test_a_request_follows_the_server_unless_it_says_otherwise():
     assert (settings.policy, settings.sparsity) == ("cab", 0.5)
     settings = server.request_settings({"kv_budget_tokens": "512"}, 32)
     assert (settings.sparsity, settings.budget_tokens) == (0.0, 512)
+    for args in ({"bridge_definition": "forman"}, '{"bridge_definition": "forman"}'):
+        settings = server.request_settings({"kv_policy": "cab", "kv_policy_args": args}, 32)
+        assert settings.policy_args["bridge_definition"] == "forman"
     assert not server.request_settings({"kv_policy": "dense"}, 32).evicts
     assert not server.request_settings({"kv_sparsity": 0}, 32).evicts
 
