@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 from .policies import (
@@ -38,14 +39,14 @@ class RequestSettings:
     budget_tokens: int | None
     policy_args: Mapping[str, Any]
 
-    @property
+    @cached_property
     def evicts(self) -> bool:
         """False: no block of the request is ever evicted, and no score is gathered for it."""
         return get_policy(self.policy).select is not None and (
             self.sparsity > 0 or self.budget_tokens is not None
         )
 
-    @property
+    @cached_property
     def needs(self) -> frozenset[str]:
         """The inputs gathered for this request; none where it never evicts."""
         if not self.evicts:

@@ -364,7 +364,7 @@ def checked(kept: np.ndarray, positions: np.ndarray, keep: int, num_sink_blocks:
         raise ValueError(f"select must return a 1-D array of indices, got {kept!r}")
     if len(kept) > keep:
         raise ValueError(f"select kept {len(kept)} blocks of a budget of {keep}")
-    if len(kept) == 0 or kept[0] < 0 or (len(kept) > 1 and np.diff(kept).min() <= 0):
+    if len(kept) == 0 or kept[0] < 0 or not (kept[1:] > kept[:-1]).all():
         raise ValueError("select must return ascending indices without repeats")
     if kept[-1] != len(positions) - 1:
         raise ValueError("select must keep the last block, and no index beyond it")

@@ -17,6 +17,9 @@ def top(priority: np.ndarray, count: int) -> np.ndarray:
     if count >= n:
         return np.arange(n)
     threshold = np.partition(priority, n - count)[n - count]
+    chosen = priority >= threshold
+    if np.count_nonzero(chosen) == count:
+        return np.flatnonzero(chosen)
     chosen = priority > threshold
     missing = count - int(np.count_nonzero(chosen))
     ties = np.flatnonzero(priority == threshold)
