@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from tests.kernels.cases import MIXED, check_compaction, expected_mass, make_batch
-from tests.kernels.test_kernels import compare
+from tests.kernels.cases import MIXED, add, check_compaction, compare, expected_mass, make_batch
 from vllm_plugins.kernels.block_books import add_key_norms, age_blocks, start_blocks
-from vllm_plugins.kernels.block_mass import add_block_mass
 from vllm_plugins.kernels.compact import compact_block_table
 
 pytestmark = [
@@ -17,21 +15,7 @@ pytestmark = [
 
 def mass_of(batch, **options):
     mass = torch.zeros(len(batch.kv_cache), dtype=torch.int64, device="cuda")
-    add_block_mass(
-        batch.query,
-        batch.kv_cache,
-        batch.lse,
-        batch.block_table,
-        batch.seq_lens,
-        batch.query_start_loc,
-        batch.flags,
-        mass,
-        **{"rows": (0, len(batch.seq_lens)), "one_query": False, **options},
-        max_seq_len=batch.max_seq_len,
-        scale=batch.scale,
-        soft_cap=batch.soft_cap,
-    )
-    return mass
+    return add(batch, mass, **options)
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64])

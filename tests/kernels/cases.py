@@ -9,6 +9,7 @@ import torch
 
 from vllm_plugins.attention.compaction import compact
 from vllm_plugins.kernels import FRACTION_BITS, NEEDED, SCORED
+from vllm_plugins.kernels.block_mass import add_block_mass
 
 ONE = 2**FRACTION_BITS
 
@@ -93,6 +94,31 @@ def make_batch(
         soft_cap,
         probabilities,
     )
+
+
+def add(batch: Batch, mass: torch.Tensor, rows=None, one_query=False, **options) -> torch.Tensor:
+    """``add_block_mass`` on the batch; returns ``mass``."""
+    add_block_mass(
+        batch.query,
+        batch.kv_cache,
+        batch.lse,
+        batch.block_table,
+        batch.seq_lens,
+        batch.query_start_loc,
+        batch.flags,
+        mass,
+        rows=rows or (0, len(batch.seq_lens)),
+        max_seq_len=batch.max_seq_len,
+        one_query=one_query,
+        scale=batch.scale,
+        soft_cap=batch.soft_cap,
+        **options,
+    )
+    return mass
+
+
+def compare(mass: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(mass.double().cpu() / ONE, expected, rtol=1e-4, atol=1e-4)
 
 
 def expected_mass(batch: Batch, window: int | None = None, decay: float = 1.0) -> torch.Tensor:

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from vllm_plugins.kernels.block_books import add_key_norms, age_blocks, start_blocks
-from vllm_plugins.kernels.block_mass import Tile, add_block_mass
+from vllm_plugins.kernels.block_mass import Tile
 from vllm_plugins.kernels.compact import compact_block_table
 
-from .cases import MIXED, ONE, check_compaction, expected_mass, make_batch
+from . import cases
+from .cases import MIXED, ONE, check_compaction, compare, expected_mass, make_batch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these cases")
 SMALL = Tile(rows=16, keys=32, warps=1, stages=1)
@@ -26,28 +27,8 @@ def test_compaction_of_a_warm_up_row_of_nulls():
     assert out_lens.tolist() == [0]
 
 
-def add(batch, mass, rows=None, one_query=False, **options):
-    add_block_mass(
-        batch.query,
-        batch.kv_cache,
-        batch.lse,
-        batch.block_table,
-        batch.seq_lens,
-        batch.query_start_loc,
-        batch.flags,
-        mass,
-        rows=rows or (0, len(batch.seq_lens)),
-        max_seq_len=batch.max_seq_len,
-        one_query=one_query,
-        scale=batch.scale,
-        soft_cap=batch.soft_cap,
-        tile=SMALL,
-        **options,
-    )
-
-
-def compare(mass, expected):
-    torch.testing.assert_close(mass.double().cpu() / ONE, expected, rtol=1e-4, atol=1e-4)
+def add(batch, mass, **options):
+    cases.add(batch, mass, tile=SMALL, **options)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (7, 1)])

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
-from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -24,7 +23,7 @@ from ..config import EvictionConfigError
 from ..policies import ATTENTION, GRAPH, KEY_NORM
 from .block_mass import block_mass
 from .compaction import compact_metadata
-from .state import WorkerState, worker_state
+from .state import WorkerState, attention_state, worker_state
 
 
 @dataclass
@@ -96,14 +95,8 @@ class EvictionImpl(CPUAttentionBackendImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        configured = is_configured(get_current_vllm_config_or_none())
-        self._state = worker_state() if configured else None
+        self._state = attention_state(self)
         self._key_order: torch.Tensor | None = None
-        if configured and (self.alibi_slopes is not None or self.sinks is not None):
-            raise EvictionConfigError(
-                "the model uses ALiBi or learned attention sinks, which the scores do not know; "
-                "use a model with rotary positions and plain softmax attention"
-            )
 
     def do_kv_cache_update(
         self,

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 from vllm.v1.attention.backends.flash_attn import (
@@ -23,12 +22,11 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from ..checks import is_configured
-from ..config import EvictionConfigError
 from ..kernels.block_books import add_key_norms, age_blocks, start_blocks
 from ..kernels.block_mass import add_block_mass
 from ..kernels.compact import compact_block_table
 from ..policies import ATTENTION, KEY_NORM
-from .state import worker_state
+from .state import attention_state, worker_state
 from .state_cuda import CudaState
 
 
@@ -118,13 +116,7 @@ class EvictionImpl(FlashAttentionImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        configured = is_configured(get_current_vllm_config_or_none())
-        self._state: CudaState | None = worker_state() if configured else None
-        if configured and (self.alibi_slopes is not None or self.sinks is not None):
-            raise EvictionConfigError(
-                "the model uses ALiBi or learned attention sinks, which the scores do not know; "
-                "use a model with rotary positions and plain softmax attention"
-            )
+        self._state: CudaState | None = attention_state(self)
 
     def do_kv_cache_update(
         self,

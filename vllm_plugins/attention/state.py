@@ -9,11 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import get_current_vllm_config_or_none
 
-from ..config import EvictionConfig
+from ..checks import is_configured
+from ..config import EvictionConfig, EvictionConfigError
 from ..messages import EvictionPlan, ScoreReport
 from ..policies import ATTENTION, GRAPH, KEY_NORM
 from . import platform
@@ -32,6 +35,23 @@ def worker_state() -> WorkerState:
     """The state of the engine that started last in this process."""
     assert _state is not None, "no worker of an engine with eviction was started here"
     return _state
+
+
+def attention_state(impl: Any) -> WorkerState | None:
+    """What an attention implementation works with; None where eviction is not configured.
+
+    Raises:
+        EvictionConfigError: its attention is more than a softmax of scaled products.
+
+    """
+    if not is_configured(get_current_vllm_config_or_none()):
+        return None
+    if impl.alibi_slopes is not None or impl.sinks is not None:
+        raise EvictionConfigError(
+            "the model uses ALiBi or learned attention sinks, which the scores do not know; "
+            "use a model with rotary positions and plain softmax attention"
+        )
+    return worker_state()
 
 
 class WorkerState:
