@@ -121,7 +121,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         )
 
     def check_integrity(self) -> None:
-        """Conservation: every block is the null block, free, or held exactly once.
+        """Conservation: every block is the null block, free, leaving, or held exactly once.
 
         Raises:
             AssertionError: which equation does not hold.
@@ -132,6 +132,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
             mine = manager.check_integrity()
             assert not held & mine, f"blocks {sorted(held & mine)} are held by two layer groups"
             held |= mine
+        for manager in self._managers:
+            held |= manager.leaving(held)
         free = self._pool.get_num_free_blocks()
         total = self._pool.num_gpu_blocks - 1
         assert free + len(held) == total, f"{free} free + {len(held)} held != {total} blocks"

@@ -66,9 +66,7 @@ class EvictableManager(FullAttentionManager):
         return blocks
 
     def check_integrity(self) -> set[int]:
-        """Ids of the blocks this group holds, those on their way back to the pool included: with
-        a connector and steps in flight, the scheduler returns an ended request's blocks only when
-        the last of these steps is done (``deferred_frees`` in ``vllm/v1/core/sched``).
+        """Ids of the blocks this group's requests hold.
 
         Raises:
             AssertionError: a block is held twice or not referenced exactly once.
@@ -82,9 +80,17 @@ class EvictableManager(FullAttentionManager):
                 assert block.block_id not in held, f"{request_id}: block {block.block_id} twice"
                 assert block.ref_cnt == 1, f"{request_id}: block {block.block_id} {block.ref_cnt}"
                 held.add(block.block_id)
+        return held
+
+    def leaving(self, held: set[int]) -> set[int]:
+        """Ids of blocks on their way back to the pool, given those that any group holds.
+
+        With a connector and steps in flight, the scheduler returns an ended request's blocks only
+        when the last of these steps is done (``deferred_frees`` in ``vllm/v1/core/sched``).
+        """
         self._leaving = [
             block
             for block in self._leaving
             if block.ref_cnt and not block.is_null and block.block_id not in held
         ]
-        return held | {block.block_id for block in self._leaving}
+        return {block.block_id for block in self._leaving}
