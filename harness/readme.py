@@ -2,8 +2,8 @@
 
     python -m harness.readme README.md results
 
-NAME is a folder of records under ``results``, or a benchmark's record there; figures in a README
-are never typed in.
+NAME is a folder of records under ``results``, a folder of such folders (ends with a slash: one row
+each), or a benchmark's record; figures in a README are never typed in.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from .aggregate import aggregate
-from .bench.tables import bench_table
+from .bench.tables import bench_table, settings_table
 from .records import read_json, read_load_records, read_records
 from .report.tables import caption, markdown_table, provenance_line
 
@@ -26,6 +26,10 @@ def fill(text: str, results: Path) -> str:
     def table(match: re.Match[str]) -> str:
         if match[2].endswith(".json"):
             return f"{match[1]}\n{bench_table(read_json(results / match[2]))}\n\n{match[3]}"
+        if match[2].endswith("/"):
+            paths = sorted((results / match[2]).glob("*/*_seed*.json"))
+            table = settings_table([read_json(path) for path in paths])
+            return f"{match[1]}\n{table}\n\n{match[3]}"
         records = read_records(results / match[2])
         recorded = read_json(results / match[2] / "aggregated_results.json")
         current = aggregate(records, read_load_records(results / match[2]))

@@ -5,12 +5,61 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+from ..perplexity import total
 from ..report.tables import Row, markdown
+from ..statistics import mean_interval
 
 
 def bench_table(record: dict[str, Any]) -> str:
     """The table of a benchmark's record, by its ``benchmark`` field."""
     return f"{_machine(record)}\n\n{_TABLES[record['benchmark']](record)}"
+
+
+def settings_table(records: list[dict[str, Any]]) -> str:
+    """Perplexity by scoring settings, of runs on the same windows with different engines."""
+    streaming = {r["sparsity"]: r for r in records if r["method"] == "streaming"}
+    scored = [r for r in records if r["method"] in ("h2o", "cab")]
+    columns = sorted({r["key"] for r in scored}, key=lambda key: (key.split("_s")[1], key))
+    rows: dict[str, dict[str, str]] = {}
+    for record in scored:
+        _, low, high = mean_interval(_losses(record) - _losses(streaming[record["sparsity"]]))
+        cell = f"{record['perplexity']:.2f} ({(low + high) / 2:+.3f} ± {(high - low) / 2:.3f})"
+        rows.setdefault(_scores(record), {})[record["key"]] = cell
+    controls = ", ".join(
+        f"{r['method']}{'' if r['method'] == 'dense' else ' ' + str(r['sparsity'])} "
+        f"{r['perplexity']:.2f}"
+        for r in records
+        if r not in scored
+    )
+    table: list[Row] = [("scores", *(key.replace("_s", " ") for key in columns))]
+    table += [(name, *(row[key] for key in columns)) for name, row in rows.items()]
+    first = records[0]
+    engine, run = first["specification"]["engine"], first["specification"]
+    told = (
+        f"{len(first['windows'])} windows of {engine['context_length']} tokens of "
+        f"{run['dataset'].removeprefix('text:')}, chunk {engine['prefill_chunk']}, block "
+        f"{engine['block_size']}. {_machine(first)} On the same windows: {controls}. In brackets: "
+        "nats per token above streaming at the same sparsity, 95% interval by Student's t over "
+        "windows."
+    )
+    return f"{told}\n\n{markdown(table)}"
+
+
+def _scores(record: dict[str, Any]) -> str:
+    eviction = record["specification"]["engine"]["eviction"]
+    queries, groups = eviction["score_queries"], eviction["layer_groups"]
+    name = f"{eviction['score']}, {'all' if queries == 'all' else f'last {queries}'} queries"
+    name += f", {groups} group{'s' if groups > 1 else ''}"
+    every = eviction["score_layers"]
+    return f"{name}, every {every}th layer" if every > 1 else name
+
+
+def _losses(record: dict[str, Any]) -> np.ndarray:
+    """Nats per token of each window, in order of place."""
+    windows = sorted(record["windows"], key=lambda window: window["start"])
+    return np.array([-t[0] / t[1] for t in map(total, windows)])
 
 
 def _machine(record: dict[str, Any]) -> str:
