@@ -32,7 +32,7 @@ NEVER = 10**8  # a budget in tokens that no request reaches: all is scored, noth
 
 @dataclass(frozen=True)
 class Load:
-    """A workload, how often it is measured, and on which sides ("" = all of the engine's)."""
+    """A workload, the sides it is measured on, and how often."""
 
     workload: Workload
     sides: tuple[str, ...]
