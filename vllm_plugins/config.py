@@ -88,7 +88,8 @@ class EvictionConfig:
     score_queries: str | int = "all"
     """``all`` queries of a chunk are scored, or its last so many."""
     score_every: int = 1
-    """A decode's query is scored where its position is a multiple of this; chunks always are."""
+    """A decode's query is scored where its position is a multiple of this, and counts so often;
+    chunks always are."""
     score_layers: int = 1
     """Every so many-th layer of a group is scored, from its first one on."""
     layer_groups: int = 1

@@ -7,7 +7,6 @@ reports them. Only ``cab`` borrows the plugin's policy function ("the same decis
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,19 +34,23 @@ def run(
     model,
     tokens: list[int],
     *,
-    sparsity: float,
+    keep: int,
     chunk: int,
     block_size: int,
     layer_groups: int,
     select,
     half_life: float | None = None,
     window: int | None = None,
+    prompt: int | None = None,
     every: int = 1,
     layer_stride: int = 1,
-    min_blocks: int = 4,
     sinks: int = 1,
 ) -> OracleResult:
-    """``select(block_scores, keep, sinks, graph) -> kept blocks`` decides per layer group."""
+    """``select(block_scores, keep, sinks, graph) -> kept blocks`` decides per layer group.
+
+    Tokens come in chunks, from ``prompt`` on one by one: of these, every ``every``-th is scored
+    and counts for all of them.
+    """
     model.set_attn_implementation("eager")
     num_layers = model.config.num_hidden_layers
     group_of = [layer * layer_groups // num_layers for layer in range(num_layers)]
@@ -57,10 +60,11 @@ def run(
     graph = [dict() for _ in range(layer_groups)]  # (query token, key token) -> mass
     result = OracleResult()
     n = len(tokens)
-    keep = max(min_blocks, math.ceil((1 - sparsity) * n / block_size - 1e-9))
     decay = 1.0 if half_life is None else 0.5 ** (1.0 / half_life)
 
-    for start in range(0, n, chunk):
+    prompt = n if prompt is None else prompt
+    starts = [*range(0, prompt, chunk), *range(prompt, n)]
+    for start, stop in zip(starts, [*starts[1:], n], strict=True):
         for group in range(layer_groups):
             full = sorted({p // block_size for p in alive[group]})
             full = [b for b in full if (b + 1) * block_size <= start]
@@ -85,7 +89,6 @@ def run(
                     entry.keys = entry.keys[:, :, stay]
                     entry.values = entry.values[:, :, stay]
             result.decisions.append({"group": group, "tokens": start, "kept": list(kept)})
-        stop = min(start + chunk, n)
         for t in range(start, stop):
             for positions in alive:
                 positions.append(t)
@@ -103,15 +106,17 @@ def run(
                 for p in score[group]:
                     score[group][p] *= decay
                 score[group][t] = 0.0
-            if t % every == 0 if chunk == 1 else window is None or t >= stop - window:
+            single = stop - start == 1
+            weight = every if single else 1
+            if t % every == 0 if single else window is None or t >= stop - window:
                 for layer, attention in enumerate(output.attentions):
                     group = group_of[layer]
                     if (layer - group_of.index(group)) % layer_stride:
                         continue
                     received = attention[0, :, 0].double().sum(0).tolist()
                     for p, mass in zip(alive[group], received, strict=True):
-                        score[group][p] += mass
-                        graph[group][t, p] = graph[group].get((t, p), 0.0) + mass
+                        score[group][p] += weight * mass
+                        graph[group][t, p] = graph[group].get((t, p), 0.0) + weight * mass
             if t + 1 < n:
                 logs = torch.log_softmax(output.logits[0, -1].double(), -1)
                 result.log_likelihoods.append(logs[tokens[t + 1]].item())

@@ -8,6 +8,7 @@ from vllm_plugins.policies.cab import cab
 from . import oracle
 
 TOKENS = np.random.default_rng(3).integers(0, 256, size=700).tolist()
+KEEP = 7  # blocks of 32
 
 CASES = {
     "h2o": ({}, "h2o", {}, {}),
@@ -34,11 +35,11 @@ CASES = {
         {},
         {"layer_groups": 2, "layer_stride": 2},
     ),
-    "token by token, every 3rd query": (
-        {"score_every": 3, "score": "decay", "score_half_life": 50},
+    "a prompt, then every 3rd query": (
+        {"score_every": 3},
         "h2o",
         {},
-        {"every": 3, "half_life": 50, "chunk": 1},
+        {"every": 3, "prompt": 384},
     ),
 }
 
@@ -62,36 +63,41 @@ def test_engine_equals_oracle(case, tiny_engines, tiny_llama):
     from vllm import SamplingParams
 
     server, policy, parameters, options = CASES[case]
-    chunk = options.get("chunk", 64)
-    llm = tiny_engines({"long_prefill_token_threshold": chunk}, **server)
+    prompt = options.get("prompt", len(TOKENS))
+    llm = tiny_engines(**server)
     params = SamplingParams(
-        max_tokens=1,
+        max_tokens=max(1, len(TOKENS) - prompt),
         temperature=0.0,
         prompt_logprobs=0,
+        logprobs=0,
+        ignore_eos=True,
         detokenize=False,
         extra_args={
             "kv_policy": policy,
-            "kv_sparsity": 0.7,
+            "kv_budget_tokens": KEEP * 32,
             "kv_policy_args": parameters,
         },
     )
     # A second request of other tokens: blocks of the two interleave in the pool.
-    other = TOKENS[::-1]
-    out, _ = llm.generate(
-        [{"prompt_token_ids": TOKENS}, {"prompt_token_ids": other}], params, use_tqdm=False
-    )
+    prompts = [{"prompt_token_ids": TOKENS[:prompt]}, {"prompt_token_ids": TOKENS[:prompt][::-1]}]
+    out, _ = llm.generate(prompts, params, use_tqdm=False)
+    answer = list(out.outputs[0].token_ids) if prompt < len(TOKENS) else []
+    tokens = [*TOKENS[:prompt], *answer]
     expected = oracle.run(
         tiny_llama[1],
-        TOKENS,
-        sparsity=0.7,
+        tokens,
+        keep=KEEP,
+        chunk=64,
         block_size=32,
         select=select_h2o if policy == "h2o" else select_cab(parameters),
-        **{"layer_groups": 1, "chunk": chunk, **options},
+        **{"layer_groups": 1, **options},
     )
     record = out.kv_transfer_params["kv_eviction"]
     assert record["trace"] == expected.decisions
     assert record["decisions"] == len(expected.decisions) > 5 * options.get("layer_groups", 1)
-    ours = [out.prompt_logprobs[i][TOKENS[i]].logprob for i in range(1, len(TOKENS))]
+    ours = [out.prompt_logprobs[i][tokens[i]].logprob for i in range(1, prompt)]
+    answered = zip(out.outputs[0].logprobs, answer, strict=False)
+    ours += [entry[token].logprob for entry, token in answered]
     np.testing.assert_allclose(ours, expected.log_likelihoods, atol=2e-4)
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from .models import make_llama
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
@@ -28,24 +30,7 @@ ENGINE = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=576,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=4096,
-        initializer_range=0.08,
-        tie_word_embeddings=False,
-    )
-    folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return str(folder)
+    return make_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

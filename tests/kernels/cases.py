@@ -121,7 +121,9 @@ def compare(mass: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(mass.double().cpu() / ONE, expected, rtol=1e-4, atol=1e-4)
 
 
-def expected_mass(batch: Batch, window: int | None = None, decay: float = 1.0) -> torch.Tensor:
+def expected_mass(
+    batch: Batch, window: int | None = None, decay: float = 1.0, decode_weight: int = 1
+) -> torch.Tensor:
     """Float64 ``[num_blocks]``."""
     num_blocks, _, block_size, _ = batch.kv_cache.shape
     mass = torch.zeros(num_blocks, dtype=torch.float64)
@@ -133,6 +135,8 @@ def expected_mass(batch: Batch, window: int | None = None, decay: float = 1.0) -
         weight = decay ** torch.arange(queries - 1, -1, -1, dtype=torch.float64)
         if window is not None:
             weight[: max(0, queries - window)] = 0.0
+        if queries == 1:
+            weight *= decode_weight
         per_token = (p * weight[None, :, None]).sum((0, 1))
         for place in range(length):
             mass[table[row, place // block_size]] += per_token[place]

@@ -41,15 +41,20 @@ def test_chunk_rows(heads, kv_heads, block_size):
 
 
 @pytest.mark.parametrize(
-    ("window", "decay", "soft_cap", "head_size"),
-    [(8, 1.0, 0.0, 16), (None, 0.9, 0.0, 16), (5, 0.9, 0.0, 16), (None, 1.0, 3.0, 80)],
+    ("window", "decay", "decode_weight", "soft_cap", "head_size"),
+    [
+        (8, 1.0, 1, 0.0, 16),
+        (None, 0.9, 1, 0.0, 16),
+        (5, 0.9, 4, 0.0, 16),
+        (None, 1.0, 1, 3.0, 80),
+    ],
 )
-def test_options_of_chunk_rows(window, decay, soft_cap, head_size):
+def test_options_of_chunk_rows(window, decay, decode_weight, soft_cap, head_size):
     batch = make_batch(MIXED, soft_cap=soft_cap, head_size=head_size, seed=1)
     mass = torch.zeros(len(batch.kv_cache), dtype=torch.int64)
     log2_decay = torch.tensor(decay).log2().item()
-    add(batch, mass, window=window, log2_decay=log2_decay)
-    compare(mass, expected_mass(batch, window, decay))
+    add(batch, mass, window=window, log2_decay=log2_decay, decode_weight=decode_weight)
+    compare(mass, expected_mass(batch, window, decay, decode_weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -60,8 +65,8 @@ def test_decode_rows(dtype, programs):
     mass = torch.zeros(len(batch.kv_cache), dtype=torch.int64)
     add(batch, mass, one_query=True, programs=programs)
     compare(mass, expected_mass(batch))
-    add(batch, mass, one_query=True)
-    compare(mass, 2 * expected_mass(batch))
+    add(batch, mass, one_query=True, decode_weight=8)
+    compare(mass, 9 * expected_mass(batch))
 
 
 def test_rows_outside_the_range_are_left_alone():
@@ -92,20 +97,21 @@ def test_key_norms():
 
 @pytest.mark.parametrize("decay", [1.0, 0.75])
 def test_ageing(decay):
-    batch = make_batch([(3, 50), (1, 20), (9, 40), (0, 0)], unscored=[1])
+    batch = make_batch([(3, 50), (1, 20), (9, 40), (0, 0), (1, 30)], unscored=[1])
     batch.flags[2] = 1  # needed, but not scored in this step
     mass = torch.full((len(batch.kv_cache),), ONE, dtype=torch.int64)
     queries = torch.zeros_like(mass)
     log2_decay = torch.tensor(decay).log2().item()
-    options = {"block_size": 16, "window": 2, "log2_decay": log2_decay}
+    options = {"block_size": 16, "window": 2, "decode_weight": 8, "log2_decay": log2_decay}
     books = (batch.block_table, batch.seq_lens, batch.query_start_loc, batch.flags)
     age_blocks(*books, mass, queries, **options)
     first, third = batch.block_table[0, :4].long(), batch.block_table[2, :3].long()
+    decoding = batch.block_table[4, :2].long()
     faded = torch.ones(len(mass), dtype=torch.float64)
     seen = torch.zeros(len(mass), dtype=torch.int64)
     if decay < 1.0:
-        faded[first], faded[third] = decay**3, decay**9
+        faded[first], faded[third], faded[decoding] = decay**3, decay**9, decay
     else:
-        seen[first] = 2
+        seen[first], seen[decoding] = 2, 8
     torch.testing.assert_close(mass.double() / ONE, faded, rtol=1e-6, atol=1e-6)
     assert torch.equal(queries, seen)

@@ -32,7 +32,8 @@ class ScoredRow:
 
     ``block_ids``: int64 ``[n]``, live blocks in order; the queries are tokens ``start`` to
     ``stop`` of the batch, the last of ``seq_len`` (compacted) tokens, of ``num_tokens`` that
-    the request has in the batch. ``start == stop`` where this step's query is not sampled.
+    the request has in the batch. ``start == stop`` where this step's query is not sampled;
+    a sampled one stands for ``weight`` queries.
     """
 
     request_id: str
@@ -41,6 +42,7 @@ class ScoredRow:
     start: int
     stop: int
     seq_len: int
+    weight: int
     block_ids: torch.Tensor
 
 
@@ -81,12 +83,22 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
             if not needs & {ATTENTION, GRAPH} or stop == starts[i]:
                 continue
             start = starts[i] if state.window is None else max(starts[i], stop - state.window)
-            if stop - starts[i] == 1 and not state.scores_query_at(num_tokens[i] - 1):
-                start = stop
+            weight = 1
+            if stop - starts[i] == 1:
+                weight = state.config.score_every
+                if not state.scores_query_at(num_tokens[i] - 1):
+                    start = stop
             num_blocks = -(-seq_len // self.block_size)
             block_ids = built.block_table[i, :num_blocks].long()
             yield ScoredRow(
-                request_id, GRAPH in needs, stop - starts[i], start, stop, seq_len, block_ids
+                request_id,
+                GRAPH in needs,
+                stop - starts[i],
+                start,
+                stop,
+                seq_len,
+                weight,
+                block_ids,
             )
 
 
@@ -189,6 +201,7 @@ class EvictionImpl(CPUAttentionBackendImpl):
                 decay=state.decay,
                 query_blocks=query_blocks,
             )
+            mass *= row.weight
         with state.timed("accumulate"):
             if row.graph:
                 group = state.group_of[layer.layer_name]
@@ -197,7 +210,7 @@ class EvictionImpl(CPUAttentionBackendImpl):
             if layer.layer_name in state.first_layers:
                 first = torch.arange(len(row.block_ids)) * block_size
                 seen = (row.seq_len - first).clamp(max=num_queries)
-                state.num_queries.index_add_(0, row.block_ids, seen.float())
+                state.num_queries.index_add_(0, row.block_ids, row.weight * seen.float())
             state.mass.index_add_(0, row.block_ids, mass)
 
     def _keys(self, layer: Any, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:

@@ -123,7 +123,7 @@ def add_key_norms(
     )
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "decode_weight"])
 def _age_kernel(
     table_ptr,
     lens_ptr,
@@ -133,6 +133,7 @@ def _age_kernel(
     queries_ptr,
     table_stride,
     window,
+    decode_weight,
     log2_decay,
     BLOCK_SIZE: tl.constexpr,
     DECAY: tl.constexpr,
@@ -156,6 +157,7 @@ def _age_kernel(
             tl.store(mass_ptr + block, aged.to(tl.int64), mask=real)
         elif (flag & _SCORED) != 0:
             seen = tl.minimum(seq_len - column * BLOCK_SIZE, tl.minimum(num_queries, window))
+            seen *= tl.where(num_queries == 1, decode_weight, 1)
             known = tl.load(queries_ptr + block, mask=real, other=0)
             tl.store(queries_ptr + block, known + seen, mask=real)
 
@@ -170,6 +172,7 @@ def age_blocks(
     *,
     block_size: int,
     window: int,
+    decode_weight: int = 1,
     log2_decay: float,
 ) -> None:
     """Once per step and layer group, before its scores are added.
@@ -184,6 +187,7 @@ def age_blocks(
         mass, num_queries: int64 ``[num_blocks]``.
         block_size: tokens per block.
         window: so many last queries of a row are scored.
+        decode_weight: as how many queries that of a row with just one counts.
         log2_decay: log2 of the weight that is left after one token.
 
     Reads 12 and writes 8 bytes a live block.
@@ -198,6 +202,7 @@ def age_blocks(
         num_queries,
         block_table.stride(0),
         window,
+        decode_weight,
         log2_decay,
         BLOCK_SIZE=block_size,
         DECAY=log2_decay < 0.0,

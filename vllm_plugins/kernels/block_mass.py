@@ -68,7 +68,7 @@ def _query_rows(
     return queries, lse * _LOG2E, r // GROUP
 
 
-@triton.jit(do_not_specialize=["row_offset", "window", "lse_head_stride"])
+@triton.jit(do_not_specialize=["row_offset", "window", "decode_weight", "lse_head_stride"])
 def _block_mass_kernel(
     query_ptr,
     cache_ptr,
@@ -80,6 +80,7 @@ def _block_mass_kernel(
     mass_ptr,
     row_offset,
     window,
+    decode_weight,
     scale,
     soft_cap,
     log2_decay,
@@ -115,6 +116,7 @@ def _block_mass_kernel(
     num_scored = tl.minimum(num_queries, window)
     first_scored = num_queries - num_scored
     num_rows = num_scored * GROUP
+    unit = tl.where(num_queries == 1, decode_weight, 1).to(tl.float32) * _ONE
     first_place = seq_len - num_scored  # of the first scored query, among the live tokens
     first_token = query_start + first_scored
     first_head = kv_head * GROUP
@@ -170,7 +172,7 @@ def _block_mass_kernel(
         column = start // BLOCK_SIZE + block
         real = column * BLOCK_SIZE < seq_len
         owner = tl.load(table_ptr + column, mask=real, other=0)
-        tl.atomic_add(mass_ptr + owner, (by_block * _ONE).to(tl.int64), mask=real)
+        tl.atomic_add(mass_ptr + owner, (by_block * unit).to(tl.int64), mask=real)
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,7 @@ def add_block_mass(
     scale: float,
     soft_cap: float = 0.0,
     window: int | None = None,
+    decode_weight: int = 1,
     log2_decay: float = 0.0,
     tile: Tile | None = None,
     programs: int = 2048,
@@ -229,6 +232,8 @@ def add_block_mass(
         one_query: no row of the range has more than one query (decode).
         scale, soft_cap: of the logits; ``soft_cap`` 0 = off.
         window: only so many last queries of a row count.
+        decode_weight: what the query of a row that has just one counts: the number of queries
+            it stands for, where not every decode is scored.
         log2_decay: log2 of the weight lost per token of age within the chunk; 0 = none.
         tile: shape of the work; by default ``DECODE``, ``CHUNK``, or ``WINDOW`` for few queries.
         programs: decode rows are split over programs until there are about so many.
@@ -265,6 +270,7 @@ def add_block_mass(
         mass,
         start,
         window if window is not None else 2**30,
+        decode_weight,
         scale,
         soft_cap,
         log2_decay,

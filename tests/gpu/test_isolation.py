@@ -1,0 +1,122 @@
+"""A request that keeps its cache must not notice neighbours that lose theirs.
+
+vLLM's batch-invariant mode makes tokens independent of who else is in the batch, so a quiet run
+and a loaded one can be compared token by token. The mode is a process's: the engine has its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from .models import make_llama
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+NUM_WATCHED = 12
+
+
+def quiet_and_loaded(model: str, enforce_eager: bool) -> dict[str, object]:
+    """Tokens of the watched requests by themselves, and among evicting and aborted ones in a
+    pool that is too small for all; and what the load did."""
+    from vllm import LLM, SamplingParams
+
+    from vllm_plugins import eviction_engine_args
+
+    llm = LLM(
+        model,
+        max_model_len=4096,
+        max_num_seqs=32,
+        max_num_batched_tokens=1024,
+        kv_cache_memory_bytes=60 << 20,
+        skip_tokenizer_init=True,
+        enforce_eager=enforce_eager,
+        seed=0,
+        **eviction_engine_args(block_size=16, policy="dense", check_integrity=True),
+    )
+    engine = llm.llm_engine
+    rng = np.random.default_rng(11)
+    watched = [rng.integers(0, 512, size=int(n)).tolist() for n in rng.integers(50, 700, 12)]
+
+    def add(name, prompt, extra, max_tokens):
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=extra,
+        )
+        return engine.add_request(name, {"prompt_token_ids": prompt}, params)
+
+    def outputs():
+        return [output for output in engine.step() if output.finished]
+
+    quiet = []
+    for i, prompt in enumerate(watched):
+        add(f"q{i}", prompt, {}, 100)
+        while engine.has_unfinished_requests():
+            quiet += [list(output.outputs[0].token_ids) for output in outputs()]
+
+    loaded, preempted, neighbours, arrived = {}, [], [], 0
+    running = {}
+    while arrived < 100 or engine.has_unfinished_requests():
+        if arrived < 100 and rng.random() < 0.4:
+            if arrived % 8 == 0 and arrived // 8 < NUM_WATCHED:
+                add(f"w{arrived // 8}", watched[arrived // 8], {}, 100)
+            else:
+                extra = {
+                    "kv_policy": ("h2o", "cab", "streaming", "random", "key_norm")[arrived % 5],
+                    "kv_sparsity": float(rng.choice([0.5, 0.9])),
+                }
+                prompt = rng.integers(0, 512, size=int(rng.integers(1, 1500))).tolist()
+                name = f"n{arrived}"
+                running[name] = add(name, prompt, extra, int(rng.integers(1, 200)))
+            arrived += 1
+        if running and rng.random() < 0.02:
+            engine.abort_request([running.pop(str(rng.choice(list(running))))], internal=True)
+        for output in outputs():
+            record = output.kv_transfer_params["kv_eviction"]
+            if output.request_id[0] == "w":
+                loaded[int(output.request_id[1:])] = list(output.outputs[0].token_ids)
+                preempted.append(record["preemptions"])
+            else:
+                running.pop(output.request_id, None)
+                neighbours.append(record)
+    engine.engine_core.shutdown()
+    return {
+        "quiet": quiet,
+        "loaded": [loaded[i] for i in range(NUM_WATCHED)],
+        "watched_preemptions": sum(preempted),
+        "preemptions": sum(r["preemptions"] for r in neighbours),
+        "blocks_evicted": sum(r["blocks_evicted"] for r in neighbours),
+    }
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+def test_tokens_of_a_request_do_not_depend_on_evicting_neighbours(enforce_eager, tmp_path):
+    model = make_llama(tmp_path / "llama")
+    output = tmp_path / "output.json"
+    child = f"""
+import json, pathlib
+from tests.gpu.test_isolation import quiet_and_loaded
+made = quiet_and_loaded({model!r}, {enforce_eager})
+pathlib.Path({str(output)!r}).write_text(json.dumps(made))
+"""
+    subprocess.run(
+        [sys.executable, "-c", child],
+        check=True,
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "VLLM_BATCH_INVARIANT": "1"},
+        timeout=240,
+    )
+    made = json.loads(output.read_text())
+    assert made["blocks_evicted"] > 500, "the neighbours were meant to lose blocks"
+    assert made["preemptions"] + made["watched_preemptions"] > 0, "the pool was meant to be small"
+    assert made["loaded"] == made["quiet"]
