@@ -86,7 +86,7 @@ def _serving(record: dict[str, Any]) -> str:
         for side in sides:
             ratio = speed[side] / speed["stock"]
             bound = record["roofline"][name][side]
-            evicted = next(e["eviction"] for e in entries if e["side"] == side)
+            own = [e for e in entries if e["side"] == side]
             table.append(
                 (
                     title,
@@ -95,7 +95,7 @@ def _serving(record: dict[str, Any]) -> str:
                     f"{ratio:.2f}x" if ratio > 1.2 else f"{ratio:.3f}x",
                     f"{bound:.2f}x",
                     f"{100 * ratio / bound:.0f}%",
-                    str(evicted["preemptions"]) if evicted else "not counted",
+                    f"{median(e['preemptions'] for e in own):g}",
                 )
             )
     return markdown(table)
