@@ -72,8 +72,9 @@ def _machine(record: dict[str, Any]) -> str:
 
 def _serving(record: dict[str, Any]) -> str:
     table: list[Row] = [
-        ("load", "side", "output tok/s", "of stock", "roofline allows", "reached", "preemptions")
-    ]
+        ("load", "side", "output tok/s", "of stock", "roofline allows", "reached",
+         "of streaming", "preemptions")
+    ]  # fmt: skip
     for name, load in record["loads"].items():
         work = load["workload"]
         title = f"{work['num_requests']} x ({work['prompt_tokens']} + {work['output_tokens']})"
@@ -86,6 +87,8 @@ def _serving(record: dict[str, Any]) -> str:
         for side in sides:
             ratio = speed[side] / speed["stock"]
             bound = record["roofline"][name][side]
+            # The same evictions without scores: what scoring costs.
+            unscored = speed.get("_".join(["streaming", *side.split("_")[1:2]]))
             own = [e for e in entries if e["side"] == side]
             table.append(
                 (
@@ -95,6 +98,7 @@ def _serving(record: dict[str, Any]) -> str:
                     f"{ratio:.2f}x" if ratio > 1.2 else f"{ratio:.3f}x",
                     f"{bound:.2f}x",
                     f"{100 * ratio / bound:.0f}%",
+                    f"{speed[side] / unscored:.3f}x" if unscored else "-",
                     f"{median(e['preemptions'] for e in own):g}",
                 )
             )

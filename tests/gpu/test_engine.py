@@ -22,6 +22,7 @@ ENGINE = {
     "max_model_len": 4096,
     "max_num_seqs": 16,
     "max_num_batched_tokens": 1024,
+    "gpu_memory_utilization": 0.2,
     "kv_cache_memory_bytes": 1 << 30,
     "skip_tokenizer_init": True,
     "seed": 0,

@@ -36,6 +36,7 @@ def quiet_and_loaded(model: str, enforce_eager: bool) -> dict[str, object]:
         max_model_len=2048,
         max_num_seqs=32,
         max_num_batched_tokens=1024,
+        gpu_memory_utilization=0.2,  # other engines may run beside it
         kv_cache_memory_bytes=32 << 20,
         skip_tokenizer_init=True,
         enforce_eager=enforce_eager,

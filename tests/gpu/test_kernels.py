@@ -59,16 +59,17 @@ def test_decode_rows(heads, kv_heads, head_size, dtype):
 
 
 @pytest.mark.parametrize(
-    ("window", "decay", "soft_cap"), [(32, 1.0, 0.0), (None, 0.99, 0.0), (5, 0.9, 3.0)]
+    ("window", "decay", "decode_weight", "soft_cap"),
+    [(32, 1.0, 1, 0.0), (None, 0.99, 8, 0.0), (5, 0.9, 1, 3.0)],
 )
-def test_options(window, decay, soft_cap):
+def test_options(window, decay, decode_weight, soft_cap):
     rows = [*MIXED, (300, 700)]
     batch = make_batch(
         rows, device="cuda", dtype=torch.bfloat16, head_size=64, soft_cap=soft_cap, seed=1
     )
     log2_decay = torch.tensor(decay).log2().item()
-    mass = mass_of(batch, window=window, log2_decay=log2_decay)
-    compare(mass, expected_mass(batch, window, decay))
+    mass = mass_of(batch, window=window, log2_decay=log2_decay, decode_weight=decode_weight)
+    compare(mass, expected_mass(batch, window, decay, decode_weight))
 
 
 def test_the_same_batch_gives_the_same_scores_to_the_last_bit():

@@ -31,6 +31,7 @@ def decisions(model: str, ranks: int) -> dict[str, object]:
         max_model_len=4096,
         max_num_seqs=16,
         max_num_batched_tokens=1024,
+        gpu_memory_utilization=0.2,  # other engines may run beside it
         kv_cache_memory_bytes=256 << 20,
         skip_tokenizer_init=True,
         seed=0,
