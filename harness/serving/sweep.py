@@ -15,7 +15,8 @@ from .flags import serve_flags
 from .launch import eviction_flags
 from .load import run_load
 from .plan import Plan, make_plan
-from .record import SCHEMA_VERSION, here
+from .provenance import here
+from .record import SCHEMA_VERSION
 from .server import Server, ServerError, free_port, serving, vllm_command
 from .specification import LoadSpecification, QualitySpecification
 from .study import STOCK, ServingRun, ServingStudy

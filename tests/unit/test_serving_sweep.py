@@ -15,6 +15,7 @@ from harness.cli import main
 from harness.errors import UsageError
 from harness.serving import sweep
 from harness.serving.flags import flag_value, serve_flags
+from harness.serving.provenance import measuring_modules
 from harness.serving.server import ServerError, free_port, last_error, serving
 from harness.serving.study import ServingStudy
 
@@ -96,11 +97,48 @@ def test_records_of_another_study_are_not_mixed_in(stub_servers, tmp_path, capsy
     changed = {**STUDY["load"], "num_requests": 5}
     assert main(study(tmp_path, rates=[50], seeds=[0], methods=["dense"], load=changed)) == 2
     assert "is of another study; give another --output-dir" in capsys.readouterr().err
-    path = tmp_path / "out" / "demo" / "dense_s0_rate50_seed0.json"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps({**record, "code": "older"}))
+    (tmp_path / "model" / "config.json").write_text('{"hidden_size": 1}')
     assert main(study(tmp_path, rates=[50], seeds=[0], methods=["dense"])) == 2
+    assert "is of another study" in capsys.readouterr().err, "another model of the same name"
+
+
+def edit(monkeypatch, module):
+    """As if a module of harness/serving had been edited."""
+    original = Path.read_bytes
+
+    def read_bytes(path):
+        edited = path.parts[-2:] == ("serving", module)
+        return original(path) + b"# edited" * edited
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+
+
+def test_records_of_other_measuring_code_are_not_mixed_in(
+    stub_servers, tmp_path, monkeypatch, capsys
+):
+    arguments = study(tmp_path, rates=[50], seeds=[0], methods=["dense"])
+    assert main(arguments) == 0
+    with monkeypatch.context() as patch:
+        edit(patch, "figures.py")
+        assert main(arguments) == 0
+    assert "1 runs were there already" in capsys.readouterr().out
+    edit(monkeypatch, "client.py")
+    assert main(arguments) == 2
     assert "was measured with another code; give another" in capsys.readouterr().err
+
+
+def test_every_module_that_a_sweep_loads_is_in_the_fingerprint_of_its_records():
+    code = (
+        "import sys, harness.serving.sweep; print(*[m.__file__ for n, m in sys.modules.items() "
+        "if n.startswith('harness.')], sep='\\n')"
+    )
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    harness = Path(sweep.__file__).parents[1]
+    loaded = {Path(path).relative_to(harness).as_posix() for path in loaded}
+    # They find models and write records; the hash of a run is over what they give.
+    passive = {"errors.py", "machine.py", "models.py", "packages.py", "records.py"}
+    assert loaded - set(measuring_modules()) <= {*passive, "specification.py"}
+    assert not {"serving/figures.py", "serving/sweep_report.py"} & set(measuring_modules())
 
 
 def test_a_server_that_does_not_start_fails_its_runs_only(stub_servers, tmp_path, capsys):
