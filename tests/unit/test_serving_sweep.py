@@ -242,11 +242,13 @@ def test_flags():
 def test_serve_prints_the_plain_command(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     arguments = ["serve", str(tmp_path), "--policy", "cab", "--sparsity", "0.9",
-                 "--max-model-len", "1024", "--print-command", "--enable-lora"]  # fmt: skip
+                 "--score-every", "4", "--max-model-len", "1024", "--print-command",
+                 "--enable-lora"]  # fmt: skip
     assert main(arguments) == 0
     line = capsys.readouterr().out.strip()
     assert line.startswith(f"vllm serve {tmp_path} --kv-transfer-config '{{")
     assert '"policy":"cab","sparsity":0.9' in line
+    assert '"score_every":4' in line
     assert line.endswith("--max-model-len 1024 --enable-lora")
 
 
