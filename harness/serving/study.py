@@ -92,6 +92,7 @@ class ServingStudy:
                 raise UsageError(f"eviction.{name} is set by methods and sparsity; remove it")
         check_run_slo(self.slo)
         for run in self.runs():
+            _ = run.load  # a wrong one shows before the first server starts
             if run.method != STOCK:
                 EvictionConfig.parse(self.settings(run.method, run.sparsity))
 
