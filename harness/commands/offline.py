@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +16,7 @@ from ..errors import UsageError
 from ..specification import PROTOCOLS
 from ..study import DTYPES, Study, read_study
 from .eviction_flags import add_eviction_flags, eviction_settings
+from .interrupts import polite_ends
 
 _DEFAULTS = Study()
 
@@ -108,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
                 bar.unpause()  # the time an engine takes to start says nothing of what is left
 
         try:
-            with _polite_ends():
+            with polite_ends():
                 sweep.run(progress)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -122,20 +120,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n{varied}\n\n{text_table(results)}" if varied else f"\n{text_table(results)}")
     print(f"\nrecords, tables, figures: {folder}/report.md")
     return 1 if sweep.failures else 0
-
-
-@contextmanager
-def _polite_ends() -> Iterator[None]:
-    """A polite kill ends as Ctrl-C does, engine down and finished runs kept; and so does a
-    sweep in the background, which shells start with SIGINT ignored."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in handlers:
-        signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _study(arguments: argparse.Namespace) -> Study:

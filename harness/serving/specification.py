@@ -113,6 +113,7 @@ class LoadSpecification:
         for name, value in (
             ("--num-requests", self.num_requests),
             ("--timeout", self.timeout_s),
+            ("--time-scale", self.time_scale),
             ("--sample-interval", self.sample_interval_s),
             ("--shared-prefix-groups", self.shared_prefix_groups),
             ("--quality-windows", self.quality.num_windows),

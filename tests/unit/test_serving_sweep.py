@@ -15,6 +15,7 @@ from harness.cli import main
 from harness.errors import UsageError
 from harness.serving import sweep
 from harness.serving.flags import flag_value, serve_flags
+from harness.serving.load import Outcome
 from harness.serving.provenance import measuring_modules
 from harness.serving.server import ServerError, free_port, last_error, serving
 from harness.serving.study import ServingStudy
@@ -147,6 +148,47 @@ def test_a_server_that_does_not_start_fails_its_runs_only(stub_servers, tmp_path
     assert set(records(tmp_path)) == {"h2o_s0.9_rate50_seed0"}
     error = capsys.readouterr().err
     assert "dense_s0: the server ended with status 3: ValueError: this model cannot be" in error
+
+
+def test_a_server_that_does_not_say_what_it_serves_fails_its_runs_only(
+    stub_servers, tmp_path, capsys
+):
+    stub_servers["dense"] = ["no_models"]
+    assert main(study(tmp_path, rates=[50], seeds=[0])) == 1
+    assert set(records(tmp_path)) == {"h2o_s0.9_rate50_seed0"}
+    assert "dense_s0: no OpenAI server answers at" in capsys.readouterr().err
+    assert not children()
+
+
+def test_preemptions_of_stock_vllm_are_counted_by_its_own_metric(stub_servers, tmp_path):
+    assert main(study(tmp_path, rates=[50], seeds=[0], methods=["stock"])) == 0
+    (record,) = records(tmp_path).values()
+    counted = record["samples"]["num_preemptions"]
+    assert counted[-1] == 2 + 6  # warm-up and load
+    assert record["memory"]["preemptions"] == counted[-1] - counted[0] > 0
+    assert not [name for name in record["memory"] if name.startswith("kv_eviction")]
+
+
+def test_interrupting_the_warm_up_ends_a_sweep(stub_servers, tmp_path, monkeypatch, capsys):
+    loads = []
+
+    def run_load(load, plan, target, **options):
+        loads.append(load)
+        return Outcome({}, "interrupted", interrupted=True)
+
+    monkeypatch.setattr(sweep, "run_load", run_load)
+    assert main(study(tmp_path)) == 130
+    assert [load.num_requests for load in loads] == [STUDY["warm_up_requests"]]
+    assert "finished runs are kept, the same command resumes" in capsys.readouterr().err
+    assert not records(tmp_path)
+    assert not children()
+
+
+def test_a_folder_that_cannot_be_written_shows_before_a_server_starts(
+    stub_servers, tmp_path, capsys
+):
+    assert main([*study(tmp_path)[:2], "--output-dir", "/proc/none"]) == 2
+    assert "cannot write to /proc/none/demo" in capsys.readouterr().err
 
 
 def test_a_server_that_dies_is_replaced(stub_servers, tmp_path, capsys):
