@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import resource
 import signal
 import socket
 import subprocess
@@ -196,6 +197,18 @@ def test_closed_loop_keeps_its_concurrency(tmp_path):
     assert record["summary"]["all"]["peak_concurrency"] == 3
     assert record["requests"]["intended_s"] == []
     assert record["requests"]["sent_s"][3] > 0.9, "the fourth waits for the first three"
+
+
+def test_more_requests_in_flight_than_a_process_may_open_files_by_default(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        with running("slow") as (address, _):
+            status, record = load(address, tmp_path, "--request-rate", "inf", requests=120)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert status == 0, record["failures"]
+    assert record["summary"]["all"]["peak_concurrency"] == 120
 
 
 def test_a_client_that_falls_behind_says_so(tmp_path, monkeypatch):
