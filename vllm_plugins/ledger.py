@@ -341,10 +341,11 @@ class Ledger:
         }
 
     @property
-    def live_blocks(self) -> tuple[int, int]:
-        """Blocks seen and blocks evicted, over all current requests and groups."""
+    def live_share(self) -> float | None:
+        """Share still held of the full blocks of current requests that evict; None: no such."""
         groups = [live for state in self.requests.values() for live in state.groups]
-        return sum(g.num_seen for g in groups), sum(g.num_evicted for g in groups)
+        seen = sum(live.num_seen for live in groups)
+        return 1.0 - sum(live.num_evicted for live in groups) / seen if seen else None
 
     def _log_once(self, message: str) -> None:
         if message not in self._logged and len(self._logged) < 100:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ REQUESTS = "requests"
 
 @dataclass
 class EvictionStats(KVConnectorStats):
-    """``data``: ``COUNTERS`` as increments, ``live_share`` now, ``requests`` by policy."""
+    """``data``: ``COUNTERS`` as increments, ``requests`` by policy, ``live_share`` now (None:
+    of nothing)."""
 
     def is_empty(self) -> bool:
         return not self.data
@@ -46,8 +48,10 @@ class EvictionStats(KVConnectorStats):
 
     def reduce(self) -> dict[str, int | float]:
         shown = {f"kv_eviction_{name}": round(self.data.get(name, 0), 4) for name in COUNTERS}
-        if LIVE_SHARE in self.data:
-            shown["kv_eviction_live_share"] = round(self.data[LIVE_SHARE], 4)
+        for policy, count in self.data.get(REQUESTS, {}).items():
+            shown[f"kv_eviction_requests_{policy}"] = count
+        if (share := self.data.get(LIVE_SHARE)) is not None:
+            shown["kv_eviction_live_share"] = round(share, 4)
         return shown
 
 
@@ -70,7 +74,8 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
         }
         self._live_share = metric_types[Gauge](
             name="vllm:kv_eviction_live_share",
-            documentation="Share of the running requests' full blocks that is still held.",
+            documentation="Share still held of the full blocks of running requests that evict; "
+            "NaN while there are none.",
             labelnames=labelnames,
         )
         self._requests = metric_types[Counter](
@@ -78,6 +83,11 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
             documentation="Requests by the policy they follow.",
             labelnames=[*labelnames, "policy"],
         )
+        # There from the start: rate() cannot see the increment that creates a series.
+        for labels in per_engine_labelvalues.values():
+            for counter in self._counters.values():
+                counter.labels(*labels)
+            self._live_share.labels(*labels).set(math.nan)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add one step's ``EvictionStats.data``."""
@@ -85,6 +95,7 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
         for name, counter in self._counters.items():
             counter.labels(*labels).inc(transfer_stats_data.get(name, 0))
         if LIVE_SHARE in transfer_stats_data:
-            self._live_share.labels(*labels).set(transfer_stats_data[LIVE_SHARE])
+            share = transfer_stats_data[LIVE_SHARE]
+            self._live_share.labels(*labels).set(math.nan if share is None else share)
         for policy, count in transfer_stats_data.get(REQUESTS, {}).items():
             self._requests.labels(*labels, policy).inc(count)

@@ -30,7 +30,10 @@ def add_parser(commands: Any) -> None:
     add("--base-url", default="http://localhost:8000", metavar="URL", help="[%(default)s]")
     add("--model", default=None, metavar="NAME", help="as the server calls it [its first]")
     add("--output", type=Path, required=True, metavar="FILE", help="the record")
-    add("--num-requests", type=int, required=True, metavar="N")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--num-requests", type=int, metavar="N")
+    size.add_argument("--duration", dest="duration_s", type=float, metavar="S",
+        help="as many requests as the rate makes in so many seconds (open loops)")  # fmt: skip
     add("--seed", type=int, default=0, help="of times, prompts and lengths [%(default)s]")
     add("--timeout", dest="timeout_s", type=float, default=_D.timeout_s, metavar="S",
         help="a request may take so many seconds [%(default)g]")  # fmt: skip
@@ -145,6 +148,7 @@ def _values(arguments: argparse.Namespace) -> dict[str, Any]:
         ) from None
     names = set(LoadSpecification.__dataclass_fields__) - {"settings", "quality", "request_rate"}
     return {name: getattr(arguments, name) for name in names} | {
+        "duration_s": arguments.duration_s,
         "request_rate": rate,
         "settings": settings,
         "quality": {

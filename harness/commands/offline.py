@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vllm_plugins.config import SCORES
 from vllm_plugins.policies import policy_names
 
 from ..corpora import DOCUMENT_MODES
 from ..errors import UsageError
 from ..specification import PROTOCOLS
 from ..study import DTYPES, Study, read_study
+from .eviction_flags import add_eviction_flags, eviction_settings
+from .interrupts import polite_ends
 
 _DEFAULTS = Study()
 
@@ -78,17 +75,7 @@ def add_parser(commands: Any) -> None:
     add("--load-runs", "runs of the throughput pass [num-runs]", **count)
     add("--load-requests", "requests of the throughput pass [2 * max-num-seqs]", **count)
     add("--load-output-tokens", "output tokens of each [an eighth of the context]", **tokens)
-    add("--layer-groups", "groups of layers with victims of their own", type=int, metavar="G")
-    add("--score", "how attention mass adds up", choices=SCORES)
-    add("--score-half-life", "for --score decay", **tokens)
-    add("--score-every", "score a decode's query where its position is a multiple of this",
-        type=int, metavar="N")  # fmt: skip
-    add("--score-layers", "score every N-th layer of a group", type=int, metavar="N")
-    add("--score-queries", "score all queries of a chunk, or its last W", metavar="all|W")
-    add("--sink-blocks", "first blocks that are never evicted", **count)
-    add("--min-blocks", "no relative budget is smaller", **count)
-    add("--policy-args", 'parameters by method, {"cab": {"bridge_definition": "forman"}}',
-        metavar="JSON")  # fmt: skip
+    add_eviction_flags(offline)
     offline.set_defaults(run=run)
 
 
@@ -101,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..sweep import Sweep
 
     given = vars(arguments)
-    study = _study(given)
+    study = _study(arguments)
     name = given.get("experiment_name") or study.name
     folder = given.get("output_dir", Path("runs")) / (
         name or datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
@@ -119,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
                 bar.unpause()  # the time an engine takes to start says nothing of what is left
 
         try:
-            with _polite_ends():
+            with polite_ends():
                 sweep.run(progress)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -135,30 +122,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if sweep.failures else 0
 
 
-@contextmanager
-def _polite_ends() -> Iterator[None]:
-    """A polite kill ends as Ctrl-C does, engine down and finished runs kept; and so does a
-    sweep in the background, which shells start with SIGINT ignored."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in handlers:
-        signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _study(given: dict[str, Any]) -> Study:
+def _study(arguments: argparse.Namespace) -> Study:
+    given = vars(arguments)
     settings: dict[str, Any] = {}
     if "study" in given:
         settings = read_study(given["study"])
         settings.setdefault("name", given["study"].stem)
     names = {field.name for field in fields(Study)}
     settings |= {name: value for name, value in given.items() if name in names}
-    if "policy_args" in given:
-        try:
-            settings["policy_args"] = json.loads(given["policy_args"])
-        except json.JSONDecodeError as error:
-            raise UsageError(f"--policy-args is not JSON: {error}") from None
-    return Study.parse(settings)
+    return Study.parse(settings | eviction_settings(arguments))

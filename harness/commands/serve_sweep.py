@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+from .interrupts import polite_ends
+
+_INTERRUPTED = "interrupted; finished runs are kept, the same command resumes"
 
 
 def add_parser(commands: Any) -> None:
@@ -32,20 +35,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     study = ServingStudy.read(arguments.study)
     folder = arguments.output_dir / arguments.study.stem
-    signal.signal(signal.SIGTERM, _interrupt)
-    result = run_sweep(study, folder, lambda line: print(line, file=sys.stderr, flush=True))
+    try:
+        with polite_ends():
+            result = run_sweep(study, folder, lambda line: print(line, file=sys.stderr, flush=True))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_INTERRUPTED) from None
     if result.finished or result.skipped:
         report_serving(folder)
         print(f"records, report.md and report.html: {folder}")
     if result.skipped:
         print(f"{len(result.skipped)} runs were there already")
     if result.interrupted:
-        raise KeyboardInterrupt("interrupted; finished runs are kept, the same command resumes")
+        raise KeyboardInterrupt(_INTERRUPTED)
     for key, reason in result.failed:
         print(f"kv-eviction: {key}: {reason}", file=sys.stderr)
     return 1 if result.failed else 0
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    """A request to terminate ends servers the way Ctrl-C does."""
-    raise KeyboardInterrupt("terminated; finished runs are kept, the same command resumes")

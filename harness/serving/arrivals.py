@@ -8,7 +8,8 @@ import numpy as np
 
 from ..errors import UsageError
 
-PROCESSES = ("poisson", "gamma", "constant", "ramp", "closed", "trace")
+WITH_RATE = ("poisson", "gamma", "constant", "ramp")
+PROCESSES = (*WITH_RATE, "closed", "trace")
 
 
 def gamma(
@@ -61,6 +62,33 @@ def ramp(
     return times + (unit - ramped) / end_rate
 
 
+def requests_within(
+    process: str, duration_s: float, rate: float, end_rate: float | None = None
+) -> int:
+    """How many requests an open loop sends in ``duration_s`` seconds on average, rounded.
+
+    Raises:
+        UsageError: the process has no rate to take them from, or they are none.
+
+    """
+    if process in ("closed", "trace"):
+        raise UsageError(
+            f"--arrivals {process} has no rate that a --duration would make a number of requests "
+            "of; give --num-requests"
+        )
+    if not 0 < duration_s < math.inf:
+        raise UsageError(f"--duration is {duration_s:g}; give a number of seconds above 0")
+    mean = _mean_rate(process, rate, end_rate)
+    if not 0 < mean < math.inf:
+        raise UsageError(f"--duration needs a finite --request-rate above 0, not {mean:g}")
+    count = round(mean * duration_s)
+    if not count:
+        raise UsageError(
+            f"--duration {duration_s:g} at {mean:g} requests per second is no request; raise it"
+        )
+    return count
+
+
 def send_times(
     process: str,
     num_requests: int,
@@ -91,6 +119,10 @@ def send_times(
     if end_rate is None or not 0 < end_rate < math.inf:
         raise UsageError("--arrivals ramp needs --ramp-to, a finite rate above 0")
     return ramp(num_requests, rate, end_rate, rng)
+
+
+def _mean_rate(process: str, rate: float, end_rate: float | None) -> float:
+    return (rate + end_rate) / 2 if process == "ramp" and end_rate is not None else rate
 
 
 def _from_gaps(gaps: np.ndarray) -> np.ndarray:

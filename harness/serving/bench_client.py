@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..records import provenance, timestamp, write_json
+from ..records import timestamp, write_json
 from .load import run_load
 from .plan import make_plan
+from .provenance import here
 from .record import LAG_LIMIT_MS
 from .specification import LoadSpecification
 from .target import Target, find_target
@@ -87,7 +88,7 @@ def main() -> int:
             "chunks_per_answer": arguments.tokens,
             "seconds_per_rate": arguments.seconds,
             "runs": runs,
-            **provenance(),
+            **here(),
         },
     )
     return 0

@@ -12,6 +12,7 @@ import aiohttp
 from yarl import URL
 
 from .plan import QUALITY, PlannedRequest
+from .quality import log_likelihoods
 from .result import FAILED, INCOMPLETE, SUCCEEDED, TIMED_OUT, Result
 from .sse import EventParser
 
@@ -50,7 +51,7 @@ class Client:
         result.sent = time.perf_counter() - start
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._exchange(result, body, start)
+                await self._exchange(result, request, body, start)
         except TimeoutError:
             _end(result, TIMED_OUT, "timed_out", f"no end within {self._timeout_s:g} s")
         except asyncio.CancelledError:
@@ -60,7 +61,9 @@ class Client:
         result.end = time.perf_counter() - start
         return result
 
-    async def _exchange(self, result: Result, body: bytes, start: float) -> None:
+    async def _exchange(
+        self, result: Result, request: PlannedRequest, body: bytes, start: float
+    ) -> None:
         async with self._session.post(
             self._url, data=body, headers=self._headers, trace_request_ctx=(result, start)
         ) as response:
@@ -68,7 +71,7 @@ class Client:
                 text = await response.text(errors="replace")
                 _end(result, FAILED, f"http_{response.status}", _error_message(text))
             elif result.kind == QUALITY:
-                _take_answer(result, await response.read())
+                _take_answer(result, request.prompt, await response.read())
             else:
                 await _take_stream(result, response, start)
 
@@ -139,13 +142,14 @@ async def _take_stream(result: Result, response: aiohttp.ClientResponse, start: 
         _end(result, INCOMPLETE, "stream_ended", f"the stream ended without {what}")
 
 
-def _take_answer(result: Result, data: bytes) -> None:
+def _take_answer(result: Result, prompt: list[int], data: bytes) -> None:
     try:
         result.answer = json.loads(data)
         result.output_tokens = result.answer["usage"]["completion_tokens"]
-    except (ValueError, TypeError, KeyError):
+        log_likelihoods(result.answer, prompt)
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError):
         text = data.decode(errors="replace")
-        _end(result, FAILED, "malformed_answer", f"not a completion: {text}")
+        _end(result, FAILED, "malformed_answer", f"no prompt log-probs in: {text}")
         return
     result.status = SUCCEEDED
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..records import provenance, read_json, timestamp, write_json
+from ..records import read_json, timestamp, write_json
 from .load import run_load
 from .plan import make_plan
+from .provenance import here
 from .specification import LoadSpecification
 from .target import Target, Texts, find_target
 
@@ -124,7 +125,7 @@ def main() -> int:
             "target": {k: v for k, v in target.to_dict().items() if k != "base_url"},
             "medians_over_runs": agreement,
             "runs": pairs,
-            **provenance(),
+            **here(),
         },
     )
     for name, row in agreement.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -58,6 +59,7 @@ def run_load(
     """
     import uvloop
 
+    _allow_files()
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -103,6 +105,12 @@ async def _run(
             await sampler.finish(start)
     record = load_record(s, plan, target, results, sampler, started_at, loop.stop_reason)
     return Outcome(record, loop.stop_reason, bool(interrupted))
+
+
+def _allow_files() -> None:
+    """Each request in flight has a connection of its own: the usual 1,024 files are too few."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _stop_on_signals(loop: LoadLoop) -> list[int]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ..records import provenance, timestamp
+from ..records import timestamp
 from .plan import Plan
+from .provenance import here
 from .quality import quality_record
 from .result import SUCCEEDED, Result
 from .sampling import Sampler
@@ -104,11 +104,6 @@ def load_record(
         },
         **here(),
     }
-
-
-def here() -> dict[str, Any]:
-    """Versions, hardware and code of this machine, where server and client are one."""
-    return provenance("cuda" if shutil.which("nvidia-smi") else "cpu")
 
 
 def memory(

@@ -85,9 +85,9 @@ class Sampler:
     def columns(self) -> dict[str, Any]:
         """``{name: values}``; a series that some rows lack holds 0 there only for counters.
 
-        Counters (everything of the plugin but its live share) are absent from the page until
-        first counted, so 0 is their value; any other gap ends the series at the rows that have
-        it, which is then given as ``name`` with ``name_time_s`` of its own.
+        The plugin's counters (everything of it but its live share) by policy are absent from the
+        page until first counted, so 0 is their value; any other gap ends the series at the rows
+        that have it, which is then given as ``name`` with ``name_time_s`` of its own.
         """
         names = sorted({name for row in self.rows for name in row} - {"time_s"})
         columns: dict[str, Any] = {"time_s": [round(row["time_s"], 4) for row in self.rows]}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..errors import UsageError
-from .arrivals import PROCESSES
+from .arrivals import PROCESSES, WITH_RATE, requests_within
 from .lengths import Lengths
 from .slo import parse_slo
 
@@ -67,12 +67,17 @@ class LoadSpecification:
     def parse(cls, values: Mapping[str, Any]) -> LoadSpecification:
         """Build from untyped values (a study file, the command line) and check them.
 
+        Instead of ``num_requests`` they may have ``duration_s``: so many requests as the rate
+        makes in that time.
+
         Raises:
             UsageError: the first thing that is wrong.
 
         """
-        values = dict(values)
-        quality = values.pop("quality", None) or {}
+        values = {name: value for name, value in values.items() if value is not None}
+        quality = values.pop("quality", {})
+        _check_numbers(cls, values)
+        _check_numbers(QualitySpecification, quality)
         for name in ("input_length", "output_length"):
             if name in values:
                 values[name] = str(Lengths.parse(str(values[name])))
@@ -80,6 +85,17 @@ class LoadSpecification:
             values["request_rate"] = float(values["request_rate"])
         if isinstance(values.get("slo"), list):
             values["slo"] = parse_slo(values["slo"])
+        if ("num_requests" in values) == ("duration_s" in values):
+            raise UsageError(
+                "give one of --num-requests and --duration (num_requests, duration_s in a study)"
+            )
+        if "duration_s" in values:
+            values["num_requests"] = requests_within(
+                values.get("arrivals", cls.arrivals),
+                values.pop("duration_s"),
+                values.get("request_rate", cls.request_rate),
+                values.get("ramp_to"),
+            )
         try:
             specification = cls(quality=QualitySpecification(**quality), **values)
         except TypeError as error:
@@ -97,6 +113,7 @@ class LoadSpecification:
         for name, value in (
             ("--num-requests", self.num_requests),
             ("--timeout", self.timeout_s),
+            ("--time-scale", self.time_scale),
             ("--sample-interval", self.sample_interval_s),
             ("--shared-prefix-groups", self.shared_prefix_groups),
             ("--quality-windows", self.quality.num_windows),
@@ -130,6 +147,16 @@ class LoadSpecification:
             )
         if self.quality.context_length < 2:
             raise UsageError("--quality-context-length must be at least 2 tokens")
+        for name, value, default, arrivals in (
+            ("--request-rate", self.request_rate, math.inf, WITH_RATE),
+            ("--burstiness", self.burstiness, 1.0, ("gamma",)),
+            ("--ramp-to", self.ramp_to, None, ("ramp",)),
+        ):
+            if value != default and self.arrivals not in arrivals:
+                raise UsageError(
+                    f"{name} means nothing to --arrivals {self.arrivals}; leave it out, or use "
+                    f"one of: {', '.join(arrivals)}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; an infinite rate is the string ``inf``."""
@@ -137,3 +164,16 @@ class LoadSpecification:
         if math.isinf(self.request_rate):
             values["request_rate"] = "inf"
         return values
+
+
+def _check_numbers(specification: type, values: Mapping[str, Any]) -> None:
+    """Refuse what is no number where a number belongs: a study's file may hold anything."""
+    kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(specification)}
+    for name, value in values.items():
+        kind = {"duration_s": "float"}.get(name) or kinds.get(name)
+        if (name, value) == ("request_rate", "inf"):
+            continue
+        if kind == "int" and type(value) is not int:
+            raise UsageError(f"{name} is {value!r}; give a whole number")
+        if kind == "float" and type(value) not in (int, float):
+            raise UsageError(f"{name} is {value!r}; give a number")

@@ -15,7 +15,7 @@ import yaml
 from vllm_plugins.config import EvictionConfig, parse_sparsity
 
 from ..errors import UsageError
-from ..models import DEFAULT_MODEL, recorded_name
+from ..models import DEFAULT_MODEL, fingerprint, recorded_name, resolve_model
 from .slo import check_run_slo
 from .specification import LoadSpecification
 
@@ -92,6 +92,7 @@ class ServingStudy:
                 raise UsageError(f"eviction.{name} is set by methods and sparsity; remove it")
         check_run_slo(self.slo)
         for run in self.runs():
+            _ = run.load  # a wrong one shows before the first server starts
             if run.method != STOCK:
                 EvictionConfig.parse(self.settings(run.method, run.sparsity))
 
@@ -160,6 +161,7 @@ class ServingRun:
             "request_rate": self.rate,
             "seed": self.seed,
             "model": recorded_name(study.model),
+            "model_fingerprint": fingerprint(resolve_model(study.model)),
             "block_size": study.block_size,
             "eviction": study.eviction,
             "server": study.server,

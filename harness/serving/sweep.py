@@ -13,9 +13,10 @@ from ..models import resolve_model
 from ..records import identity, read_json, write_json
 from .flags import serve_flags
 from .launch import eviction_flags
-from .load import run_load
+from .load import output_path, run_load
 from .plan import Plan, make_plan
-from .record import SCHEMA_VERSION, here
+from .provenance import here
+from .record import SCHEMA_VERSION
 from .server import Server, ServerError, free_port, serving, vllm_command
 from .specification import LoadSpecification, QualitySpecification
 from .study import STOCK, ServingRun, ServingStudy
@@ -58,7 +59,7 @@ def run_sweep(study: ServingStudy, folder: Path, say: Callable[[str], None] = pr
     model = resolve_model(study.model)
     # What is wrong with the load shows before a server starts.
     _plan(study, pending[0].load, texts, None)
-    write_json(folder / STUDY, {"slo": study.slo, "runs": len(study.runs())})
+    write_json(output_path(folder / STUDY), {"slo": study.slo, "runs": len(study.runs())})
     for server_key, runs in groupby(pending, key=lambda run: run.server_key):
         queue = list(runs)
         while queue and not result.interrupted:
@@ -106,12 +107,19 @@ def _serve(
         startup_timeout_s=study.startup_timeout_s,
         environment={k: str(v) for k, v in study.environment.items()},
     ) as server:
-        target = asyncio.run(find_target(server.base_url, None))
-        _warm_up(queue[0], texts, target, server)
-        while queue:
+        target = _target(server)
+        result.interrupted = _warm_up(queue[0], texts, target, server)
+        while queue and not result.interrupted:
             run = queue.pop(0)
             if not _one(run, texts, target, server, folder, result, say):
                 return
+
+
+def _target(server: Server) -> Target:
+    try:
+        return asyncio.run(find_target(server.base_url, None))
+    except UsageError as error:
+        raise ServerError(server.died() or str(error)) from None
 
 
 def _one(
@@ -148,10 +156,11 @@ def _plan(
     return make_plan(load, size, texts.tokens_of, max_model_len)
 
 
-def _warm_up(run: ServingRun, texts: Texts, target: Target, server: Server) -> None:
+def _warm_up(run: ServingRun, texts: Texts, target: Target, server: Server) -> bool:
+    """Whether it was interrupted."""
     count = run.study.warm_up_requests
     if not count:
-        return
+        return False
     load = replace(
         run.load,
         num_requests=count,
@@ -165,7 +174,7 @@ def _warm_up(run: ServingRun, texts: Texts, target: Target, server: Server) -> N
         seed=run.seed + 1_000_000,
     )
     plan = _plan(run.study, load, texts, target.max_model_len)
-    run_load(load, plan, target, watch=server.died, progress=False)
+    return run_load(load, plan, target, watch=server.died, progress=False).interrupted
 
 
 def _is_done(run: ServingRun, folder: Path) -> bool:

@@ -1,9 +1,11 @@
 """One real server for all tests here: the API, its metrics, a load with quality, the dashboard."""
 
 import json
+import math
 import re
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -152,9 +154,44 @@ def test_the_server_logs_its_counters(record, server):
     assert re.search(r"KV Transfer metrics: kv_eviction_blocks_evicted=\d+", server.log.read_text())
 
 
-def test_every_query_of_the_dashboard_finds_its_metric(record, server):
+def metrics(server):
     with urllib.request.urlopen(f"{server.base_url}/metrics", timeout=30) as response:
-        live = set(re.findall(r"(?m)^([\w:]+)[{ ]", response.read().decode()))
+        return response.read().decode()
+
+
+def live_share(server):
+    return float(re.search(r"(?m)^vllm:kv_eviction_live_share\{.*\} (\S+)$", metrics(server))[1])
+
+
+def test_the_live_share_of_an_idle_server_is_not_a_number(record, server):
+    assert 0 < min(record["samples"]["kv_eviction_live_share"]) < 1
+    assert math.isnan(live_share(server))
+
+
+def test_the_live_share_forgets_an_aborted_request(server):
+    """The client hangs up; nothing but the abort tells the engine."""
+    body = {"model": "smollm2", "prompt": [1] * 300, "max_tokens": 200, "stream": True,
+            "ignore_eos": True}  # fmt: skip
+    request = urllib.request.Request(
+        f"{server.base_url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        response.readline()
+        assert until(lambda: 0 < live_share(server) < 1)
+    assert until(lambda: math.isnan(live_share(server)))
+
+
+def until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not (held := condition()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return held
+
+
+def test_every_query_of_the_dashboard_finds_its_metric(record, server):
+    live = set(re.findall(r"(?m)^([\w:]+)[{ ]", metrics(server)))
     dashboard = json.loads((ROOT / "scripts" / "grafana" / "kv_eviction.json").read_text())
     queries = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
     queries += [

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
-METRICS = """vllm:num_requests_running{engine="0"} 2.0
+METRICS = """vllm:num_preemptions_total{engine="0"} %d
+vllm:num_requests_running{engine="0"} 2.0
 vllm:num_requests_waiting{engine="0"} 0.0
 vllm:kv_cache_usage_perc{engine="0"} 0.5
 vllm:cache_config_info{block_size="32",kv_cache_memory_bytes="1048576",num_gpu_blocks="10"} 1.0
@@ -28,7 +29,10 @@ def usage(tokens):
 
 
 class Stub:
-    """``mode``: ``good``, or what goes wrong with every request from number ``after`` on."""
+    """``mode``: ``good``, or what goes wrong with every request from number ``after`` on.
+
+    Each request preempts one.
+    """
 
     def __init__(self, mode="good", after=0):
         self.mode, self.after, self.count = mode, after, 0
@@ -43,19 +47,23 @@ class Stub:
         return app
 
     async def models(self, request):
+        if self.mode == "no_models":
+            raise web.HTTPInternalServerError
         return web.json_response({"data": [{"id": "stub", "max_model_len": 4096}]})
 
     async def health(self, request):
         return web.Response()
 
     async def metrics(self, request):
-        return web.Response(text=METRICS)
+        return web.Response(text=METRICS % self.count)
 
     async def completions(self, request):
         body = await request.json()
         self.bodies.append(body)
         self.count += 1
         mode = self.mode if self.count > self.after else "good"
+        if not body.get("stream"):  # log-probs were asked for
+            return web.json_response({"choices": [{}], "usage": {"completion_tokens": 1}})
         if mode == "http_500":
             return web.json_response({"error": {"message": "the engine is on fire"}}, status=500)
         if mode == "die":

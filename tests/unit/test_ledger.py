@@ -184,13 +184,23 @@ def test_graph_follows_the_live_blocks():
     assert 101 not in live.graph_rows
 
 
+def test_live_share_is_of_requests_that_evict():
+    bench = Bench({"kv_sparsity": 0.5})
+    assert bench.ledger.live_share is None
+    bench.step(80, scores(range(20)))
+    bench.decide(80)
+    assert bench.ledger.live_share == 0.5
+    bench.ledger.finish("r")
+    assert bench.ledger.live_share is None
+
+
 def test_unknown_requests_are_harmless():
     ledger = Ledger(EvictionConfig(), BLOCK, 1, 10)
     assert ledger.decide("nobody", 0, 100, []) == []
     ledger.release("nobody")
     ledger.note_blocks("nobody", 1, 1)
     assert ledger.finish("nobody") == {}
-    assert ledger.live_blocks == (0, 0)
+    assert ledger.live_share is None
 
 
 @pytest.mark.parametrize("policy", ["h2o", "cab"])

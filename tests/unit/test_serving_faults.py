@@ -1,6 +1,8 @@
 """Whatever happens to server or user: the right count and message, a record, an exit status."""
 
+import asyncio
 import json
+import resource
 import signal
 import socket
 import subprocess
@@ -10,7 +12,11 @@ import time
 import pytest
 
 from harness.cli import main
+from harness.serving.load import run_load
+from harness.serving.plan import make_plan
 from harness.serving.server import free_port
+from harness.serving.specification import LoadSpecification
+from harness.serving.target import find_target
 
 from .serving_stub import running
 
@@ -69,6 +75,22 @@ def test_each_fault_has_its_count_and_message(mode, kind, error, message, tmp_pa
     assert len(record["not_succeeded"]) == 4
     assert record["summary"]["all"]["time_to_first_token_ms"]["count"] == 2
     assert f"4 x {error}: " in capsys.readouterr().out
+
+
+def test_answers_without_the_log_probs_that_were_asked_for(tmp_path):
+    specification = LoadSpecification.parse(
+        {"num_requests": 4, "input_length": 4, "output_length": 2,
+         "quality": {"share": 0.5, "context_length": 8, "num_windows": 1}}
+    )  # fmt: skip
+    plan = make_plan(specification, 100, lambda dataset: list(range(100)))
+    with running() as (address, _):
+        target = asyncio.run(find_target(address, None))
+        record = run_load(specification, plan, target, progress=False).record
+    assert (record["counts"]["succeeded"], record["counts"]["failed"]) == (2, 2)
+    (row,) = record["failures"]
+    assert row["error"] == "malformed_answer"
+    assert row["message"].startswith("no prompt log-probs in: ")
+    assert (record["quality"]["num_asked"], record["quality"]["num_answered"]) == (2, 0)
 
 
 def test_tokens_of_a_broken_stream_are_counted_but_no_latency(tmp_path):
@@ -175,6 +197,18 @@ def test_closed_loop_keeps_its_concurrency(tmp_path):
     assert record["summary"]["all"]["peak_concurrency"] == 3
     assert record["requests"]["intended_s"] == []
     assert record["requests"]["sent_s"][3] > 0.9, "the fourth waits for the first three"
+
+
+def test_more_requests_in_flight_than_a_process_may_open_files_by_default(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        with running("slow") as (address, _):
+            status, record = load(address, tmp_path, "--request-rate", "inf", requests=120)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert status == 0, record["failures"]
+    assert record["summary"]["all"]["peak_concurrency"] == 120
 
 
 def test_a_client_that_falls_behind_says_so(tmp_path, monkeypatch):

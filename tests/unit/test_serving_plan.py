@@ -172,6 +172,38 @@ def test_the_same_seed_is_the_same_load():
 
 
 @pytest.mark.parametrize(
+    ("values", "count"),
+    [
+        ({"request_rate": 1.5}, 45),
+        ({"request_rate": 0.33, "arrivals": "constant"}, 10),
+        ({"request_rate": 4, "arrivals": "gamma", "burstiness": 0.5}, 120),
+        # A ramp sends at its mean rate.
+        ({"request_rate": 1, "ramp_to": 3, "arrivals": "ramp"}, 60),
+    ],
+)
+def test_a_duration_is_a_number_of_requests(values, count):
+    given = LoadSpecification.parse({"duration_s": 30, **values})
+    assert given.num_requests == count
+    assert given == LoadSpecification.parse({"num_requests": count, **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"arrivals": "closed", "max_concurrency": 2}, "closed has no rate"),
+        ({"arrivals": "trace", "trace": "x.csv"}, "trace has no rate"),
+        ({}, "needs a finite --request-rate above 0, not inf"),
+        ({"request_rate": -1}, "above 0, not -1"),
+        ({"request_rate": 0.01}, "is no request; raise it"),
+        ({"request_rate": 2, "duration_s": -30}, "--duration is -30"),
+    ],
+)
+def test_durations_that_are_no_number_of_requests(values, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        LoadSpecification.parse({"duration_s": 30, **values})
+
+
+@pytest.mark.parametrize(
     ("values", "sentence"),
     [
         ({"num_requests": 0}, "--num-requests is 0"),
@@ -188,6 +220,16 @@ def test_the_same_seed_is_the_same_load():
         ({"quality": {"share": 0.01}}, "is none; raise it"),
         ({"input_length": 401}, "more than the server's max_model_len 400"),
         ({"nonsense": 1}, "nonsense"),
+        ({"num_requests": "many"}, "num_requests is 'many'; give a whole number"),
+        ({"num_requests": 2.5}, "num_requests is 2.5; give a whole number"),
+        ({"request_rate": "fast"}, "request_rate is 'fast'; give a number"),
+        ({"quality": {"share": "most"}}, "share is 'most'; give a number"),
+        # What would be ignored in silence.
+        ({"burstiness": 0.5}, "--burstiness means nothing to --arrivals poisson"),
+        ({"ramp_to": 4, "request_rate": 2}, "--ramp-to means nothing to --arrivals poisson"),
+        ({"arrivals": "closed", "max_concurrency": 2, "request_rate": 3}, "--request-rate means"),
+        ({"duration_s": 30}, "one of --num-requests and --duration"),
+        ({"num_requests": None}, "one of --num-requests and --duration"),
     ],
 )
 def test_bad_loads(values, sentence):

@@ -15,6 +15,8 @@ from harness.cli import main
 from harness.errors import UsageError
 from harness.serving import sweep
 from harness.serving.flags import flag_value, serve_flags
+from harness.serving.load import Outcome
+from harness.serving.provenance import measuring_modules
 from harness.serving.server import ServerError, free_port, last_error, serving
 from harness.serving.study import ServingStudy
 
@@ -96,11 +98,48 @@ def test_records_of_another_study_are_not_mixed_in(stub_servers, tmp_path, capsy
     changed = {**STUDY["load"], "num_requests": 5}
     assert main(study(tmp_path, rates=[50], seeds=[0], methods=["dense"], load=changed)) == 2
     assert "is of another study; give another --output-dir" in capsys.readouterr().err
-    path = tmp_path / "out" / "demo" / "dense_s0_rate50_seed0.json"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps({**record, "code": "older"}))
+    (tmp_path / "model" / "config.json").write_text('{"hidden_size": 1}')
     assert main(study(tmp_path, rates=[50], seeds=[0], methods=["dense"])) == 2
+    assert "is of another study" in capsys.readouterr().err, "another model of the same name"
+
+
+def edit(monkeypatch, module):
+    """As if a module of harness/serving had been edited."""
+    original = Path.read_bytes
+
+    def read_bytes(path):
+        edited = path.parts[-2:] == ("serving", module)
+        return original(path) + b"# edited" * edited
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+
+
+def test_records_of_other_measuring_code_are_not_mixed_in(
+    stub_servers, tmp_path, monkeypatch, capsys
+):
+    arguments = study(tmp_path, rates=[50], seeds=[0], methods=["dense"])
+    assert main(arguments) == 0
+    with monkeypatch.context() as patch:
+        edit(patch, "figures.py")
+        assert main(arguments) == 0
+    assert "1 runs were there already" in capsys.readouterr().out
+    edit(monkeypatch, "client.py")
+    assert main(arguments) == 2
     assert "was measured with another code; give another" in capsys.readouterr().err
+
+
+def test_every_module_that_a_sweep_loads_is_in_the_fingerprint_of_its_records():
+    code = (
+        "import sys, harness.serving.sweep; print(*[m.__file__ for n, m in sys.modules.items() "
+        "if n.startswith('harness.')], sep='\\n')"
+    )
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    harness = Path(sweep.__file__).parents[1]
+    loaded = {Path(path).relative_to(harness).as_posix() for path in loaded}
+    # They find models and write records; the hash of a run is over what they give.
+    passive = {"errors.py", "machine.py", "models.py", "packages.py", "records.py"}
+    assert loaded - set(measuring_modules()) <= {*passive, "specification.py"}
+    assert not {"serving/figures.py", "serving/sweep_report.py"} & set(measuring_modules())
 
 
 def test_a_server_that_does_not_start_fails_its_runs_only(stub_servers, tmp_path, capsys):
@@ -109,6 +148,47 @@ def test_a_server_that_does_not_start_fails_its_runs_only(stub_servers, tmp_path
     assert set(records(tmp_path)) == {"h2o_s0.9_rate50_seed0"}
     error = capsys.readouterr().err
     assert "dense_s0: the server ended with status 3: ValueError: this model cannot be" in error
+
+
+def test_a_server_that_does_not_say_what_it_serves_fails_its_runs_only(
+    stub_servers, tmp_path, capsys
+):
+    stub_servers["dense"] = ["no_models"]
+    assert main(study(tmp_path, rates=[50], seeds=[0])) == 1
+    assert set(records(tmp_path)) == {"h2o_s0.9_rate50_seed0"}
+    assert "dense_s0: no OpenAI server answers at" in capsys.readouterr().err
+    assert not children()
+
+
+def test_preemptions_of_stock_vllm_are_counted_by_its_own_metric(stub_servers, tmp_path):
+    assert main(study(tmp_path, rates=[50], seeds=[0], methods=["stock"])) == 0
+    (record,) = records(tmp_path).values()
+    counted = record["samples"]["num_preemptions"]
+    assert counted[-1] == 2 + 6  # warm-up and load
+    assert record["memory"]["preemptions"] == counted[-1] - counted[0] > 0
+    assert not [name for name in record["memory"] if name.startswith("kv_eviction")]
+
+
+def test_interrupting_the_warm_up_ends_a_sweep(stub_servers, tmp_path, monkeypatch, capsys):
+    loads = []
+
+    def run_load(load, plan, target, **options):
+        loads.append(load)
+        return Outcome({}, "interrupted", interrupted=True)
+
+    monkeypatch.setattr(sweep, "run_load", run_load)
+    assert main(study(tmp_path)) == 130
+    assert [load.num_requests for load in loads] == [STUDY["warm_up_requests"]]
+    assert "finished runs are kept, the same command resumes" in capsys.readouterr().err
+    assert not records(tmp_path)
+    assert not children()
+
+
+def test_a_folder_that_cannot_be_written_shows_before_a_server_starts(
+    stub_servers, tmp_path, capsys
+):
+    assert main([*study(tmp_path)[:2], "--output-dir", "/proc/none"]) == 2
+    assert "cannot write to /proc/none/demo" in capsys.readouterr().err
 
 
 def test_a_server_that_dies_is_replaced(stub_servers, tmp_path, capsys):
@@ -204,11 +284,13 @@ def test_flags():
 def test_serve_prints_the_plain_command(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     arguments = ["serve", str(tmp_path), "--policy", "cab", "--sparsity", "0.9",
-                 "--max-model-len", "1024", "--print-command", "--enable-lora"]  # fmt: skip
+                 "--score-every", "4", "--max-model-len", "1024", "--print-command",
+                 "--enable-lora"]  # fmt: skip
     assert main(arguments) == 0
     line = capsys.readouterr().out.strip()
     assert line.startswith(f"vllm serve {tmp_path} --kv-transfer-config '{{")
     assert '"policy":"cab","sparsity":0.9' in line
+    assert '"score_every":4' in line
     assert line.endswith("--max-model-len 1024 --enable-lora")
 
 

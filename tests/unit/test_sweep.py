@@ -208,7 +208,7 @@ def test_other_code_is_never_mixed_in_unless_measured_again(
     engines, settings, tmp_path, monkeypatch
 ):
     run(settings, tmp_path / "e")
-    monkeypatch.setattr("harness.records.code_fingerprint", lambda: "0" * 16)
+    monkeypatch.setattr("harness.records.code_fingerprint", lambda modules: "0" * 16)
     with pytest.raises(UsageError, match=r"was made by another code .* --redo"):
         Sweep(Study.parse(settings), tmp_path / "e")
     assert run(settings, tmp_path / "e", redo=True).session.runs_done == NUM_RUNS

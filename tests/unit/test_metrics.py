@@ -1,0 +1,55 @@
+"""The plugin's metrics, as a Prometheus server reads them and as vLLM logs them."""
+
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from vllm_plugins.metrics import COUNTERS, EvictionPromMetrics, EvictionStats
+
+LABELS = {"model_name": "m", "engine": "0"}
+
+
+@pytest.fixture
+def registry():
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def exported(registry):
+    types = {kind: partial(kind, registry=registry) for kind in (Counter, Gauge, Histogram)}
+    configuration = SimpleNamespace(kv_transfer_config=None)
+    return EvictionPromMetrics(configuration, types, [*LABELS], {0: [*LABELS.values()]})
+
+
+def value(registry, name, **labels):
+    return registry.get_sample_value(f"vllm:kv_eviction_{name}", {**LABELS, **labels})
+
+
+def test_series_exist_before_anything_happens(exported, registry):
+    for name in COUNTERS:
+        assert value(registry, f"{name}_total") == 0
+    assert math.isnan(value(registry, "live_share"))
+
+
+def test_the_live_share_of_nothing_is_not_a_number(exported, registry):
+    exported.observe({"blocks_evicted": 3, "requests": {"h2o": 2}, "live_share": 0.25})
+    assert value(registry, "blocks_evicted_total") == 3
+    assert value(registry, "requests_total", policy="h2o") == 2
+    assert value(registry, "live_share") == 0.25
+    exported.observe({"blocks_evicted": 1, "requests": {}, "live_share": None})
+    assert value(registry, "blocks_evicted_total") == 4
+    assert math.isnan(value(registry, "live_share"))
+
+
+def test_vllms_log_line_adds_up_steps_and_shows_the_newest_share():
+    stats = EvictionStats({"decisions": 1, "requests": {"h2o": 1}, "live_share": 0.9})
+    stats.aggregate(EvictionStats({"decisions": 2, "requests": {"cab": 1}, "live_share": 0.5}))
+    shown = stats.reduce()
+    assert shown["kv_eviction_decisions"] == 3
+    assert shown["kv_eviction_requests_h2o"] == shown["kv_eviction_requests_cab"] == 1
+    assert shown["kv_eviction_live_share"] == 0.5
+    stats.aggregate(EvictionStats({"live_share": None}))
+    assert "kv_eviction_live_share" not in stats.reduce()
