@@ -100,6 +100,17 @@ def test_what_varies_gets_folders_and_shares_engines_where_it_can(model, tmp_pat
     assert str(tmp_path) not in str(Study.parse({"dataset": texts}).to_dict())
 
 
+def test_several_texts_and_their_throughput_passes_share_one_engine(model, tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    full = read_study(next(path for path in STUDIES if path.stem == "full_evaluation"))
+    texts = [f"text:{tmp_path}/a.txt", f"text:{tmp_path}/b.txt"]
+    made = points({**full, "model": str(model), "dataset": texts}, "cuda")
+    assert len({str(run.engine) for point in made for run in point.runs}) == 1
+    assert [sum(r.load is not None for r in point.runs) for point in made] == [39, 39]
+    assert made[0].runs[0].engine.eviction["score_every"] == 1
+
+
 def test_throughput_is_a_pass_of_its_own(model):
     made = runs({"model": str(model), "methods": ["h2o"], "sparsity": [0.5], "num_runs": 3,
                  "throughput": True, "load_runs": 1, "max_num_seqs": 16})  # fmt: skip
@@ -174,7 +185,8 @@ def test_study_files(tmp_path):
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_that_come_with_the_project(path, model):
-    made = points({**read_study(path), "model": str(model)})
+    settings = {**read_study(path), "model": str(model)}
+    made = points(settings, "cuda" if settings.get("protocol") == "decode" else "cpu")
     assert sum(len(point.runs) for point in made) >= 3
 
 
