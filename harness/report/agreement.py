@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from ..errors import UsageError
@@ -11,7 +12,7 @@ from .tables import Row, change, level, markdown, provenance_line
 
 Records = list[dict[str, Any]]
 _OF_ENGINE = ("model", "context_length", "prefill_chunk", "block_size", "protocol")
-"""Without the fingerprint: it hashes a configuration that every version of Transformers writes
+"""Without the model's fingerprint: versions of Transformers may write its configuration
 differently."""
 _OF_RUN = ("text", "num_samples", "min_context")
 
@@ -19,7 +20,7 @@ _OF_RUN = ("text", "num_samples", "min_context")
 def agreement_table(first: Records, second: Records) -> str:
     """Perplexities of two folders of records side by side, in Markdown, with their machines.
 
-    Perplexity is over all windows of all seeds, which are the same on both sides.
+    Perplexity is the mean over runs, as in every other table.
 
     Raises:
         UsageError: the folders differ in their windows, settings or methods.
@@ -36,10 +37,12 @@ def agreement_table(first: Records, second: Records) -> str:
         sparsity = "-" if record["method"] == DENSE else level(key, record)
         row = (record["method"], sparsity, f"{ours:.3f}", f"{theirs:.3f}")
         table.append((*row, change(theirs, ours, 2)))
-    windows = sum(len(record["windows"]) for record in next(iter(a.values())).values())
+    runs = next(iter(a.values()))
+    windows = sum(len(record["windows"]) for record in runs.values())
     told = (
         f"{_precision(first[0])}: {provenance_line(first[0])} {_precision(second[0])}: "
-        f"{provenance_line(second[0])} Perplexity over the same {windows} windows on both."
+        f"{provenance_line(second[0])} Mean perplexity of {len(runs)} run(s) over "
+        f"the same {windows} windows."
     )
     return f"{told}\n\n{markdown(table)}"
 
@@ -83,7 +86,7 @@ def _by_key(records: Records) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 def _perplexity(runs: dict[int, dict[str, Any]]) -> float:
-    return perplexity(total(window) for record in runs.values() for window in record["windows"])
+    return fmean(perplexity(map(total, record["windows"])) for record in runs.values())
 
 
 def _precision(record: dict[str, Any]) -> str:

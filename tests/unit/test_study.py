@@ -74,6 +74,16 @@ def test_a_specification_is_the_same_wherever_files_lie(model, tmp_path):
         assert other[0].hash != here[0].hash
 
 
+def test_a_specification_is_the_same_wherever_and_by_whatever_the_model_was_made(model):
+    here = runs({"model": str(model)})[0].hash
+    (model / "config.json").write_text(
+        '{"hidden_size": 8, "_name_or_path": "/a/b", "transformers_version": "5.0"}'
+    )
+    assert runs({"model": str(model)})[0].hash == here
+    (model / "config.json").write_text('{"hidden_size": 16}')
+    assert runs({"model": str(model)})[0].hash != here
+
+
 def test_devices_settle_what_is_left_open(model):
     cpu, cuda = (runs({"model": str(model)}, device)[0].engine for device in ("cpu", "cuda"))
     assert (cpu.enforce_eager, cpu.dtype) == (True, "float32")
