@@ -13,7 +13,6 @@ from .machine import device_memory_mb, process_peak_memory_mb
 from .perplexity import after_eviction, by_chunk, first_affected, normalised, perplexity, total
 from .records import SCHEMA_VERSION, timestamp
 from .specification import RunSpecification
-from .tokens import scored_text
 from .workload import Window
 
 Progress = Callable[[int], None]
@@ -45,20 +44,20 @@ def warm_up(engine: Engine, window: list[int]) -> None:
 
 
 def measure_perplexity(
-    run: RunSpecification, engine: Engine, windows: Sequence[Window], tokenizer: Any,
-    progress: Progress,
+    run: RunSpecification, engine: Engine, windows: Sequence[Window],
+    sizes: Sequence[dict[str, int]], progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
-    """Score a run's windows."""
+    """Score a run's windows; ``sizes``: ``scored_text`` of each."""
     scored = engine.score([w for _, w in windows], run.settings, run.min_context, progress)
     chunk = run.engine.prefill_chunk
     entries = [
         {
             "start": start,
             "eviction": result.record,
-            **scored_text(tokenizer, tokens, run.min_context),
+            **size,
             **by_chunk(result.log_likelihoods, chunk, run.min_context),
         }
-        for (start, tokens), result in zip(windows, scored.windows, strict=True)
+        for (start, _), size, result in zip(windows, sizes, scored.windows, strict=True)
     ]
     evicted = after_eviction(entries, map(first_affected, entries))
     records = [entry["eviction"] for entry in entries]

@@ -85,6 +85,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     config = model.config.to_dict()
     config.pop("quantization_config", None)
+    config.pop("_name_or_path", None)
     config.update(architectures=["LlamaForCausalLM"], tie_word_embeddings=True, dtype="bfloat16")
     # Last, and what marks the folder as complete.
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
@@ -106,8 +107,9 @@ def fingerprint(path: str) -> str:
     if not folder.is_dir():
         return hashlib.sha256(path.encode()).hexdigest()[:16]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    # Written by whatever version of Transformers made the folder; says nothing about the model.
-    config.pop("transformers_version", None)
+    # Which version of Transformers made the folder, and where, says nothing about the model.
+    for name in ("transformers_version", "_name_or_path"):
+        config.pop(name, None)
     digest.update(json.dumps(config, sort_keys=True).encode())
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())

@@ -3,7 +3,8 @@
     python -m harness.readme README.md results
 
 NAME is a folder of records under ``results``, a folder of such folders (ends with a slash: one row
-each), or a benchmark's record; figures in a README are never typed in.
+each), or a benchmark's record. ``<!-- agreement: A B -->`` compares two folders of records of one
+study, from two machines. Figures in a README are never typed in.
 """
 
 from __future__ import annotations
@@ -14,14 +15,23 @@ from pathlib import Path
 
 from .aggregate import aggregate
 from .bench.tables import bench_table, settings_table
+from .errors import UsageError
 from .records import read_json, read_load_records, read_records
+from .report.agreement import agreement_table
 from .report.tables import caption, markdown_table, provenance_line
 
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_AGREEMENT = re.compile(r"(<!-- agreement: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def fill(text: str, results: Path) -> str:
-    """``text`` with every marked table made anew from its records."""
+    """``text`` with every marked table made anew from its records.
+
+    Raises:
+        UsageError: two folders to compare are not of the same windows, or records must not be
+            mixed.
+
+    """
 
     def table(match: re.Match[str]) -> str:
         if match[2].endswith(".json"):
@@ -39,12 +49,21 @@ def fill(text: str, results: Path) -> str:
         body += f"{provenance_line(records[0])}\n\n{markdown_table(current)}\n"
         return f"{match[1]}\n{body}\n{match[3]}"
 
-    return _MARKED.sub(table, text)
+    def agreement(match: re.Match[str]) -> str:
+        first, second = (read_records(results / match[i]) for i in (2, 3))
+        return f"{match[1]}\n{agreement_table(first, second)}\n\n{match[4]}"
+
+    return _AGREEMENT.sub(agreement, _MARKED.sub(table, text))
 
 
 def main() -> None:
     readme, results = map(Path, sys.argv[1:])
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+    try:
+        text = fill(readme.read_text(encoding="utf-8"), results)
+    except UsageError as error:
+        print(f"readme: {error}", file=sys.stderr)
+        sys.exit(2)
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

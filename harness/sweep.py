@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,23 +40,34 @@ class Session:
 
     started: str = field(default_factory=timestamp)
     clock: float = field(default_factory=time.perf_counter)
-    engine_start_seconds: list[float] = field(default_factory=list)
-    measuring_seconds: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    engine_starts: int = 0
     runs_done: int = 0
     runs_skipped: int = 0
     runs_failed: int = 0
 
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the block's time under ``name``, also where it fails."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - started
+
     def to_dict(self) -> dict[str, Any]:
         wall = time.perf_counter() - self.clock
-        starts = sum(self.engine_start_seconds)
+        starts = self.parts.get("engine", 0.0) + self.parts.get("warm_up", 0.0)
+        measuring = self.parts.get("measuring", 0.0)
         return {
             "started": self.started,
             "wall_seconds": round(wall, 3),
-            "engine_starts": len(self.engine_start_seconds),
+            "engine_starts": self.engine_starts,
             "engine_start_seconds": round(starts, 3),
-            "measuring_seconds": round(self.measuring_seconds, 3),
-            "harness_seconds": round(wall - starts - self.measuring_seconds, 3),
-            "overhead_share": round(1 - self.measuring_seconds / wall, 4),
+            "measuring_seconds": round(measuring, 3),
+            "harness_seconds": round(wall - starts - measuring, 3),
+            "overhead_share": round(1 - measuring / wall, 4),
+            "seconds_by_part": {name: round(value, 3) for name, value in self.parts.items()},
             "runs_done": self.runs_done,
             "runs_skipped": self.runs_skipped,
             "runs_failed": self.runs_failed,
@@ -80,16 +91,22 @@ class Sweep:
         self.folder = folder
         self.study = study
         self.session = Session()
-        device = device_type()
-        self.source = provenance(device)
-        self.comparisons: list[Comparison] = comparisons(study, folder, device)
-        self.jobs = missing(self.comparisons, self.source, redo)
+        with self.session.part("import"):
+            device = device_type()
+            self.source = provenance(device)
+        with self.session.part("plan"):
+            self.comparisons: list[Comparison] = comparisons(study, folder, device)
+            self.jobs = missing(self.comparisons, self.source, redo)
         self.failures: list[tuple[str, str]] = []
         total = sum(len(point.runs) for point in self.comparisons)
         self.session.runs_skipped = total - len(self.jobs)
-        for specification in self._engines():
-            preflight(specification)
-        self.texts = Texts([run for _, run in self.jobs])
+        with self.session.part("read"):
+            self.texts = Texts([run for _, run in self.jobs])
+        with self.session.part("preflight"):
+            for specification in self._engines():
+                preflight(specification)
+        with self.session.part("tokenize"):
+            self.texts.check()
 
     @property
     def total_windows(self) -> int:
@@ -132,21 +149,23 @@ class Sweep:
         while remaining:
             with ExitStack() as stack:
                 progress("engine starts", 0)
-                started = time.perf_counter()
+                self.session.engine_starts += 1
                 try:
-                    engine = stack.enter_context(running(specification))
-                    warm_up(engine, self.texts.any_window(remaining[0][1]))
+                    with self.session.part("engine"):
+                        engine = stack.enter_context(running(specification))
+                    with self.session.part("warm_up"):
+                        warm_up(engine, self.texts.any_window(remaining[0][1]))
                 except Exception as error:
                     for job in remaining:
                         self._fail(job, error)
                         progress(job[1].key, _size(job[1]))
                     return
-                finally:
-                    self.session.engine_start_seconds.append(time.perf_counter() - started)
                 progress("engine is up", 0)
                 healthy = True
                 while remaining and healthy:
                     healthy = self._run_job(engine, remaining.pop(0), progress)
+                with self.session.part("shutdown"):
+                    stack.close()
 
     def _run_job(self, engine: Engine, job: Job, progress: Progress) -> bool:
         """Measure and record; False: the engine may be broken."""
@@ -158,15 +177,13 @@ class Sweep:
             finished += count
             progress(run.key, count)
 
-        started = time.perf_counter()
         try:
-            record = self._measure(engine, run, advance)
+            with self.session.part("measuring"):
+                record = self._measure(engine, run, advance)
         except Exception as error:
             self._fail(job, error)
             progress(run.key, _size(run) - finished)
             return isinstance(error, UnfaithfulRun)
-        finally:
-            self.session.measuring_seconds += time.perf_counter() - started
         revision = self.texts.revision(run)
         write_json(folder / run.file_name, {**record, "dataset_revision": revision, **self.source})
         (folder / FAILED / run.file_name).unlink(missing_ok=True)
@@ -178,8 +195,9 @@ class Sweep:
         self, engine: Engine, run: RunSpecification, progress: Callable[[int], None]
     ) -> dict[str, Any]:
         if run.measure == PERPLEXITY:
-            tokenizer = self.texts.tokenizer(run.engine.model_path)
-            return measure_perplexity(run, engine, self.texts.windows(run), tokenizer, progress)
+            windows = self.texts.windows(run)
+            sizes = self.texts.sizes(run, windows)
+            return measure_perplexity(run, engine, windows, sizes, progress)
         return measure_throughput(run, engine, self.texts.prompts(run), progress)
 
     def _fail(self, job: Job, error: Exception) -> None:

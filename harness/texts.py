@@ -3,27 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
-from .corpora import resolved_revision
+from .corpora import load_documents, resolved_revision
 from .specification import RunSpecification, Text
-from .tokens import load_tokenizer, tokenize
+from .tokens import encode, load_tokenizer, scored_text
 from .workload import Window, draw_prompts, draw_windows
 
 
 class Texts:
     """Everything ``runs`` read.
 
+    Tokenizing goes on in a thread after construction: it holds no lock of Python's, so the
+    caller's imports cost no time beside it. ``check`` waits for it.
+
     Raises:
-        UsageError: a text cannot be had, or is too short for a run.
+        UsageError: a text or tokenizer cannot be had.
 
     """
 
     def __init__(self, runs: Sequence[RunSpecification]) -> None:
-        self.tokenizer = cache(load_tokenizer)
+        self._runs = runs
+        self._tokenizer = cache(load_tokenizer)
         self._revision = cache(resolved_revision)
-        self._documents: dict[tuple[str, Text], list[list[int]]] = {}
+        self._sizes: dict[tuple[int, ...], dict[str, int]] = {}
+        self._documents: dict[tuple[str, Text], Future[list[list[int]]]] = {}
+        # One worker: a tokenizer must not be used by two threads.
+        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
         for run in runs:
+            key = run.engine.model_path, run.text
+            if key not in self._documents:
+                self._documents[key] = worker.submit(
+                    encode, self._tokenizer(key[0]), run.text.document_mode, *load_documents(key[1])
+                )
+        worker.shutdown(wait=False)
+
+    def check(self) -> None:
+        """Draw what every run reads.
+
+        Raises:
+            UsageError: a text is too short for a run.
+
+        """
+        for run in self._runs:
             if run.load is None:
                 self.windows(run)
             else:
@@ -32,6 +55,17 @@ class Texts:
     def windows(self, run: RunSpecification) -> list[Window]:
         """Windows of a perplexity run."""
         return draw_windows(self._tokens(run), run.num_samples, run.engine.context_length, run.seed)
+
+    def sizes(self, run: RunSpecification, windows: Sequence[Window]) -> list[dict[str, int]]:
+        """``scored_text`` of each of a run's windows, decoded once for all methods."""
+        tokenizer = self._tokenizer(run.engine.model_path)
+        sizes = []
+        for _, window in windows:
+            key = (run.min_context, *window)
+            if key not in self._sizes:
+                self._sizes[key] = scored_text(tokenizer, window, run.min_context)
+            sizes.append(self._sizes[key])
+        return sizes
 
     def prompts(self, run: RunSpecification) -> list[list[int]]:
         """Prompts of a throughput run."""
@@ -49,7 +83,4 @@ class Texts:
         return draw_prompts(self._tokens(run), 1, run.engine.context_length // 2 + 1, 0)[0]
 
     def _tokens(self, run: RunSpecification) -> list[list[int]]:
-        key = run.engine.model_path, run.text
-        if key not in self._documents:
-            self._documents[key] = tokenize(self.tokenizer(run.engine.model_path), run.text)
-        return self._documents[key]
+        return self._documents[run.engine.model_path, run.text].result()

@@ -33,8 +33,14 @@ def tokenize(tokenizer: Any, text: Text) -> list[list[int]]:
         UsageError: the text cannot be had.
 
     """
-    documents, separator = load_documents(text)
-    if text.document_mode == "concatenate":
+    return encode(tokenizer, text.document_mode, *load_documents(text))
+
+
+def encode(
+    tokenizer: Any, document_mode: str, documents: list[str], separator: str
+) -> list[list[int]]:
+    """``tokenize`` of documents that are read already: no file, no network, no import."""
+    if document_mode == "concatenate":
         documents = [separator.join(documents)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

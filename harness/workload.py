@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -78,11 +79,11 @@ def draw_prompts(
         UsageError: the text is shorter than one prompt.
 
     """
-    tokens = [token for document in documents for token in document]
+    tokens = documents[0] if len(documents) == 1 else list(chain.from_iterable(documents))
     if len(tokens) < length:
         raise UsageError(
             f"the text has {len(tokens):,} tokens, fewer than a prompt of {length:,}; "
             f"lower --context-length"
         )
     starts = np.random.default_rng(seed).integers(0, len(tokens) - length + 1, size=num_prompts)
-    return [tokens[start : start + length] for start in starts.tolist()]
+    return [list(tokens[start : start + length]) for start in starts.tolist()]

@@ -26,7 +26,7 @@ from .tables import (
 _TIMED = HEADER.index("tok/s")
 _TIMED_FIGURES = ("throughput",)
 TIMINGS = "## Speed and time"
-"""Heading of the only part that differs between two runs of one specification."""
+"""Two measurements of one specification have the same report up to this heading."""
 
 
 def report_comparison(folder: Path, title: str, sessions: list[dict[str, Any]]) -> dict[str, Any]:
@@ -113,23 +113,24 @@ def _page(
         )
     if len(table := normalised_rows(results)) > 1:
         parts += ["## Independent of the tokenizer", markdown(table)]
-    if len(table := expectation_rows(results, caption(first))) > 1:
-        parts += ["## Expected, published, measured", markdown(table, numbers=False)]
     if failed := failures(folder):
         lines = [f"- `{f['key']}` of seed {f['seed']}: {f['reason']}" for f in failed]
         parts += ["## Failed runs", "\n".join(lines)]
     parts += [TIMINGS, f"Measured {first['timestamp'][:10]}.", _scoring_line(results)]
     if loads:
         load = loads[0]["specification"]["load"]
+        repeats = len({record["seed"] for record in loads})
         parts += [
             f"Saturating load, a pass of its own without log-probs: {load['num_requests']} "
             f"requests of {load['prompt_tokens']} + {load['output_tokens']} tokens, all there at "
-            f"the start.",
+            f"the start; {repeats} run(s), mean and standard deviation.",
             markdown(throughput_rows(results)),
             *_shown(figures, lambda name: name in _TIMED_FIGURES),
         ]
     if sessions:
         parts += ["Where the time went, by session:", markdown(time_rows(sessions))]
+    if len(table := expectation_rows(results, caption(first))) > 1:
+        parts += ["## Expected, published, measured", markdown(table, numbers=False)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -83,4 +83,12 @@ def _measured(key: str, entry: dict[str, Any], dense: dict[str, Any] | None) -> 
     text = f"{level(key, entry)}: perplexity {entry['perplexity']['mean']:.2f}"
     if dense is not None:
         text += f" ({change(entry['perplexity']['mean'], dense['perplexity']['mean'])})"
+        text += f", {_ratio(entry, dense, 'peak_memory_mb'):.0%} of the KV memory"
+        if "throughput" in entry and "throughput" in dense:
+            speed = _ratio(entry["throughput"], dense["throughput"], "output_tokens_per_second")
+            text += f", {speed:.2f}x throughput"
     return text
+
+
+def _ratio(entry: dict[str, Any], dense: dict[str, Any], metric: str) -> float:
+    return entry[metric]["mean"] / dense[metric]["mean"]

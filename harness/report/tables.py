@@ -202,9 +202,9 @@ def spread(value: dict[str, float] | None, num_runs: int, digits: int = 2) -> st
     return mean if num_runs == 1 else f"{mean} ± {value['std']:.{digits}f}"
 
 
-def change(value: float, base: float) -> str:
+def change(value: float, base: float, digits: int = 1) -> str:
     """``value`` against ``base`` in percent."""
-    return f"{100 * (value / base - 1):+.1f}%"
+    return f"{100 * (value / base - 1):+.{digits}f}%"
 
 
 def _range(value: list[float] | None) -> str:

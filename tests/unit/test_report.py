@@ -13,7 +13,7 @@ from harness.report.comparison import TIMINGS
 from harness.report.expectations import expectation_rows
 from harness.report.experiment import report_experiment
 from harness.report.styles import styles
-from harness.report.tables import markdown_table, test_rows, text_table
+from harness.report.tables import markdown_table, test_rows, text_table, throughput_rows
 from harness.specification import order
 
 from .records import experiment, load_record
@@ -97,8 +97,17 @@ def test_claims_stand_beside_what_was_measured(results):
     header, *claims = expectation_rows(results, "under these conditions")
     assert header[1:3] == ("expected by the authors", "published")
     assert [row[0].split(" ")[0] for row in claims] == ["h2o", "cab"]
-    assert re.search(r"0\.9: perplexity \d+\.\d\d \(\+\d+\.\d%\)", claims[0][4])
+    assert re.search(
+        r"0\.9: perplexity \d+\.\d\d \(\+\d+\.\d%\), 10% of the KV memory, 2\.00x throughput",
+        claims[0][4],
+    )
     assert {row[5] for row in claims} == {"under these conditions"}
+
+
+def test_throughput_of_several_load_runs_has_its_spread(records):
+    loads = [load_record("dense", 0.0, seed, speed) for seed, speed in enumerate((90.0, 110.0))]
+    _, row = throughput_rows(aggregate(records, loads))
+    assert row[4] == "100 ± 14"
 
 
 def test_significance_has_a_row_per_pair_and_family(records):
@@ -114,8 +123,8 @@ def test_the_page_says_it_all(folder):
         "Results",
         "Differences",
         "Independent of the tokenizer",
-        "Expected, published, measured",
         TIMINGS.removeprefix("## "),
+        "Expected, published, measured",
     ]
     for figure in re.findall(r"\]\((.+)\.png\)", page):
         assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")

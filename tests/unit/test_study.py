@@ -74,6 +74,16 @@ def test_a_specification_is_the_same_wherever_files_lie(model, tmp_path):
         assert other[0].hash != here[0].hash
 
 
+def test_a_specification_is_the_same_wherever_and_by_whatever_the_model_was_made(model):
+    here = runs({"model": str(model)})[0].hash
+    (model / "config.json").write_text(
+        '{"hidden_size": 8, "_name_or_path": "/a/b", "transformers_version": "5.0"}'
+    )
+    assert runs({"model": str(model)})[0].hash == here
+    (model / "config.json").write_text('{"hidden_size": 16}')
+    assert runs({"model": str(model)})[0].hash != here
+
+
 def test_devices_settle_what_is_left_open(model):
     cpu, cuda = (runs({"model": str(model)}, device)[0].engine for device in ("cpu", "cuda"))
     assert (cpu.enforce_eager, cpu.dtype) == (True, "float32")
@@ -98,6 +108,17 @@ def test_what_varies_gets_folders_and_shares_engines_where_it_can(model, tmp_pat
     engines = [point.runs[0].engine for point in made]
     assert engines[0] == engines[2] != engines[1] == engines[3]
     assert str(tmp_path) not in str(Study.parse({"dataset": texts}).to_dict())
+
+
+def test_several_texts_and_their_throughput_passes_share_one_engine(model, tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    full = read_study(next(path for path in STUDIES if path.stem == "full_evaluation"))
+    texts = [f"text:{tmp_path}/a.txt", f"text:{tmp_path}/b.txt"]
+    made = points({**full, "model": str(model), "dataset": texts}, "cuda")
+    assert len({str(run.engine) for point in made for run in point.runs}) == 1
+    assert [sum(r.load is not None for r in point.runs) for point in made] == [39, 39]
+    assert made[0].runs[0].engine.eviction["score_every"] == 1
 
 
 def test_throughput_is_a_pass_of_its_own(model):
@@ -174,7 +195,8 @@ def test_study_files(tmp_path):
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_that_come_with_the_project(path, model):
-    made = points({**read_study(path), "model": str(model)})
+    settings = {**read_study(path), "model": str(model)}
+    made = points(settings, "cuda" if settings.get("protocol") == "decode" else "cpu")
     assert sum(len(point.runs) for point in made) >= 3
 
 
