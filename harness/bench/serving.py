@@ -50,7 +50,7 @@ class Regime:
 
 HEADLINE = ("stock", "streaming_0.9", "streaming_0.5",
             "h2o_0.9_sampled", "cab_0.9_sampled", "h2o_0.5_sampled",
-            "h2o_0.9", "cab_0.9", "h2o_0.5", "h2o_0.9_groups")  # fmt: skip
+            "h2o_0.9", "h2o_0.5", "h2o_0.9_groups")  # fmt: skip
 SHORT = ("stock", "off_0", "scoring_0_sampled", "h2o_0.9_sampled",
          "scoring_0", "h2o_0.9", "scoring_0_groups")  # fmt: skip
 LONG = ("stock", "streaming_0.9", "h2o_0.9_sampled", "cab_0.9_sampled", "h2o_0.5_sampled")
