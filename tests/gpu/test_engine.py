@@ -193,19 +193,19 @@ def test_mixed_load_preemption_and_aborts(engines):
     """Random arrivals in a pool too small for them; blocks conserved at every step."""
     from vllm import SamplingParams
 
-    llm = engines({}, kv_cache_memory_bytes=60 << 20)
+    llm = engines({}, kv_cache_memory_bytes=32 << 20, max_model_len=2048)
     engine, connector = llm.llm_engine, connector_of(llm)
     rng = np.random.default_rng(7)
     names, arrived, finished = {}, 0, []
     for _ in range(200_000):
-        if arrived < 80 and len(names) < 20 and rng.random() < 0.4:
+        if arrived < 80 and len(names) < 20 and rng.random() < 0.9:
             policy = ("dense", *POLICIES)[arrived % 6]
             extra = {"kv_policy": policy}
             if policy != "dense":
                 extra["kv_sparsity"] = float(rng.choice([0.0, 0.5, 0.9]))
-            prompt = rng.integers(0, 512, size=int(rng.integers(1, 1800))).tolist()
+            prompt = rng.integers(0, 512, size=int(rng.integers(1, 1500))).tolist()
             params = SamplingParams(
-                max_tokens=int(rng.integers(1, 200)),
+                max_tokens=int(rng.integers(1, 300)),
                 ignore_eos=True,
                 detokenize=False,
                 extra_args=extra,

@@ -24,13 +24,16 @@ NUM_WATCHED = 12
 POLICIES = ("h2o", "cab", "streaming", "random", "key_norm")
 
 
-def quiet_and_loaded(model: str, enforce_eager: bool) -> dict[str, object]:
+def quiet_and_loaded(model: str, enforce_eager: bool, side: str) -> dict[str, object]:
     """Tokens of the watched requests by themselves, and among evicting and aborted ones in a
     pool that is too small for all; and what the load did."""
     from vllm import LLM, SamplingParams
 
     from vllm_plugins import eviction_engine_args
 
+    options = {"block_size": 16, "enable_prefix_caching": False}
+    if side != "stock":
+        options = eviction_engine_args(block_size=16, policy="dense", check_integrity=True)
     llm = LLM(
         model,
         max_model_len=2048,
@@ -41,7 +44,7 @@ def quiet_and_loaded(model: str, enforce_eager: bool) -> dict[str, object]:
         skip_tokenizer_init=True,
         enforce_eager=enforce_eager,
         seed=0,
-        **eviction_engine_args(block_size=16, policy="dense", check_integrity=True),
+        **options,
     )
     engine = llm.llm_engine
     rng = np.random.default_rng(11)
@@ -77,6 +80,8 @@ def quiet_and_loaded(model: str, enforce_eager: bool) -> dict[str, object]:
                     "kv_policy": str(rng.choice(POLICIES)),
                     "kv_sparsity": float(rng.choice([0.0, 0.5, 0.9])),
                 }
+                if side != "evicting":
+                    extra = {}
                 prompt = rng.integers(0, 512, size=int(rng.integers(1, 1500))).tolist()
                 name = f"n{arrived}"
                 running[name] = add(name, prompt, extra, int(rng.integers(1, 300)))
@@ -84,7 +89,7 @@ def quiet_and_loaded(model: str, enforce_eager: bool) -> dict[str, object]:
         if running and rng.random() < 0.02:
             engine.abort_request([running.pop(str(rng.choice(list(running))))], internal=True)
         for output in outputs():
-            record = output.kv_transfer_params["kv_eviction"]
+            record = (output.kv_transfer_params or {"kv_eviction": {"preemptions": 0, "blocks_evicted": 0}})["kv_eviction"]
             if output.request_id[0] == "w":
                 number = int(output.request_id[1:])
                 loaded[number] = list(output.outputs[0].token_ids)
