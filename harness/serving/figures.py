@@ -138,9 +138,18 @@ def _bars(entries: Sequence[Entry], folder: Path) -> str:
     return "methods"
 
 
+def _common_rate(runs: Sequence[Mapping[str, Any]]) -> float | None:
+    """The highest request rate that every method and sparsity was measured at; None without."""
+    rates: dict[str, set[float]] = {}
+    for run in runs:
+        if run["request_rate"] is not None:
+            rates.setdefault(label(run), set()).add(run["request_rate"])
+    return max(set.intersection(*rates.values()), default=None) if rates else None
+
+
 def _throughput(entries: Sequence[Entry], folder: Path) -> str:
-    """At the highest rate, where a server has most to do."""
-    rate = max((e["request_rate"] for e in entries if e["request_rate"] is not None), default=None)
+    """At the highest rate that all have, where a server has most to do."""
+    rate = _common_rate(entries)
     chosen = [entry for entry in entries if entry["request_rate"] == rate]
     figure, axes = new_figure()
     look = styles([entry["method"] for entry in chosen])
@@ -172,14 +181,11 @@ def _throughput(entries: Sequence[Entry], folder: Path) -> str:
 
 
 def _memory(records: Sequence[Mapping[str, Any]], folder: Path) -> str:
-    """One run per method and sparsity: first seed, highest rate."""
-    rates = [r["run"]["request_rate"] for r in records if r["run"]["request_rate"] is not None]
+    """One run per method and sparsity: first seed, the highest rate that all of them have."""
     seed = records[0]["run"]["seed"]
-    chosen = [
-        r
-        for r in records
-        if r["run"]["seed"] == seed and r["run"]["request_rate"] in (None, max(rates, default=None))
-    ]
+    mine = [record for record in records if record["run"]["seed"] == seed]
+    rate = _common_rate([record["run"] for record in mine])
+    chosen = [record for record in mine if record["run"]["request_rate"] == rate]
     style = _styles([record["run"] for record in records])
     panels = {
         "kv_cache_usage": "share of the KV pool held",
@@ -197,6 +203,8 @@ def _memory(records: Sequence[Mapping[str, Any]], folder: Path) -> str:
         axes.set_title(title, fontsize=9)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
+    if rate is not None:
+        grid.flat[0].set_ylabel(f"at {rate:g} requests/s")
     shared_legend(figure, grid.flat)
     save(figure, folder / "kv_memory")
     return "kv_memory"

@@ -91,7 +91,7 @@ def _page(
     figures: Sequence[tuple[str, str]],
 ) -> str:
     seeds = sorted({record["run"]["seed"] for record in records})
-    parts = [f"# Serving: {name}", _conditions(records[0]), _machine(records[0])]
+    parts = [f"# Serving: {name}", _conditions(records), _machine(records[0])]
     interval = " Intervals: 95%, t distribution over seeds." if len(seeds) > 1 else ""
     parts.append(f"Seeds {', '.join(map(str, seeds))}; equal seeds are equal requests at equal "
                  f"intended times for every method.{interval}")  # fmt: skip
@@ -177,7 +177,10 @@ def _rate_rows(rates: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _conditions(record: Mapping[str, Any]) -> str:
+def _conditions(records: Sequence[Mapping[str, Any]]) -> str:
+    record = records[0]
+    counts = sorted({r["specification"]["num_requests"] for r in records})
+    requests = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     run, load, memory = record["run"], record["specification"], record["memory"]
     pool = memory.get("kv_cache_memory_bytes")
     size = f", {pool / 2**20:.0f} MiB" if pool else ""
@@ -191,7 +194,7 @@ def _conditions(record: Mapping[str, Any]) -> str:
     )
     return (
         f"{run['model']}, KV pool of {memory.get('num_gpu_blocks', '?')} blocks of "
-        f"{run['block_size']} tokens{size}. Per run {load['num_requests']} requests, "
+        f"{run['block_size']} tokens{size}. Per run {requests} requests, "
         f"{load['arrivals']} arrivals{rate}, prompts {load['input_length']} ({load['prompts']}), "
         f"outputs {load['output_length']}."
         f"{share} Latencies count from the intended send time."

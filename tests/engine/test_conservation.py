@@ -32,7 +32,8 @@ def held_by_request(connector):
 
 @pytest.mark.parametrize("layer_groups", [1, 2])
 def test_random_arrivals_aborts_and_preemptions(layer_groups, tiny_engines):
-    """``check_integrity`` runs inside the engine at every step, and here after it."""
+    """``check_integrity`` runs inside the engine at every step, and here after it. Requests that
+    keep their cache answer as they do alone, whatever their neighbours lose."""
     # 90 blocks of 32 tokens for all layers: too few for eight requests of up to 600 tokens.
     block_bytes = 2 * 2 * 32 * 32 * 4 * 4
     llm = tiny_engines({"kv_cache_memory_bytes": 91 * block_bytes}, layer_groups=layer_groups)
@@ -40,6 +41,7 @@ def test_random_arrivals_aborts_and_preemptions(layer_groups, tiny_engines):
     engine = llm.llm_engine
     rng = np.random.default_rng(11)
     names, arrived, records = {}, 0, []
+    unaffected, answers = {}, {}
     policies = [*policy_names(), "forman"]
     finished = False
     for _ in range(100_000):
@@ -53,7 +55,10 @@ def test_random_arrivals_aborts_and_preemptions(layer_groups, tiny_engines):
             length = int(rng.integers(1, 500))
             tokens = rng.integers(0, 256, size=length).tolist()
             name = f"r{arrived}"
-            names[name] = add(llm, name, tokens, extra, int(rng.integers(1, 100)))
+            max_tokens = int(rng.integers(1, 100))
+            names[name] = add(llm, name, tokens, extra, max_tokens)
+            if not extra.get("kv_sparsity"):
+                unaffected[name] = (tokens, max_tokens)
             arrived += 1
         if names and rng.random() < 0.03:
             name = str(rng.choice(list(names)))
@@ -61,6 +66,7 @@ def test_random_arrivals_aborts_and_preemptions(layer_groups, tiny_engines):
         for output in engine.step():
             if output.finished:
                 names.pop(output.request_id)
+                answers[output.request_id] = list(output.outputs[0].token_ids)
                 records.append(output.kv_transfer_params["kv_eviction"])
         connector.check_integrity()
         finished = arrived == 60 and not engine.has_unfinished_requests()
@@ -75,6 +81,13 @@ def test_random_arrivals_aborts_and_preemptions(layer_groups, tiny_engines):
     assert connector._pool.get_num_free_blocks() == connector._pool.num_gpu_blocks - 1
     assert connector.ledger.requests == {}
     assert connector.ledger.take_evictions() == {}
+    compared = [name for name in unaffected if name in answers]
+    assert len(compared) > 8
+    for name in compared:
+        add(llm, name, unaffected[name][0], {}, unaffected[name][1])
+        while engine.has_unfinished_requests():
+            alone = engine.step()
+        assert list(alone[0].outputs[0].token_ids) == answers[name], name
 
 
 def test_freed_blocks_serve_other_requests(tiny_engines):
