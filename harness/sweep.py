@@ -100,11 +100,15 @@ class Sweep:
         self.failures: list[tuple[str, str]] = []
         total = sum(len(point.runs) for point in self.comparisons)
         self.session.runs_skipped = total - len(self.jobs)
-        with self.session.part("read"):
-            self.texts = Texts([run for _, run in self.jobs])
+        try:
+            with self.session.part("read"):
+                self.texts = Texts([run for _, run in self.jobs])
+        except UsageError:
+            # A model that cannot be used at all is the better reason to give.
+            self._preflight()
+            raise
         with self.session.part("preflight"):
-            for specification in self._engines():
-                preflight(specification)
+            self._preflight()
         with self.session.part("tokenize"):
             self.texts.check()
 
@@ -133,6 +137,10 @@ class Sweep:
                 self._run_engine(specification, jobs, progress)
         finally:
             self._write_experiment()
+
+    def _preflight(self) -> None:
+        for specification in self._engines():
+            preflight(specification)
 
     def _engines(self) -> list[EngineSpecification]:
         engines: list[EngineSpecification] = []
