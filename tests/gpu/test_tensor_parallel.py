@@ -19,7 +19,7 @@ pytestmark = [
 HEADS, LAYERS = 8, 4
 
 
-def decisions(model: str, ranks: int, **options: object) -> dict[str, object]:
+def decisions(model: str, ranks: int) -> dict[str, object]:
     """Kept blocks of each decision by policy, and the mass of a request that loses none."""
     from vllm import LLM, SamplingParams
 
@@ -28,7 +28,6 @@ def decisions(model: str, ranks: int, **options: object) -> dict[str, object]:
     llm = LLM(
         model,
         tensor_parallel_size=ranks,
-        **options,
         max_model_len=4096,
         max_num_seqs=16,
         max_num_batched_tokens=1024,
