@@ -48,6 +48,12 @@ def seconds(workload: Workload, pool_bytes: float, sparsity: float, gpu: str) ->
     return prefill + steps * step
 
 
+def sparsity_of(side: str) -> float:
+    """``h2o_0.9_sampled`` -> 0.9; stock has none."""
+    parts = side.split("_")
+    return 0.0 if parts[0] == "stock" else float(parts[1])
+
+
 def roofline(record: dict[str, Any]) -> dict[str, dict[str, float]]:
     """By load and side, the largest ratio to stock that the record's GPU allows."""
     gpu = next((name for name in RATES if name in record["hardware"].get("gpu", "")), None)
@@ -57,8 +63,7 @@ def roofline(record: dict[str, Any]) -> dict[str, dict[str, float]]:
     bounds: dict[str, dict[str, float]] = {}
     for entry in record["measured"]:
         workload = Workload(**record["loads"][entry["load"]]["workload"])
-        parts = entry["side"].split("_")
-        sparsity = float(parts[1]) if len(parts) > 1 else 0.0
+        sparsity = sparsity_of(entry["side"])
         bound = seconds(workload, pool, 0.0, gpu) / seconds(workload, pool, sparsity, gpu)
         bounds.setdefault(entry["load"], {})[entry["side"]] = bound
     return bounds

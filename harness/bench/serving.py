@@ -48,28 +48,32 @@ class Regime:
     loads: dict[str, Load]
 
 
-HEADLINE = ("stock", "streaming_0.9", "streaming_0.5",
-            "h2o_0.9_sampled", "cab_0.9_sampled", "h2o_0.5_sampled",
-            "h2o_0.9", "h2o_0.5", "h2o_0.9_groups")  # fmt: skip
-SHORT = ("stock", "off_0", "scoring_0_sampled", "h2o_0.9_sampled",
-         "scoring_0", "h2o_0.9", "scoring_0_groups")  # fmt: skip
-LONG = ("stock", "streaming_0.9", "h2o_0.9_sampled", "cab_0.9_sampled", "h2o_0.5_sampled")
+AGAIN = "stock_again"
+"""Stock vLLM in a second engine: two equal sides show how far apart chance puts them."""
 LAYER_GROUPS = 4
+HEADLINE = Workload(96, 4000, 1024)
+HEADLINE_SIDES = ("stock", "streaming_0.9", "streaming_0.5",
+                  "h2o_0.9_sampled", "cab_0.9_sampled", "h2o_0.5_sampled",
+                  "h2o_0.9", "h2o_0.5")  # fmt: skip
+GROUP_SIDES = ("stock", "h2o_0.9_sampled", "h2o_0.9_groups")
+SHORT_SIDES = ("stock", AGAIN, "off_0", "scoring_0_sampled", "h2o_0.9_sampled",
+               "scoring_0", "h2o_0.9", "scoring_0_groups")  # fmt: skip
+LONG_SIDES = ("stock", "streaming_0.9", "h2o_0.9_sampled", "cab_0.9_sampled", "h2o_0.5_sampled")
+TIGHT_SIDES = ("stock", "h2o_0.9_sampled", "cab_0.9_sampled")
 REGIMES = {
+    "headline": Regime(8.0, 5120, {"headline": Load(HEADLINE, HEADLINE_SIDES)}),
     # `short` fits into the same memory without eviction: there is nothing to gain.
-    "headline": Regime(
+    "short": Regime(
         8.0,
         5120,
         {
-            "short": Load(Workload(64, 512, 256), SHORT, repeats=2),
-            "headline": Load(Workload(96, 4000, 1024), HEADLINE),
+            "short": Load(Workload(64, 512, 512), SHORT_SIDES, repeats=3),
+            "layer groups": Load(HEADLINE, GROUP_SIDES),
         },
     ),
-    "long": Regime(
-        16.0,
-        16640,
-        {"long": Load(Workload(32, 16000, 512), LONG)},
-    ),
+    "long": Regime(16.0, 16640, {"long": Load(Workload(32, 16000, 512), LONG_SIDES)}),
+    # Little memory, short prompts, long outputs: where eviction buys most.
+    "tight": Regime(3.0, 4096, {"tight": Load(Workload(48, 2000, 2048), TIGHT_SIDES)}),
 }
 
 
@@ -114,6 +118,7 @@ def groups(scoring: dict[str, Any], sampling: dict[str, Any]) -> list[Group]:
             {**settings, **sampling, "layer_groups": LAYER_GROUPS},
             {f"{side}_groups": extra for side, extra in scored.items()},
         ),
+        Group("stock again", None, {AGAIN: None}),
     ]
 
 

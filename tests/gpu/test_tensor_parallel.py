@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from .mass import mass_by_step
 from .models import make_llama
 
 pytestmark = [
@@ -40,7 +41,6 @@ def decisions(model: str, ranks: int) -> dict[str, object]:
         ),
     )
     engine = llm.llm_engine
-    connector = engine.engine_core.engine_core.scheduler.connector
     rng = np.random.default_rng(5)
     prompts = [rng.integers(0, 512, size=n).tolist() for n in (1900, 700, 3000)]
     made = {}
@@ -52,23 +52,7 @@ def decisions(model: str, ranks: int) -> dict[str, object]:
         )
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         made[policy] = [output.kv_transfer_params["kv_eviction"]["trace"] for output in outputs]
-    params = SamplingParams(
-        max_tokens=40,
-        ignore_eos=True,
-        detokenize=False,
-        extra_args={"kv_policy": "h2o", "kv_budget_tokens": 10**7},
-    )
-    engine.add_request("m", {"prompt_token_ids": prompts[1]}, params)
-    mass = queries = 0
-    while engine.has_unfinished_requests():
-        engine.step()
-        state = next(iter(connector.ledger.requests.values()), None)
-        if state is not None and state.num_scored_tokens >= 720:
-            queries = state.num_scored_tokens
-            (blocks,) = (b for b in connector._managers[0].req_to_blocks.values() if b)
-            scores = connector.ledger._scores["attention"]
-            mass = float(sum(scores[b.block_id] for b in blocks[: -(-queries // 16)]))
-    made["mass_per_query"] = mass / queries
+    made["mass_per_query"] = list(mass_by_step(engine, prompts[1]))
     engine.engine_core.shutdown()
     return made
 
@@ -104,7 +88,9 @@ if __name__ == "__main__":
         made[ranks] = json.loads(output.read_text())
     for ranks in (1, 2):
         expected = HEADS * LAYERS  # a query spreads 1 per head and layer, whichever rank has it
-        assert made[ranks]["mass_per_query"] == pytest.approx(expected, rel=2e-3), ranks
+        masses = made[ranks]["mass_per_query"]
+        assert masses
+        assert masses == pytest.approx([expected] * len(masses), rel=2e-3), ranks
     assert made[1]["streaming"] == made[2]["streaming"]
     for policy in ("h2o", "cab"):
         shared = total = 0
