@@ -1,27 +1,31 @@
-"""Writes the tables between ``<!-- table: NAME -->`` and ``<!-- end -->`` of a README.
+"""Writes the tables between ``<!-- KIND: NAME -->`` and ``<!-- end -->`` of a README.
 
     python -m harness.readme README.md results
 
-NAME is a folder of records under ``results``, a folder of such folders (ends with a slash: one row
-each), or a benchmark's record. ``<!-- agreement: A B -->`` compares two folders of records of one
-study, from two machines. Figures in a README are never typed in.
+NAME lies under ``results``. Kinds: ``table``, a folder of records or a benchmark's record;
+``settings``, folders of records below one, a row for each way of scoring; ``sampled``, the same
+where scores are sampled; ``agreement``, two folders of records of one study, from two machines.
+Figures in a README are never typed in.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .aggregate import aggregate
-from .bench.tables import bench_table, settings_table
+from .bench.tables import bench_table, sampled_table, settings_table
 from .errors import UsageError
-from .records import read_json, read_load_records, read_records
+from .records import FAILED, read_json, read_load_records, read_records
 from .report.agreement import agreement_table
 from .report.tables import caption, markdown_table, provenance_line
 
-_MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_AGREEMENT = re.compile(r"(<!-- agreement: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(
+    r"(<!-- (table|settings|sampled|agreement): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def fill(text: str, results: Path) -> str:
@@ -33,27 +37,36 @@ def fill(text: str, results: Path) -> str:
 
     """
 
-    def table(match: re.Match[str]) -> str:
-        if match[2].endswith(".json"):
-            return f"{match[1]}\n{bench_table(read_json(results / match[2]))}\n\n{match[3]}"
-        if match[2].endswith("/"):
-            paths = sorted((results / match[2]).glob("*/*_seed*.json"))
-            table = settings_table([read_json(path) for path in paths])
-            return f"{match[1]}\n{table}\n\n{match[3]}"
-        records = read_records(results / match[2])
-        recorded = read_json(results / match[2] / "aggregated_results.json")
-        current = aggregate(records, read_load_records(results / match[2]))
-        if current != recorded:
-            raise ValueError(f"{match[2]}/aggregated_results.json does not match its records")
-        body = f"{caption(records[0])}, {len({r['seed'] for r in records})} runs.\n"
-        body += f"{provenance_line(records[0])}\n\n{markdown_table(current)}\n"
-        return f"{match[1]}\n{body}\n{match[3]}"
+    def made(match: re.Match[str]) -> str:
+        table = _TABLES[match[2]](*(results / name for name in match[3].split()))
+        return f"{match[1]}\n{table}\n\n{match[4]}"
 
-    def agreement(match: re.Match[str]) -> str:
-        first, second = (read_records(results / match[i]) for i in (2, 3))
-        return f"{match[1]}\n{agreement_table(first, second)}\n\n{match[4]}"
+    return _MARKED.sub(made, text)
 
-    return _AGREEMENT.sub(agreement, _MARKED.sub(table, text))
+
+def _table(path: Path) -> str:
+    if path.suffix == ".json":
+        return bench_table(read_json(path))
+    records, loads = read_records(path), read_load_records(path)
+    current = aggregate(records, loads)
+    if current != read_json(path / "aggregated_results.json"):
+        raise ValueError(f"{path}/aggregated_results.json does not match its records")
+    told = f"{caption(records[0])}, {len({r['seed'] for r in records})} runs."
+    return f"{told}\n{provenance_line(records[0])}\n\n{markdown_table(current)}"
+
+
+def _below(folder: Path) -> list[dict[str, Any]]:
+    """Records of all folders below, failed runs aside."""
+    paths = sorted(folder.rglob("*_seed*.json"))
+    return [read_json(path) for path in paths if path.parent.name != FAILED]
+
+
+_TABLES: dict[str, Callable[..., str]] = {
+    "table": _table,
+    "settings": lambda folder: settings_table(_below(folder)),
+    "sampled": lambda folder: sampled_table(_below(folder)),
+    "agreement": lambda a, b: agreement_table(read_records(a), read_records(b)),
+}
 
 
 def main() -> None:

@@ -53,8 +53,9 @@ class Study:
     score: str = _DEFAULTS.score
     score_half_life: int = _DEFAULTS.score_half_life
     score_queries: Any = _DEFAULTS.score_queries
-    score_every: int = _DEFAULTS.score_every
-    score_layers: int = _DEFAULTS.score_layers
+    score_every: int = 1
+    """The papers' score, every query and layer, whatever a server samples."""
+    score_layers: int = 1
     sink_blocks: int = _DEFAULTS.sink_blocks
     min_blocks: int = _DEFAULTS.min_blocks
     policy_args: dict[str, Any] = field(default_factory=dict)

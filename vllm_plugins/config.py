@@ -87,11 +87,12 @@ class EvictionConfig:
     """Tokens after which attention counts half; for ``score="decay"``."""
     score_queries: str | int = "all"
     """``all`` queries of a chunk are scored, or its last so many."""
-    score_every: int = 1
+    score_every: int = 8
     """A decode's query is scored where its position is a multiple of this, and counts so often;
-    chunks always are."""
-    score_layers: int = 1
-    """Every so many-th layer of a group is scored, from its first one on."""
+    chunks always are. Default by measurement (results/sampled-scores): scoring every query costs
+    a tenth of the throughput and gains nothing that shows."""
+    score_layers: int = 4
+    """Every so many-th layer of a group is scored, from its first one on. Default as above."""
     layer_groups: int = 1
     """Groups of layers with a block table, and victims, each; divides the number of layers."""
     request_policies: str | tuple[str, ...] = "any"

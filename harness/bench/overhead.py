@@ -2,10 +2,10 @@
 
     python -m harness.bench.overhead --output results/overhead.json
 
-Sides, alternating, engines in processes of their own: ``stock`` (vLLM with no plugin loaded) and
-the configured engine, which serves ``sparsity_0`` (nothing is gathered), ``scoring`` (H2O scores
-gathered at every step under a budget nobody reaches) and ``h2o_0.9``. Each measurement is one
-batch of requests from empty to done, after a warm-up batch.
+Engines alternate, in processes of their own: ``stock`` (vLLM with no plugin loaded), one that
+samples its scores as servers do by default, and one that gathers all. The latter two serve
+``sparsity_0`` (nothing is gathered), ``scoring`` (H2O scores under a budget nobody reaches) and
+``h2o_0.9``. Each measurement is one batch of requests from empty to done, after a warm-up batch.
 """
 
 from __future__ import annotations
@@ -36,28 +36,37 @@ ENGINE = {
     "seed": 0,
 }
 BATCH = {"num_requests": 8, "prompt_tokens": 512, "output_tokens": 128}
-CONFIGURED = {
-    "sparsity_0": {"kv_policy": "h2o", "kv_sparsity": 0},
-    "scoring": {"kv_policy": "h2o", "kv_budget_tokens": 1_000_000},
-    "h2o_0.9": {"kv_policy": "h2o", "kv_sparsity": 0.9},
+SCORING = {"kv_policy": "h2o", "kv_budget_tokens": 1_000_000}
+H2O = {"kv_policy": "h2o", "kv_sparsity": 0.9}
+ENGINES: dict[str, tuple[dict[str, Any] | None, dict[str, dict[str, Any] | None]]] = {
+    "stock": (None, {"stock": None}),
+    "sampled": (
+        {},
+        {
+            "sparsity_0": {"kv_policy": "h2o", "kv_sparsity": 0},
+            "scoring_sampled": SCORING,
+            "h2o_0.9_sampled": H2O,
+        },
+    ),
+    "all": ({"score_every": 1, "score_layers": 1}, {"scoring": SCORING, "h2o_0.9": H2O}),
 }
+"""Settings of an engine (None: no plugin) and what each side asks of it."""
 
 
-def run_side(side: str, model: str, repeats: int) -> list[dict[str, Any]]:
+def run_engine(name: str, model: str, repeats: int) -> list[dict[str, Any]]:
     """All measurements of one engine, in this process (a fresh one)."""
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
-    if side == "stock":
+    settings, sides = ENGINES[name]
+    if settings is None:
         os.environ["VLLM_PLUGINS"] = ""
     import numpy as np
     from vllm import LLM, SamplingParams
 
-    if side == "stock":
-        options = {"block_size": 32, "enable_prefix_caching": False}
-        settings: dict[str, Any] = {"stock": None}
-    else:
+    options: dict[str, Any] = {"block_size": 32, "enable_prefix_caching": False}
+    if settings is not None:
         from vllm_plugins import eviction_engine_args
 
-        options, settings = eviction_engine_args(policy="dense"), CONFIGURED
+        options = eviction_engine_args(policy="dense", **settings)
     llm = LLM(model, **ENGINE, **options)
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     prompts = np.random.default_rng(0).integers(
@@ -65,7 +74,7 @@ def run_side(side: str, model: str, repeats: int) -> list[dict[str, Any]]:
     )
     measured = []
     for repeat in range(-1, repeats):
-        for name, extra in settings.items():
+        for side, extra in sides.items():
             params = SamplingParams(
                 max_tokens=BATCH["output_tokens"],
                 temperature=0.0,
@@ -73,18 +82,18 @@ def run_side(side: str, model: str, repeats: int) -> list[dict[str, Any]]:
                 detokenize=False,
                 extra_args=extra,
             )
-            before = _scoring_seconds(llm, side)
+            before = _scoring_seconds(llm, settings)
             started = time.perf_counter()
             outputs = llm.generate(
                 [{"prompt_token_ids": p} for p in prompts.tolist()], params, use_tqdm=False
             )
             seconds = time.perf_counter() - started
             tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-            after = _scoring_seconds(llm, side)
+            after = _scoring_seconds(llm, settings)
             if repeat >= 0:
                 measured.append(
                     {
-                        "side": name,
+                        "side": side,
                         "seconds": seconds,
                         "output_tokens": tokens,
                         "scoring_seconds": {k: v - before.get(k, 0.0) for k, v in after.items()},
@@ -94,8 +103,8 @@ def run_side(side: str, model: str, repeats: int) -> list[dict[str, Any]]:
     return measured
 
 
-def _scoring_seconds(llm: Any, side: str) -> dict[str, float]:
-    if side == "stock":
+def _scoring_seconds(llm: Any, settings: dict[str, Any] | None) -> dict[str, float]:
+    if settings is None:
         return {}
     connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
     return dict(connector.scoring_seconds)
@@ -107,10 +116,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="engine starts per side")
     parser.add_argument("--repeats", type=int, default=3, help="measured batches per start")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.side:
-        measured = run_side(arguments.side, arguments.model, arguments.repeats)
+    if arguments.engine:
+        measured = run_engine(arguments.engine, arguments.model, arguments.repeats)
         arguments.output.write_text(json.dumps(measured))
         sys.stdout.flush()
         os._exit(0)  # stock vLLM can abort while the interpreter exits; the answer is written
@@ -118,10 +127,10 @@ def main() -> None:
     measured = []
     with tempfile.TemporaryDirectory() as folder:
         for round_number in range(arguments.rounds):
-            for side in ("stock", "configured"):
-                print(f"round {round_number + 1}: {side}", flush=True)
+            for name in ENGINES:
+                print(f"round {round_number + 1}: {name}", flush=True)
                 output = Path(folder) / "measured.json"
-                command = [sys.executable, "-m", "harness.bench.overhead", "--side", side]
+                command = [sys.executable, "-m", "harness.bench.overhead", "--engine", name]
                 command += ["--model", model, "--repeats", str(arguments.repeats)]
                 subprocess.run([*command, "--output", str(output)], check=True)
                 for entry in read_json(output):
@@ -147,13 +156,13 @@ def main() -> None:
     }
     if arguments.output:
         write_json(arguments.output, record)
-    print(f"\n{'side':12} {'tok/s':>7} {'of stock':>8}  scoring, share of wall time by phase")
+    print(f"\n{'side':15} {'tok/s':>7} {'of stock':>8}  scoring, share of wall time by phase")
     for side, entries in by_side.items():
         wall = sum(e["seconds"] for e in entries)
         phases = {k for e in entries for k in e["scoring_seconds"]}
         shares = {p: sum(e["scoring_seconds"].get(p, 0) for e in entries) / wall for p in phases}
         text = ", ".join(f"{p} {100 * s:.1f}%" for p, s in sorted(shares.items()) if s > 0)
-        print(f"{side:12} {speed[side]:7.1f} {record['ratio_to_stock'][side]:8.3f}  {text}")
+        print(f"{side:15} {speed[side]:7.1f} {record['ratio_to_stock'][side]:8.3f}  {text}")
 
 
 if __name__ == "__main__":

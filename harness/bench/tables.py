@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..perplexity import total
-from ..report.tables import Row, markdown
+from ..report.tables import Row, level, markdown
 from ..statistics import mean_interval
 
 
@@ -35,16 +35,56 @@ def settings_table(records: list[dict[str, Any]]) -> str:
     )
     table: list[Row] = [("scores", *(key.replace("_s", " ") for key in columns))]
     table += [(name, *(row[key] for key in columns)) for name, row in rows.items()]
-    first = records[0]
-    engine, run = first["specification"]["engine"], first["specification"]
     told = (
-        f"{len(first['windows'])} windows of {engine['context_length']} tokens of "
-        f"{run['dataset'].removeprefix('text:')}, chunk {engine['prefill_chunk']}, block "
-        f"{engine['block_size']}. {_machine(first)} On the same windows: {controls}. In brackets: "
-        "nats per token above streaming at the same sparsity, 95% interval by Student's t over "
-        "windows."
+        f"{_conditions(records[0])} On the same windows: {controls}. In brackets: nats per token "
+        "above streaming at the same sparsity, 95% interval by Student's t over windows."
     )
     return f"{told}\n\n{markdown(table)}"
+
+
+def sampled_table(records: list[dict[str, Any]]) -> str:
+    """Perplexity where scores are sampled, and its difference to all scores on the same windows."""
+    cells: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+    controls: dict[str, str] = {}
+    for record in records:
+        name = f"{record['method']} {level(record['key'], record)}"
+        if record["method"] == "streaming":
+            controls[name] = f"{name} {record['perplexity']:.2f}"
+            continue
+        eviction = record["specification"]["engine"]["eviction"]
+        sampling = eviction["score_every"], eviction["score_layers"]
+        cells.setdefault(sampling, {})[name] = record
+    columns = sorted(cells[1, 1])
+    table: list[Row] = [("a decode's query scored", "layers scored", *columns)]
+    for (every, layers), row in sorted(cells.items()):
+        shown = []
+        for name in columns:
+            text = f"{row[name]['perplexity']:.2f}"
+            if (every, layers) != (1, 1):
+                difference = _losses(row[name]) - _losses(cells[1, 1][name])
+                _, low, high = 100 * np.expm1(mean_interval(difference))
+                text += f" ({low:+.2f}% to {high:+.2f}%)"
+            shown.append(text)
+        table.append((_one_in(every), _one_in(layers), *shown))
+    told = (
+        f"{_conditions(records[0])} Forced decode. On the same windows: "
+        f"{', '.join(controls.values())}. In brackets: change of perplexity against all scores, "
+        "95% interval by Student's t over windows."
+    )
+    return f"{told}\n\n{markdown(table)}"
+
+
+def _one_in(number: int) -> str:
+    return "every" if number == 1 else f"1 in {number}"
+
+
+def _conditions(record: dict[str, Any]) -> str:
+    engine, run = record["specification"]["engine"], record["specification"]
+    return (
+        f"{len(record['windows'])} windows of {engine['context_length']} tokens of "
+        f"{run['dataset'].removeprefix('text:')}, chunk {engine['prefill_chunk']}, block "
+        f"{engine['block_size']}. {_machine(record)}"
+    )
 
 
 def _scores(record: dict[str, Any]) -> str:

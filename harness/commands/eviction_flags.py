@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from vllm_plugins.config import SCORES, EvictionConfig
+from vllm_plugins.config import SCORES
 
 from ..errors import UsageError
 
@@ -23,12 +23,12 @@ _FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def add_eviction_flags(parser: argparse.ArgumentParser) -> None:
+def add_eviction_flags(parser: argparse.ArgumentParser, defaults: Any) -> None:
     """Add a flag for each setting that applies to all requests of an engine.
 
-    None has a default of its own: what is not given is left to ``EvictionConfig`` or a study.
+    None has a default of its own: what is not given is left to ``defaults``, an ``EvictionConfig``
+    or a ``Study``, whose values the help shows.
     """
-    defaults = EvictionConfig()
     for name, (text, options) in _FLAGS.items():
         flag = "--" + name.replace("_", "-")
         shown = f"{text} [{getattr(defaults, name)}]"

@@ -75,7 +75,7 @@ def add_parser(commands: Any) -> None:
     add("--load-runs", "runs of the throughput pass [num-runs]", **count)
     add("--load-requests", "requests of the throughput pass [2 * max-num-seqs]", **count)
     add("--load-output-tokens", "output tokens of each [an eighth of the context]", **tokens)
-    add_eviction_flags(offline)
+    add_eviction_flags(offline, _DEFAULTS)
     offline.set_defaults(run=run)
 
 

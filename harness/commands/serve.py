@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import Any
 
+from vllm_plugins.config import EvictionConfig
 from vllm_plugins.policies import policy_names
 
 from ..errors import UsageError
@@ -34,7 +35,7 @@ def add_parser(commands: Any) -> None:
         help="policies requests may ask for [any]")  # fmt: skip
     parser.add_argument("--print-command", action="store_true",
         help="print the plain vllm serve command and stop")  # fmt: skip
-    add_eviction_flags(parser)
+    add_eviction_flags(parser, EvictionConfig())
     parser.set_defaults(run=run)
     parse = parser.parse_known_args
 

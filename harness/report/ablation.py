@@ -59,7 +59,7 @@ def draw_ablation(points: list[Point], path: Path, caption: str) -> None:
                 label=entry["method"],
                 **looks[entry["method"]],
             )  # fmt: skip
-        names = [textwrap.fill(name, 16) for name, _ in points]
+        names = [textwrap.fill(name, 16, break_long_words=False) for name, _ in points]
         axes.set_xticks(range(len(points)), names, fontsize=7)
         axes.set(title=f"sparsity {wanted}", xlim=(-0.3, len(points) - 0.7))
         axes.grid(alpha=0.3)

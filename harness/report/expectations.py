@@ -86,7 +86,8 @@ def _measured(key: str, entry: dict[str, Any], dense: dict[str, Any] | None) -> 
         text += f", {_ratio(entry, dense, 'peak_memory_mb'):.0%} of the KV memory"
         if "throughput" in entry and "throughput" in dense:
             speed = _ratio(entry["throughput"], dense["throughput"], "output_tokens_per_second")
-            text += f", {speed:.2f}x throughput"
+            once = " (one load)" if entry["throughput"]["num_runs"] == 1 else ""
+            text += f", {speed:.2f}x throughput{once}"
     return text
 
 

@@ -31,7 +31,8 @@ class ServingStudy:
 
     model: str = DEFAULT_MODEL
     methods: tuple[Any, ...] = (DENSE, "h2o", "cab")
-    """Names, or ``{policy: h2o, sparsity: [0.5]}`` where a method has sparsities of its own."""
+    """Names, or ``{policy: h2o, sparsity: [0.5], rates: [4, 5], seeds: [0, 1]}`` where a method
+    has some of these for itself."""
     sparsity: tuple[float, ...] = (0.9,)
     rates: tuple[float, ...] = ()
     """Requests per second; empty for loads without one (closed loop, trace)."""
@@ -109,17 +110,31 @@ class ServingStudy:
         """Every run, one server's after the other."""
         found = []
         for entry in self.methods:
-            method, sparsities = entry, self.sparsity
-            if isinstance(entry, Mapping):
-                if set(entry) != {"policy", "sparsity"}:
-                    raise UsageError(f"method {dict(entry)} needs policy and sparsity, no more")
-                method, sparsities = entry["policy"], tuple(entry["sparsity"])
-            for sparsity in (0.0,) if method in _WITHOUT_SPARSITY else sparsities:
+            own = self._own(entry)
+            method = own["policy"]
+            for sparsity in (0.0,) if method in _WITHOUT_SPARSITY else own["sparsity"]:
                 value = parse_sparsity("sparsity", sparsity)
-                for rate in self.rates or (None,):
-                    for seed in self.seeds:
+                for rate in own["rates"] or (None,):
+                    for seed in own["seeds"]:
                         found.append(ServingRun(self, method, value, rate, seed))
+        names = [run.file_name for run in found]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UsageError(f"methods name the run {twice.removesuffix('.json')} twice")
         return found
+
+    def _own(self, entry: Any) -> dict[str, Any]:
+        """A method's policy, sparsities, rates and seeds; the study's where it names none."""
+        values = {name: getattr(self, name) for name in ("sparsity", "rates", "seeds")}
+        if not isinstance(entry, Mapping):
+            return {"policy": entry, **values}
+        if "policy" not in entry or not entry.keys() <= {"policy", *values}:
+            raise UsageError(
+                f"method {dict(entry)} needs policy, and has sparsity, rates and seeds at most"
+            )
+        for name in values:
+            if not isinstance(entry.get(name, []), list):
+                raise UsageError(f"{name} of method {dict(entry)} must be a list")
+        return {**values, **entry}
 
 
 @dataclass(frozen=True)

@@ -115,21 +115,21 @@ def _page(
     for stem, title in figures:
         parts += [f"## {title}", f"![{title}]({stem}.png)"]
     broken = [record for record in everything if not record["complete"]]
-    problems = [f"- {label(r['run'])}, seed {r['run']['seed']}: {r['stop_reason']}" for r in broken]
+    problems = [f"- {_run(r['run'])}: {r['stop_reason']}" for r in broken]
+    problems += [f"- {_run(r['run'])}: {warning}" for r in everything for warning in r["warnings"]]
     problems += [
-        f"- {label(r['run'])}, seed {r['run']['seed']}: {warning}"
-        for r in everything
-        for warning in r["warnings"]
-    ]
-    problems += [
-        f"- {label(r['run'])}, seed {r['run']['seed']}: {row['count']} x {row['error']} "
-        f"({row['message']})"
+        f"- {_run(r['run'])}: {row['count']} x {row['error']} ({row['message']})"
         for r in records
         for row in r["failures"]
     ]
     if problems:
         parts += ["## What did not go as planned", "\n".join(problems)]
     return "\n\n".join(parts) + "\n"
+
+
+def _run(run: Mapping[str, Any]) -> str:
+    rate = "" if run["request_rate"] is None else f", {run['request_rate']:g}/s"
+    return f"{label(run)}{rate}, seed {run['seed']}"
 
 
 def _rows(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

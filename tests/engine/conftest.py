@@ -20,6 +20,10 @@ SMOLLM2_ARGUMENTS = {
 }
 
 
+ALL_SCORES = {"score_every": 1, "score_layers": 1}
+"""As the papers and the references of the tests have it; the plugin's default is to sample."""
+
+
 def connector_of(llm: Any) -> Any:
     """The scheduler's connector of an in-process engine."""
     return llm.llm_engine.engine_core.engine_core.scheduler.connector
@@ -41,7 +45,9 @@ def smollm2_engine(smollm2):
         smollm2,
         **SMOLLM2_ARGUMENTS,
         disable_log_stats=False,
-        **eviction_engine_args(policy="dense", check_integrity=True, trace_decisions=True),
+        **eviction_engine_args(
+            policy="dense", check_integrity=True, trace_decisions=True, **ALL_SCORES
+        ),
     )
     yield llm
     end(llm)
@@ -103,7 +109,9 @@ def tiny_engines(tiny_llama):
                 tiny_llama[0],
                 **arguments,
                 **eviction_engine_args(
-                    check_integrity=True, trace_decisions=True, **{"policy": "dense", **settings}
+                    check_integrity=True,
+                    trace_decisions=True,
+                    **{"policy": "dense", **ALL_SCORES, **settings},
                 ),
             )
         return running[key]

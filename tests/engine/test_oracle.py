@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vllm_plugins.config import EvictionConfig
 from vllm_plugins.policies.cab import cab
 
 from . import oracle
@@ -34,6 +35,15 @@ CASES = {
         "h2o",
         {},
         {"layer_groups": 2, "layer_stride": 2},
+    ),
+    "a prompt, then decodes, as a server scores them": (
+        {
+            "score_every": EvictionConfig().score_every,
+            "score_layers": EvictionConfig().score_layers,
+        },
+        "h2o",
+        {},
+        {"every": 8, "layer_stride": 4, "prompt": 384},
     ),
     "a prompt, then every 3rd query": (
         {"score_every": 3},

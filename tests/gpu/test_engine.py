@@ -60,7 +60,14 @@ def engines(model):
             options = {"block_size": 16, "enable_prefix_caching": False}
             if settings is not None:
                 options = eviction_engine_args(
-                    **{"block_size": 16, "policy": "dense", "check_integrity": True, **settings}
+                    **{
+                        "block_size": 16,
+                        "policy": "dense",
+                        "check_integrity": True,
+                        "score_every": 1,
+                        "score_layers": 1,
+                        **settings,
+                    }
                 )
             running[key] = LLM(model, **{**ENGINE, **engine, **options})
         return running[key]

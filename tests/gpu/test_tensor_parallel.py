@@ -37,7 +37,12 @@ def decisions(model: str, ranks: int) -> dict[str, object]:
         skip_tokenizer_init=True,
         seed=0,
         **eviction_engine_args(
-            block_size=16, policy="dense", check_integrity=True, trace_decisions=True
+            block_size=16,
+            policy="dense",
+            check_integrity=True,
+            trace_decisions=True,
+            score_every=1,
+            score_layers=1,
         ),
     )
     engine = llm.llm_engine

@@ -305,12 +305,27 @@ def test_serve_prints_the_plain_command(tmp_path, capsys):
         ({"slo": {"speed": {"p99": 1}}}, "slo names 'speed'"),
         ({"load": {"num_requests": 3, "x": 1}}, "unknown or missing load setting"),
         ({"load": {}}, "num_requests"),
+        ({"methods": [{"sparsity": [0.5]}]}, "needs policy"),
+        ({"methods": [{"policy": "h2o", "rates": 4}]}, "rates of method"),
+        ({"methods": ["h2o", {"policy": "h2o", "seeds": [1]}]}, "h2o_s0.9_rate20_seed1 twice"),
     ],
 )
 def test_bad_studies(changes, sentence, stub_servers, tmp_path, capsys):
     assert main(study(tmp_path, **changes)) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_methods_with_rates_and_seeds_of_their_own():
+    methods = ["dense", {"policy": "h2o", "sparsity": [0.5], "rates": [80], "seeds": [2]}]
+    made = ServingStudy.parse({**STUDY, "methods": methods}).runs()
+    assert [run.file_name for run in made] == [
+        "dense_s0_rate20_seed0.json",
+        "dense_s0_rate20_seed1.json",
+        "dense_s0_rate40_seed0.json",
+        "dense_s0_rate40_seed1.json",
+        "h2o_s0.5_rate80_seed2.json",
+    ]
 
 
 def test_a_file_that_is_no_study(tmp_path):
