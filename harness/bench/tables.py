@@ -92,8 +92,10 @@ def _scores(record: dict[str, Any]) -> str:
     queries, groups = eviction["score_queries"], eviction["layer_groups"]
     name = f"{eviction['score']}, {'all' if queries == 'all' else f'last {queries}'} queries"
     name += f", {groups} group{'s' if groups > 1 else ''}"
-    every = eviction["score_layers"]
-    return f"{name}, every {every}th layer" if every > 1 else name
+    for what, every in (("decode", eviction["score_every"]), ("layer", eviction["score_layers"])):
+        if every > 1:
+            name += f", every {every}th {what}"
+    return name
 
 
 def _losses(record: dict[str, Any]) -> np.ndarray:
