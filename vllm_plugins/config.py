@@ -89,8 +89,8 @@ class EvictionConfig:
     """``all`` queries of a chunk are scored, or its last so many."""
     score_every: int = 8
     """A decode's query is scored where its position is a multiple of this, and counts so often;
-    chunks always are. Default by measurement (results/sampled-scores): scoring every query costs
-    a tenth of the throughput and gains nothing that shows."""
+    chunks always are. Default by measurement (results/sampled-scores): scoring everything costs a
+    tenth of the throughput and gains 0.3% perplexity at most."""
     score_layers: int = 4
     """Every so many-th layer of a group is scored, from its first one on. Default as above."""
     layer_groups: int = 1

@@ -62,7 +62,7 @@ LONG_SIDES = ("stock", "streaming_0.9", "h2o_0.9_sampled", "cab_0.9_sampled", "h
 TIGHT_SIDES = ("stock", "h2o_0.9_sampled", "cab_0.9_sampled")
 REGIMES = {
     "headline": Regime(8.0, 5120, {"headline": Load(HEADLINE, HEADLINE_SIDES)}),
-    # `short` fits into the same memory without eviction: there is nothing to gain.
+    # `short` just fits into the same memory without eviction: no request waits for another.
     "short": Regime(
         8.0,
         5120,

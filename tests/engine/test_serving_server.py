@@ -18,7 +18,14 @@ from harness.serving.launch import eviction_flags
 from harness.serving.server import free_port, serving, vllm_command
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = {"policy": "h2o", "sparsity": 0.6, "request_policies": ["cab", "dense"]}
+# Scores as `kv-eviction offline` gathers them: its perplexity is compared with.
+SETTINGS = {
+    "policy": "h2o",
+    "sparsity": 0.6,
+    "request_policies": ["cab", "dense"],
+    "score_every": 1,
+    "score_layers": 1,
+}
 FLAGS = [
     "--served-model-name", "smollm2", "--dtype", "float32", "--max-model-len", "512",
     "--max-num-seqs", "8", "--max-num-batched-tokens", "512",
