@@ -36,7 +36,8 @@ class HubDataset:
 
     path: str
     name: str | None
-    split: str
+    split: str | None
+    """None: its test split, or the only one it has."""
     column: str
     revision: str | None
     separator: str = "\n\n"
@@ -76,7 +77,7 @@ def describe(dataset: str, column: str | None, document_mode: str) -> Text:
     if dataset == DEFAULT_DATASET:
         sha256 = hashlib.sha256("".join(_CANTERBURY.values()).encode()).hexdigest()
         return Text(dataset, sha256=sha256, document_mode=document_mode)
-    known = HUB.get(dataset, HubDataset(dataset, None, "test", "text", None))
+    known = HUB.get(dataset, HubDataset(dataset, None, None, "text", None))
     folder = Path(dataset).expanduser()
     return Text(
         folder.name if folder.is_dir() else dataset,
@@ -194,5 +195,7 @@ def _load(datasets: Any, text: Text, known: HubDataset | None, name: str) -> Any
         return datasets.load_dataset(_FILES[kind], data_files=text.dataset_path, split="train")
     config, revision = (known.name, text.revision) if known else (None, None)
     available = datasets.get_dataset_split_names(name, config, revision=revision)
-    split = text.split if text.split in available else available[0]
+    split = text.split or ("test" if "test" in available or len(available) > 1 else available[0])
+    if split not in available:
+        raise ValueError(f"it has no {split} split, but {', '.join(available)}")
     return datasets.load_dataset(name, config, split=split, revision=revision)

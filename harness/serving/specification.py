@@ -75,6 +75,9 @@ class LoadSpecification:
 
         """
         values = {name: value for name, value in values.items() if value is not None}
+        for name, kinds in (("quality", dict), ("settings", dict), ("slo", (dict, list))):
+            if not isinstance(values.get(name, {}), kinds):
+                raise UsageError(f"{name} of a load is {values[name]!r}; give a mapping")
         quality = values.pop("quality", {})
         _check_numbers(cls, values)
         _check_numbers(QualitySpecification, quality)
@@ -84,7 +87,7 @@ class LoadSpecification:
         if "request_rate" in values:
             values["request_rate"] = float(values["request_rate"])
         if isinstance(values.get("slo"), list):
-            values["slo"] = parse_slo(values["slo"])
+            values["slo"] = parse_slo(map(str, values["slo"]))
         if ("num_requests" in values) == ("duration_s" in values):
             raise UsageError(
                 "give one of --num-requests and --duration (num_requests, duration_s in a study)"

@@ -14,6 +14,7 @@ import yaml
 
 from vllm_plugins.config import EvictionConfig, parse_sparsity
 
+from ..corpora import describe as describe_text
 from ..errors import UsageError
 from ..models import DEFAULT_MODEL, fingerprint, recorded_name, resolve_model
 from .slo import check_run_slo
@@ -23,6 +24,11 @@ DENSE = "dense"
 STOCK = "stock"
 """A server without the plugin: plain ``vllm serve`` under the same flags."""
 _WITHOUT_SPARSITY = (DENSE, STOCK)
+_KINDS = {
+    **dict.fromkeys(("methods", "sparsity", "rates", "seeds"), list),
+    **dict.fromkeys(("eviction", "server", "environment", "load", "slo"), dict),
+}
+_NAMES = {list: "list", dict: "mapping"}
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,11 @@ class ServingStudy:
                 close = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {sorted(known)}"
                 raise UsageError(f"unknown setting {name!r} of a serving study; {hint}")
-        lists = {n: tuple(values[n]) for n in ("methods", "sparsity", "rates", "seeds")
-                 if n in values}  # fmt: skip
+        for name, kind in _KINDS.items():
+            if not isinstance(values.get(name, kind()), kind):
+                raise UsageError(f"{name} of a serving study must be a {_NAMES[kind]}")
+        lists = {name: tuple(values[name]) for name, kind in _KINDS.items()
+                 if kind is list and name in values}  # fmt: skip
         study = cls(**{**values, **lists})
         study._validate()
         return study
@@ -184,5 +193,22 @@ class ServingRun:
             "warm_up_requests": study.warm_up_requests,
             "slo": study.slo,
         }
+        if files := self._files():
+            values["files"] = files
         text = json.dumps([values, self.load.to_dict()], sort_keys=True)
         return values | {"hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+    def _files(self) -> dict[str, str]:
+        """SHA-256 of each local file the load reads: a name alone would not tell two apart."""
+        load = self.load
+        read = [load.dataset] if load.prompts == "text" else []
+        read += [load.quality.dataset] if load.quality.share else []
+        texts = [describe_text(name, None, "concatenate") for name in read]
+        files = {text.dataset: text.sha256 for text in texts if text.dataset_path and text.sha256}
+        if load.trace is not None:
+            trace = Path(load.trace)
+            try:
+                files[trace.name] = hashlib.sha256(trace.read_bytes()).hexdigest()
+            except OSError as error:
+                raise UsageError(f"cannot read trace {trace}: {error.strerror}") from None
+        return files

@@ -43,6 +43,15 @@ def test_local_files(files):
         assert bodies == ["1", "2"], name
 
 
+def test_a_folder_with_several_splits_and_no_test_is_refused(files):
+    folder = files / "corpus"
+    (folder / "test.jsonl").rename(folder / "validation.jsonl")
+    assert load_text(str(folder)) == "one\n\ntwo", "the only one"
+    (folder / "train.jsonl").write_text(json.dumps({"text": "three"}))
+    with pytest.raises(UsageError, match="no test split, but train, validation; give text:FILE"):
+        load_text(str(folder))
+
+
 def test_a_local_file_is_known_by_its_content(files):
     before = describe(f"jsonl:{files}/a.jsonl", None, "whole")
     assert (before.dataset, before.column) == ("jsonl:a.jsonl", "text")

@@ -305,6 +305,10 @@ def test_serve_prints_the_plain_command(tmp_path, capsys):
         ({"slo": {"speed": {"p99": 1}}}, "slo names 'speed'"),
         ({"load": {"num_requests": 3, "x": 1}}, "unknown or missing load setting"),
         ({"load": {}}, "num_requests"),
+        ({"load": ["x"]}, "load of a serving study must be a mapping"),
+        ({"load": {"num_requests": 3, "quality": 5}}, "quality of a load is 5"),
+        ({"load": {"num_requests": 3, "slo": "fast"}}, "slo of a load is 'fast'"),
+        ({"rates": 4}, "rates of a serving study must be a list"),
         ({"methods": [{"sparsity": [0.5]}]}, "needs policy"),
         ({"methods": [{"policy": "h2o", "rates": 4}]}, "rates of method"),
         ({"methods": ["h2o", {"policy": "h2o", "seeds": [1]}]}, "h2o_s0.9_rate20_seed1 twice"),
@@ -314,6 +318,17 @@ def test_bad_studies(changes, sentence, stub_servers, tmp_path, capsys):
     assert main(study(tmp_path, **changes)) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_known_by_the_content_of_the_files_it_reads(stub_servers, tmp_path):
+    text = tmp_path / "a.txt"
+    load = {"num_requests": 3, "prompts": "text", "dataset": f"text:{text}"}
+    hashes = set()
+    for content in ("words", "other words", "words"):
+        text.write_text(content)
+        made = ServingStudy.parse({**STUDY, "model": str(tmp_path / "model"), "load": load}).runs()
+        hashes.add(made[0].describe()["hash"])
+    assert len(hashes) == 2
 
 
 def test_methods_with_rates_and_seeds_of_their_own():
