@@ -18,6 +18,8 @@ from .specification import PROTOCOLS
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 _NOT_VARIED = ("name", "vary")
 _DEFAULTS = EvictionConfig()
+ALL_SCORES = {"score_every": 1, "score_layers": 1}
+"""The papers' score, every query and layer, whatever a server samples."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,8 @@ class Study:
     score: str = _DEFAULTS.score
     score_half_life: int = _DEFAULTS.score_half_life
     score_queries: Any = _DEFAULTS.score_queries
-    score_every: int = 1
-    """The papers' score, every query and layer, whatever a server samples."""
-    score_layers: int = 1
+    score_every: int = ALL_SCORES["score_every"]
+    score_layers: int = ALL_SCORES["score_layers"]
     sink_blocks: int = _DEFAULTS.sink_blocks
     min_blocks: int = _DEFAULTS.min_blocks
     policy_args: dict[str, Any] = field(default_factory=dict)

@@ -4,8 +4,9 @@
 
 Engines alternate, in processes of their own: ``stock`` (vLLM with no plugin loaded), one that
 samples its scores as servers do by default, and one that gathers all. The latter two serve
-``sparsity_0`` (nothing is gathered), ``scoring`` (H2O scores under a budget nobody reaches) and
-``h2o_0.9``. Each measurement is one batch of requests from empty to done, after a warm-up batch.
+``scoring`` (H2O scores under a budget nobody reaches) and ``h2o_0.9``, the sampling one also
+``sparsity_0`` (nothing is gathered). Each measurement is one batch of requests from empty to done,
+after a warm-up batch.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 from ..models import DEFAULT_MODEL, resolve_model
 from ..records import SCHEMA_VERSION, provenance, read_json, timestamp, write_json
+from ..study import ALL_SCORES
 
 ENGINE = {
     "dtype": "float32",
@@ -48,7 +50,7 @@ ENGINES: dict[str, tuple[dict[str, Any] | None, dict[str, dict[str, Any] | None]
             "h2o_0.9_sampled": H2O,
         },
     ),
-    "all": ({"score_every": 1, "score_layers": 1}, {"scoring": SCORING, "h2o_0.9": H2O}),
+    "all": (ALL_SCORES, {"scoring": SCORING, "h2o_0.9": H2O}),
 }
 """Settings of an engine (None: no plugin) and what each side asks of it."""
 

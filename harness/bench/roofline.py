@@ -48,7 +48,7 @@ def seconds(workload: Workload, pool_bytes: float, sparsity: float, gpu: str) ->
     return prefill + steps * step
 
 
-def sparsity_of(side: str) -> float:
+def _sparsity(side: str) -> float:
     """``h2o_0.9_sampled`` -> 0.9; stock has none."""
     parts = side.split("_")
     return 0.0 if parts[0] == "stock" else float(parts[1])
@@ -63,7 +63,7 @@ def roofline(record: dict[str, Any]) -> dict[str, dict[str, float]]:
     bounds: dict[str, dict[str, float]] = {}
     for entry in record["measured"]:
         workload = Workload(**record["loads"][entry["load"]]["workload"])
-        sparsity = sparsity_of(entry["side"])
+        sparsity = _sparsity(entry["side"])
         bound = seconds(workload, pool, 0.0, gpu) / seconds(workload, pool, sparsity, gpu)
         bounds.setdefault(entry["load"], {})[entry["side"]] = bound
     return bounds

@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 from ..records import SCHEMA_VERSION, provenance, read_json, timestamp, write_json
+from ..study import ALL_SCORES
 from .roofline import Workload, roofline
 
 MODEL = Path(__file__).with_name("llama-3.1-8b")
@@ -94,8 +95,7 @@ def groups(scoring: dict[str, Any], sampling: dict[str, Any]) -> list[Group]:
     """``scoring``: settings of the engines that score; ``sampling``: laid over them in one."""
     heavy = {f"{p}_{s}": evict(p, s) for s in (0.9, 0.5) for p in ("h2o", "cab")}
     scored = {"scoring_0": {"kv_policy": "h2o", "kv_budget_tokens": NEVER}, **heavy}
-    every = {"score_every": 1, "score_layers": 1}
-    settings = {"policy": "dense", "request_policies": ["h2o", "cab"], **every, **scoring}
+    settings = {"policy": "dense", "request_policies": ["h2o", "cab"], **ALL_SCORES, **scoring}
     return [
         Group("stock", None, {"stock": None}),
         Group(

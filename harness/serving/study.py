@@ -101,7 +101,11 @@ class ServingStudy:
             if name in self.eviction:
                 raise UsageError(f"eviction.{name} is set by methods and sparsity; remove it")
         check_run_slo(self.slo)
-        for run in self.runs():
+        runs = self.runs()
+        names = [run.file_name for run in runs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UsageError(f"methods name the run {twice.removesuffix('.json')} twice")
+        for run in runs:
             _ = run.load  # a wrong one shows before the first server starts
             if run.method != STOCK:
                 EvictionConfig.parse(self.settings(run.method, run.sparsity))
@@ -126,9 +130,6 @@ class ServingStudy:
                 for rate in own["rates"] or (None,):
                     for seed in own["seeds"]:
                         found.append(ServingRun(self, method, value, rate, seed))
-        names = [run.file_name for run in found]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise UsageError(f"methods name the run {twice.removesuffix('.json')} twice")
         return found
 
     def _own(self, entry: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import pytest
 from harness.cli import main
 from harness.serving.launch import eviction_flags
 from harness.serving.server import free_port, serving, vllm_command
+from harness.study import ALL_SCORES
 
 ROOT = Path(__file__).resolve().parents[2]
 # Scores as `kv-eviction offline` gathers them: its perplexity is compared with.
@@ -23,8 +24,7 @@ SETTINGS = {
     "policy": "h2o",
     "sparsity": 0.6,
     "request_policies": ["cab", "dense"],
-    "score_every": 1,
-    "score_layers": 1,
+    **ALL_SCORES,
 }
 FLAGS = [
     "--served-model-name", "smollm2", "--dtype", "float32", "--max-model-len", "512",

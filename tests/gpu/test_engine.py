@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from harness.study import ALL_SCORES
+
 from .mass import mass_by_step
 from .models import make_llama
 
@@ -64,8 +66,7 @@ def engines(model):
                         "block_size": 16,
                         "policy": "dense",
                         "check_integrity": True,
-                        "score_every": 1,
-                        "score_layers": 1,
+                        **ALL_SCORES,
                         **settings,
                     }
                 )

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from harness.study import ALL_SCORES
+
 from .mass import mass_by_step
 from .models import make_llama
 
@@ -41,8 +43,7 @@ def decisions(model: str, ranks: int) -> dict[str, object]:
             policy="dense",
             check_integrity=True,
             trace_decisions=True,
-            score_every=1,
-            score_layers=1,
+            **ALL_SCORES,
         ),
     )
     engine = llm.llm_engine
