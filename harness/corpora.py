@@ -52,7 +52,10 @@ HUB = {
     "pg19": HubDataset(
         "emozilla/pg19", None, "test", "text", "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8"
     ),
-    "arxiv": HubDataset("ccdv/arxiv-summarization", "document", "test", "article", None),
+    "arxiv": HubDataset(
+        "ccdv/arxiv-summarization", "document", "test", "article",
+        "240aaf1a969b3f8cd0ade6986bfad0cd730ee288",
+    ),
 }  # fmt: skip
 _ARTICLE = re.compile(r"(?m)^(?= = [^=\n][^\n]* = $)")
 

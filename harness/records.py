@@ -27,6 +27,7 @@ _OFFLINE = (
     "engine.py",
     "launch.py",
     "measure.py",
+    "models.py",
     "perplexity.py",
     "tokens.py",
     "workload.py",

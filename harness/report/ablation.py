@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from .styles import new_figure, save, shared_legend, styles
+from .styles import DENSE_POINT, new_figure, save, shared_legend, styles
 from .tables import Row, change, level, spread
 
 Point = tuple[str, dict[str, Any]]
@@ -34,8 +34,16 @@ def ablation_rows(points: list[Point]) -> list[Row]:
     return table
 
 
-def draw_ablation(points: list[Point], path: Path, caption: str) -> None:
-    """Perplexity over the points, a panel per sparsity; bars from the lowest to the highest run."""
+def draw_ablation(points: list[Point], path: Path, caption: str, ordered: bool) -> None:
+    """Perplexity over the points, a panel per sparsity; bars from the lowest to the highest run.
+
+    Args:
+        points: in the order of the figure.
+        path: without suffix.
+        caption: what the figure was measured on.
+        ordered: the points are steps of one quantity, so that lines may join them.
+
+    """
     keys = list(dict.fromkeys(key for _, results in points for key in results))
     entries = {key: next(r[key] for _, r in points if key in r) for key in keys}
     levels = sorted(
@@ -45,13 +53,17 @@ def draw_ablation(points: list[Point], path: Path, caption: str) -> None:
         max(6.4, 3.6 * len(levels)), 4.2, ncols=len(levels), sharey=True, squeeze=False
     )
     looks = styles([entry["method"] for entry in entries.values()])
+    aside = dict.fromkeys(looks, 0.0)
+    if not ordered:  # no line tells the methods apart: side by side no marker hides another
+        aside = {name: 0.08 * (i - (len(looks) - 1) / 2) for i, name in enumerate(looks)}
+        looks = {name: _unjoined(look) for name, look in looks.items()}
     for axes, wanted in zip(grid[0], levels, strict=True):
         for key, entry in entries.items():
             if entry["method"] != "dense" and level(key, entry) != wanted:
                 continue
             there = [(i, r[key]["perplexity"]) for i, (_, r) in enumerate(points) if key in r]
             axes.errorbar(
-                [i for i, _ in there],
+                [i + aside[entry["method"]] for i, _ in there],
                 [value["mean"] for _, value in there],
                 yerr=[[v["mean"] - v["min"] for _, v in there],
                       [v["max"] - v["mean"] for _, v in there]],
@@ -61,9 +73,14 @@ def draw_ablation(points: list[Point], path: Path, caption: str) -> None:
             )  # fmt: skip
         names = [textwrap.fill(name, 16, break_long_words=False) for name, _ in points]
         axes.set_xticks(range(len(points)), names, fontsize=7)
-        axes.set(title=f"sparsity {wanted}", xlim=(-0.3, len(points) - 0.7))
+        axes.set(title=f"sparsity {wanted}", xlim=(-0.4, len(points) - 0.6))
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("perplexity")
     shared_legend(figure, grid[0])
     figure.suptitle("\n".join(textwrap.wrap(caption, 90)), fontsize=8)
     save(figure, path)
+
+
+def _unjoined(look: dict[str, Any]) -> dict[str, Any]:
+    marker = look["marker"] if look["marker"] != "none" else DENSE_POINT
+    return {**look, "linestyle": "none", "marker": marker}

@@ -12,18 +12,16 @@ from .expectations import expectation_rows
 from .figures import draw
 from .page import write_pages
 from .tables import (
-    HEADER,
     Row,
     caption,
     machine_line,
     markdown,
+    markdown_table,
     normalised_rows,
-    rows,
     test_rows,
     throughput_rows,
 )
 
-_TIMED = HEADER.index("tok/s")
 _TIMED_FIGURES = ("throughput",)
 TIMINGS = "## Speed and time"
 """Two measurements of one specification have the same report up to this heading."""
@@ -81,9 +79,6 @@ def _page(
 ) -> str:  # fmt: skip
     first = records[0]
     seeds = sorted({record["seed"] for record in records})
-    untimed = [
-        tuple(c for i, c in enumerate(row) if i != _TIMED) for row in (HEADER, *rows(results))
-    ]
     parts = [
         f"# {title}",
         f"{caption(first)}; {len(seeds)} run(s), seed {', '.join(map(str, seeds))}.",
@@ -92,7 +87,7 @@ def _page(
         "## Results",
         "Mean and standard deviation over runs. *After eviction*: over the tokens predicted after "
         "the first block went, dense beside it on the same tokens.",
-        markdown(untimed),
+        markdown_table(results),
         *_shown(figures, lambda name: name not in _TIMED_FIGURES),
         "## Differences",
         "Second minus first, nats per token: positive means that the first is better. Unit: the "

@@ -54,8 +54,12 @@ def _overview(
 ) -> None:  # fmt: skip
     first = read_records(folder / points[0]["folder"])[0]
     varied = ", ".join(points[0]["varied"])
+    values = [value for point in points for value in point["varied"].values()]
     draw_ablation(
-        reported, folder / "ablation", f"{name}: {varied} varied; first: {caption(first)}"
+        reported,
+        folder / "ablation",
+        f"{name}: {varied} varied; first: {caption(first)}",
+        ordered=len(points[0]["varied"]) == 1 and all(isinstance(v, int | float) for v in values),
     )
     links = [
         f"- [{text}]({point['folder']}/report.md)"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .styles import new_figure, save, shared_legend, styles
+from .styles import DENSE_POINT, new_figure, save, shared_legend, styles
 from .tables import level
 
 
@@ -125,7 +125,7 @@ def _memory(results: dict[str, Any], front: list[str]) -> Any:
     for method, pairs in methods.items():
         look = dict(looks[method])
         if method == "dense":
-            look["marker"] = "h"
+            look["marker"] = DENSE_POINT
         x = [entry["peak_memory_mb"] for _, entry in pairs]
         y = [entry["perplexity"] for _, entry in pairs]
         axes.errorbar(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+DENSE_POINT = "h"
+"""Dense's marker where no line shows it."""
 DENSE_STYLE = {"color": "black", "marker": "none", "linestyle": "--"}
 _STYLES = {
     # Okabe-Ito colours, distinct to the colour-blind, in steps of lightness; marker and line

@@ -13,7 +13,6 @@ HEADER = (
     "vs dense",
     "after eviction",
     "vs dense",
-    "tok/s",
     "KV peak MiB",
     "blocks/window",
 )
@@ -21,7 +20,7 @@ Row = tuple[str, ...]
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
-    """The main table's rows, in the order of ``results``. ``tok/s``: tokens scored."""
+    """The main table's rows, in the order of ``results``."""
     dense = next(
         (e["perplexity"]["mean"] for e in results.values() if e["method"] == "dense"), None
     )
@@ -38,7 +37,6 @@ def rows(results: dict[str, Any]) -> list[Row]:
                 "-" if is_dense or dense is None else change(ppl, dense),
                 "-" if after is None else spread(after, entry["num_runs"]),
                 "-" if after is None or base is None else change(after["mean"], base["mean"]),
-                f"{entry['tokens_per_second']['mean']:.0f}",
                 f"{entry['peak_memory_mb']['mean']:.1f}",
                 f"{entry['avg_cache_size']['mean']:.1f}",
             )
@@ -126,8 +124,10 @@ def test_rows(tests: dict[str, Any], part: str) -> list[Row]:
 
 
 def text_table(results: dict[str, Any]) -> str:
-    """The main table for a terminal."""
-    return aligned([HEADER, *rows(results)])
+    """The main table for a terminal, and that of the throughput pass if there was one."""
+    load = throughput_rows(results)
+    parts = [[HEADER, *rows(results)], *([load] if len(load) > 1 else [])]
+    return "\n\n".join(map(aligned, parts))
 
 
 def markdown_table(results: dict[str, Any]) -> str:

@@ -77,13 +77,37 @@ def tiny_llama(tmp_path_factory):
     return str(folder), model
 
 
-@pytest.fixture(scope="module")
-def tiny_engines(tiny_llama):
-    """Make an engine over the random model; the last one made is kept, the others ended."""
+def make_tiny(folder: str, engine: dict[str, Any] | None = None, **settings: Any) -> Any:
+    """An engine over the random model in ``folder``, with the plugin's ``settings``."""
     from vllm import LLM
 
     from vllm_plugins import eviction_engine_args
 
+    arguments = {
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 512,
+        "long_prefill_token_threshold": 64,
+        "kv_cache_memory_bytes": 64 << 20,
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        **(engine or {}),
+    }
+    return LLM(
+        folder,
+        **arguments,
+        **eviction_engine_args(
+            check_integrity=True,
+            trace_decisions=True,
+            **{"policy": "dense", **ALL_SCORES, **settings},
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_engines(tiny_llama):
+    """Make an engine over the random model; the last one made is kept, the others ended."""
     running: dict[str, Any] = {}
 
     def make(engine: dict[str, Any] | None = None, **settings: Any) -> Any:
@@ -92,26 +116,7 @@ def tiny_engines(tiny_llama):
             for llm in running.values():
                 end(llm)
             running.clear()
-            arguments = {
-                "max_model_len": 1024,
-                "max_num_seqs": 8,
-                "max_num_batched_tokens": 512,
-                "long_prefill_token_threshold": 64,
-                "kv_cache_memory_bytes": 64 << 20,
-                "enforce_eager": True,
-                "skip_tokenizer_init": True,
-                "dtype": "float32",
-                **(engine or {}),
-            }
-            running[key] = LLM(
-                tiny_llama[0],
-                **arguments,
-                **eviction_engine_args(
-                    check_integrity=True,
-                    trace_decisions=True,
-                    **{"policy": "dense", **ALL_SCORES, **settings},
-                ),
-            )
+            running[key] = make_tiny(tiny_llama[0], engine, **settings)
         return running[key]
 
     yield make

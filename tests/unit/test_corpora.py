@@ -59,7 +59,7 @@ def test_a_local_file_is_known_by_its_content(files):
     assert describe(f"jsonl:{files}/a.jsonl", None, "whole") != before
 
 
-@pytest.mark.parametrize("name", ["wikitext", "pg19"])
+@pytest.mark.parametrize("name", list(HUB))
 def test_hub_texts_are_pinned(name):
     text = describe(name, None, "concatenate")
     assert len(text.revision) == 40
