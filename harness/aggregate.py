@@ -8,7 +8,7 @@ from typing import Any
 
 from .perplexity import after_eviction, first_affected, perplexity, total
 from .specification import DENSE
-from .statistics import holm, paired_test, summary
+from .statistics import holm, paired_test, ratio_interval, summary
 
 METRICS = (
     "perplexity",
@@ -45,7 +45,9 @@ def aggregate(
     Standard deviations are over runs (seeds). Dense evicts nothing, so its
     ``perplexity_after_eviction`` is null; ``dense_after_eviction`` of the other keys is its
     perplexity on the very tokens theirs is over. ``throughput`` holds what the separate pass
-    measured, where it was run.
+    measured, where it was run; its ``against_dense`` is the ratio of output tokens per second,
+    paired by load run: loads of one number follow each other closely, so that a machine that
+    becomes slower or faster over a sweep changes both.
     """
     results: dict[str, Any] = {}
     by_load = _by_key(loads)
@@ -65,6 +67,7 @@ def aggregate(
             entry["throughput"] = {
                 "num_runs": len(by_load[key]),
                 **{m: summary([run[m] for run in by_load[key]]) for m in LOAD_METRICS},
+                "against_dense": _against_dense(by_load[key], loads),
             }
         results[key] = entry
     return results
@@ -134,6 +137,15 @@ def _dense_on_the_same(run: dict[str, Any], records: Iterable[dict[str, Any]]) -
             evicted = after_eviction(record["windows"], starts)
             return perplexity(evicted) if evicted else None
     return None
+
+
+def _against_dense(
+    runs: Sequence[dict[str, Any]], loads: Iterable[dict[str, Any]]
+) -> dict[str, float] | None:
+    speed = "output_tokens_per_second"
+    dense = {load["seed"]: load[speed] for load in loads if _is_dense(load)}
+    pairs = [(run[speed], dense[run["seed"]]) for run in runs if run["seed"] in dense]
+    return ratio_interval(pairs) if pairs and not _is_dense(runs[0]) else None
 
 
 def _is_dense(record: dict[str, Any]) -> bool:

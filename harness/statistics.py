@@ -163,6 +163,18 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - margin, mean + margin
 
 
+def ratio_interval(
+    pairs: Sequence[tuple[float | None, float | None]],
+) -> dict[str, float] | None:
+    """Geometric mean of the pairs' ratios, first over second, and its 95% t interval (of the
+    logarithms); ``low`` = ``high`` = ``mean`` for one pair, None if a value is missing or 0."""
+    if not all(a and b for a, b in pairs):
+        return None
+    logarithms = np.log([a / b for a, b in pairs if a and b])
+    mean, low, high = (float(np.exp(value)) for value in mean_interval(logarithms))
+    return {"mean": mean, "low": low, "high": high, "num_runs": len(pairs)}
+
+
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's step-down adjustment over a family (Holm 1979); None stays and does not count."""
     known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .styles import DENSE_POINT, new_figure, save, shared_legend, styles
-from .tables import Row, change, level, spread
+from .tables import Row, change, level, level_order, level_title, spread
 
 Point = tuple[str, dict[str, Any]]
 """What was varied, in words, and the point's ``aggregated_results.json``."""
@@ -47,7 +47,8 @@ def draw_ablation(points: list[Point], path: Path, caption: str, ordered: bool) 
     keys = list(dict.fromkeys(key for _, results in points for key in results))
     entries = {key: next(r[key] for _, r in points if key in r) for key in keys}
     levels = sorted(
-        {level(key, entry) for key, entry in entries.items() if entry["method"] != "dense"}
+        {level(key, entry) for key, entry in entries.items() if entry["method"] != "dense"},
+        key=level_order,
     ) or ["-"]
     figure, grid = new_figure(
         max(6.4, 3.6 * len(levels)), 4.2, ncols=len(levels), sharey=True, squeeze=False
@@ -73,7 +74,7 @@ def draw_ablation(points: list[Point], path: Path, caption: str, ordered: bool) 
             )  # fmt: skip
         names = [textwrap.fill(name, 16, break_long_words=False) for name, _ in points]
         axes.set_xticks(range(len(points)), names, fontsize=7)
-        axes.set(title=f"sparsity {wanted}", xlim=(-0.4, len(points) - 0.6))
+        axes.set(title=level_title(wanted), xlim=(-0.4, len(points) - 0.6))
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("perplexity")
     shared_legend(figure, grid[0])

@@ -118,7 +118,8 @@ def _page(
         parts += [
             f"Saturating load, a pass of its own without log-probs: {load['num_requests']} "
             f"requests of {load['prompt_tokens']} + {load['output_tokens']} tokens, all there at "
-            f"the start; {repeats} run(s), mean and standard deviation.",
+            f"the start; {repeats} run(s), mean and standard deviation; against dense the "
+            f"geometric mean of the ratios of load runs of one number, with its 95% t interval.",
             markdown(throughput_rows(results)),
             *_shown(figures, lambda name: name in _TIMED_FIGURES),
         ]

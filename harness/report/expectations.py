@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .tables import Row, change, level
+from .tables import Row, change, level, times
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,9 @@ def _measured(key: str, entry: dict[str, Any], dense: dict[str, Any] | None) -> 
     if dense is not None:
         text += f" ({change(entry['perplexity']['mean'], dense['perplexity']['mean'])})"
         text += f", {_ratio(entry, dense, 'peak_memory_mb'):.0%} of the KV memory"
-        if "throughput" in entry and "throughput" in dense:
-            speed = _ratio(entry["throughput"], dense["throughput"], "output_tokens_per_second")
-            once = " (one load)" if entry["throughput"]["num_runs"] == 1 else ""
-            text += f", {speed:.2f}x throughput{once}"
+        if ratio := entry.get("throughput", {}).get("against_dense"):
+            once = " (one load)" if ratio["num_runs"] == 1 else ""
+            text += f", {times(ratio, 'x')} throughput{once}"
     return text
 
 

@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..specification import DENSE
 from .styles import DENSE_POINT, new_figure, save, shared_legend, styles
-from .tables import level
+from .tables import level, level_order, level_title
+
+_LEVELS = {False: "sparsity", True: "budget"}
+_UNITS = {False: "share of KV blocks evicted", True: "tokens that a request keeps"}
 
 
 def draw(
@@ -21,17 +25,18 @@ def draw(
         (name without suffix, what it shows) of each figure, in the order of a report.
 
     """
+    levels = " and ".join(_LEVELS[budgets] for budgets in _kinds(results))
     figures: list[tuple[str, str, Callable[[], Any] | None]] = [
         (
             "perplexity",
-            "Perplexity against sparsity; bars from the lowest to the highest run.",
-            lambda: _against_sparsity(results, lambda e: e["perplexity"], "perplexity"),
+            f"Perplexity against {levels}; bars from the lowest to the highest run.",
+            lambda: _against_level(results, lambda e: e["perplexity"], "perplexity"),
         ),
         (
             "throughput",
-            "Output tokens per second against sparsity under the saturating load; bars from the "
+            f"Output tokens per second against {levels} under the saturating load; bars from the "
             "lowest to the highest run.",
-            (lambda: _against_sparsity(
+            (lambda: _against_level(
                 {k: e for k, e in results.items() if "throughput" in e},
                 lambda e: e["throughput"]["output_tokens_per_second"], "output tokens per second",
                 from_zero=True,
@@ -72,59 +77,77 @@ def draw(
 
 
 def _methods(results: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """Keys and entries by method, ascending in sparsity."""
+    """Keys and entries by method, ascending in sparsity, then in budget."""
     found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for key, entry in results.items():
         found.setdefault(entry["method"], []).append((key, entry))
-    return {m: sorted(pairs, key=lambda p: p[1]["sparsity"]) for m, pairs in found.items()}
+    return {m: sorted(pairs, key=lambda p: level_order(level(*p))) for m, pairs in found.items()}
 
 
 def _bars(value: dict[str, float]) -> tuple[float, float]:
     return value["mean"] - value["min"], value["max"] - value["mean"]
 
 
-def _against_sparsity(
+def _against_level(
     results: dict[str, Any],
     metric: Callable[[dict[str, Any]], Any],
     label: str,
     from_zero: bool = False,
 ) -> Any:
-    figure, axes = new_figure()
+    """A panel for sparsities, one for budgets."""
+    kinds = _kinds(results)
+    figure, grid = new_figure(6.4 if len(kinds) == 1 else 9.6, ncols=len(kinds), sharey=True,
+                              squeeze=False)  # fmt: skip
     methods = _methods(results)
     looks = styles(list(methods))
-    for i, (method, pairs) in enumerate(methods.items()):
-        look = looks[method]
-        values = [metric(entry) for _, entry in pairs]
-        # A little apart, so that no bar hides another.
-        dodge = 0.008 * (i - len(methods) / 2)
-        if method == "dense":
-            axes.axhline(values[0]["mean"], color=look["color"], ls=look["linestyle"], label=method)
-            axes.axhspan(values[0]["min"], values[0]["max"], color=look["color"], alpha=0.08, lw=0)
-            continue
-        lower, upper = zip(*map(_bars, values), strict=True)
-        axes.errorbar(
-            [entry["sparsity"] + dodge for _, entry in pairs],
-            [value["mean"] for value in values],
-            yerr=[lower, upper],
-            capsize=3,
-            label=method,
-            **look,
-        )
-    axes.set(xlabel="sparsity (share of KV blocks evicted)", ylabel=label, xlim=(0, 1))
+    for axes, budgets in zip(grid[0], kinds, strict=True):
+        places = {key: level_order(level(key, entry))[1] for key, entry in results.items()
+                  if entry["method"] != DENSE
+                  and level_order(level(key, entry))[0] == budgets}  # fmt: skip
+        width = 1.1 * max(places.values()) if budgets else 1.0
+        for i, (method, pairs) in enumerate(methods.items()):
+            look = looks[method]
+            if method == DENSE:
+                value = metric(pairs[0][1])
+                axes.axhline(value["mean"], color=look["color"], ls=look["linestyle"], label=method)
+                axes.axhspan(value["min"], value["max"], color=look["color"], alpha=0.08, lw=0)
+                continue
+            there = [(key, metric(entry)) for key, entry in pairs if key in places]
+            if not there:
+                continue
+            # A little apart, so that no bar hides another.
+            dodge = 0.008 * width * (i - len(methods) / 2)
+            axes.errorbar(
+                [places[key] + dodge for key, _ in there],
+                [value["mean"] for _, value in there],
+                yerr=list(zip(*(_bars(value) for _, value in there), strict=True)),
+                capsize=3,
+                label=method,
+                **look,
+            )
+        axes.set(xlabel=f"{_LEVELS[budgets]} ({_UNITS[budgets]})", xlim=(0, width))
+        axes.grid(alpha=0.3)
+    grid[0][0].set_ylabel(label)
     if from_zero:
-        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
-    axes.grid(alpha=0.3)
-    axes.legend()
+        grid[0][0].set_ylim(0, 1.08 * grid[0][0].get_ylim()[1])
+    grid[0][0].legend()
     return figure
+
+
+def _kinds(results: dict[str, Any]) -> list[bool]:
+    """Whether there are sparsities (False), budgets (True), or both."""
+    evicting = [(key, entry) for key, entry in results.items() if entry["method"] != DENSE]
+    return sorted({level_order(level(key, entry))[0] for key, entry in evicting}) or [False]
 
 
 def _memory(results: dict[str, Any], front: list[str]) -> Any:
     figure, axes = new_figure()
     methods = _methods(results)
     looks = styles(list(methods))
+    tops: dict[str, tuple[float, float]] = {}
     for method, pairs in methods.items():
         look = dict(looks[method])
-        if method == "dense":
+        if method == DENSE:
             look["marker"] = DENSE_POINT
         x = [entry["peak_memory_mb"] for _, entry in pairs]
         y = [entry["perplexity"] for _, entry in pairs]
@@ -141,12 +164,16 @@ def _memory(results: dict[str, Any], front: list[str]) -> Any:
             point = entry["peak_memory_mb"]["mean"], entry["perplexity"]["mean"]
             if key in front:
                 axes.plot(*point, "o", ms=14, mfc="none", mec="black", mew=0.8)
-            if method != "dense":
-                axes.annotate(level(key, entry), point, xytext=(6, 5), fontsize=7,
-                              textcoords="offset points")  # fmt: skip
+            if method != DENSE:
+                name = level(key, entry)
+                tops[name] = max(tops.get(name, point), point, key=lambda place: place[1])
     axes.plot([], [], "o", ms=10, mfc="none", mec="black", mew=0.8, label="Pareto front")
     axes.set(xlabel="peak KV memory, MiB", ylabel="perplexity")
     axes.set_xlim(0, 1.05 * axes.get_xlim()[1])
+    for name, top in tops.items():  # once a level: methods lie close to each other there
+        right = top[0] > 0.8 * axes.get_xlim()[1]
+        axes.annotate(name, top, xytext=(-6 if right else 6, 5), fontsize=8,
+                      ha="right" if right else "left", textcoords="offset points")  # fmt: skip
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -154,14 +181,14 @@ def _memory(results: dict[str, Any], front: list[str]) -> Any:
 
 def _position(results: dict[str, Any], positions: dict[str, Any]) -> Any:
     shown = {key: results[key] for key, curve in positions.items() if "difference" in curve}
-    levels = sorted({key.removeprefix(f"{e['method']}_") for key, e in shown.items()})
+    levels = sorted({level(key, entry) for key, entry in shown.items()}, key=level_order)
     figure, grid = new_figure(
         max(6.4, 3.6 * len(levels)), 3.8, ncols=len(levels), sharey=True, squeeze=False
     )
     looks = styles([entry["method"] for entry in results.values()])
     for axes, wanted in zip(grid[0], levels, strict=True):
         for key, entry in shown.items():
-            if key != f"{entry['method']}_{wanted}":
+            if level(key, entry) != wanted:
                 continue
             look, curve = looks[entry["method"]], positions[key]
             axes.plot(curve["queries"], curve["difference"], color=look["color"],
@@ -171,9 +198,8 @@ def _position(results: dict[str, Any], positions: dict[str, Any]) -> Any:
             axes.fill_between(
                 curve["queries"], curve["low"], curve["high"], color=look["color"], alpha=0.12, lw=0
             )
-            name = level(key, entry)
         axes.axhline(0, color="black", ls="--", lw=1)
-        axes.set(title=f"sparsity {name}" if wanted.startswith("s") else name, xlabel="token")
+        axes.set(title=level_title(wanted), xlabel="token")
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("loss above dense, nats per token")
     shared_legend(figure, grid[0])
@@ -181,10 +207,8 @@ def _position(results: dict[str, Any], positions: dict[str, Any]) -> Any:
 
 
 def _cache(results: dict[str, Any], traces: dict[str, Any]) -> Any:
-    levels = sorted(
-        {key.removeprefix(f"{results[key]['method']}_") for key in traces
-         if results[key]["method"] != "dense"}
-    )  # fmt: skip
+    evicting = [key for key in traces if results[key]["method"] != DENSE]
+    levels = sorted({level(key, results[key]) for key in evicting}, key=level_order)
     figure, grid = new_figure(
         max(6.4, 3.6 * len(levels)), 3.8, ncols=max(1, len(levels)), sharey=True, squeeze=False
     )
@@ -193,17 +217,16 @@ def _cache(results: dict[str, Any], traces: dict[str, Any]) -> Any:
         width = 3.0
         for key, trace in traces.items():
             method = results[key]["method"]
-            if method != "dense" and key != f"{method}_{wanted}":
+            if method != DENSE and level(key, results[key]) != wanted:
                 continue
             look = looks[method]
             axes.plot(trace["tokens"], trace["blocks"], color=look["color"], ls=look["linestyle"],
                       marker=look["marker"], ms=4, lw=width, label=method,
                       markevery=max(1, len(trace["tokens"]) // 8))  # fmt: skip
             width = max(1.0, width - 0.5)  # what lies on top is thinner: nothing hides another
-        title = f"sparsity {wanted[1:]}" if wanted.startswith("s") else wanted
-        axes.set(title=title, xlabel="tokens processed")
-        axes.set_ylim(bottom=0)
+        axes.set(title=level_title(wanted) if wanted else "", xlabel="tokens processed")
         axes.grid(alpha=0.3)
+    grid[0][0].set_ylim(bottom=0)  # after all are drawn: the limits are shared, and now fixed
     grid[0][0].set_ylabel("KV blocks per window")
     shared_legend(figure, grid[0])
     return figure

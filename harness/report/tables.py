@@ -50,29 +50,25 @@ def throughput_rows(results: dict[str, Any]) -> list[Row]:
         ("method", "sparsity", "prefill tok/s", "decode tok/s", "output tok/s", "vs dense",
          "KV peak MiB", "preemptions", "blocks evicted", "decisions s"),
     ]  # fmt: skip
-    base = next((e["throughput"] for e in results.values()
-                 if e["method"] == "dense" and "throughput" in e), None)  # fmt: skip
     for key, entry in results.items():
         if "throughput" not in entry:
             continue
         load = entry["throughput"]
         runs = load["num_runs"]
-        output = load["output_tokens_per_second"]
         table.append(
             (
                 entry["method"],
                 "-" if entry["method"] == "dense" else level(key, entry),
                 spread(load["prefill_tokens_per_second"], runs, 0),
                 spread(load["decode_tokens_per_second"], runs, 0),
-                spread(output, runs, 0),
-                "-" if base is None or load is base
-                else change(output["mean"], base["output_tokens_per_second"]["mean"]),
+                spread(load["output_tokens_per_second"], runs, 0),
+                times(load["against_dense"]),
                 f"{load['peak_memory_mb']['mean']:.0f}",
                 f"{load['preemptions']['mean']:.0f}",
                 f"{load['blocks_evicted']['mean']:.0f}",
                 f"{load['decision_seconds']['mean']:.2f}",
             )
-        )  # fmt: skip
+        )
     return table
 
 
@@ -194,12 +190,30 @@ def level(key: str, entry: dict[str, Any]) -> str:
     return name[1:] if name.startswith("s") else f"{name[1:]} tokens"
 
 
+def level_order(name: str) -> tuple[bool, float]:
+    """What ``level`` gives as (is it a budget, number): sorts sparsities before budgets."""
+    return name.endswith(" tokens"), float(name.removesuffix(" tokens"))
+
+
+def level_title(name: str) -> str:
+    """What ``level`` gives, as a panel's title."""
+    return f"budget {name}" if name.endswith(" tokens") else f"sparsity {name}"
+
+
 def spread(value: dict[str, float] | None, num_runs: int, digits: int = 2) -> str:
     """Mean, with the standard deviation where there are several runs."""
     if value is None:
         return "-"
     mean = f"{value['mean']:.{digits}f}"
     return mean if num_runs == 1 else f"{mean} ± {value['std']:.{digits}f}"
+
+
+def times(ratio: dict[str, float] | None, unit: str = "") -> str:
+    """A ratio and its interval, as ``statistics.ratio_interval`` gives them."""
+    if ratio is None:
+        return "-"
+    interval = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio["num_runs"] > 1 else ""
+    return f"{ratio['mean']:.2f}{unit}{interval}"
 
 
 def change(value: float, base: float, digits: int = 1) -> str:

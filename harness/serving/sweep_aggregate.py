@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..perplexity import perplexity, total
-from ..statistics import mean_interval
+from ..statistics import mean_interval, ratio_interval
 from .quality import kept_to_chunk
 from .slo import holds
 
@@ -181,17 +181,9 @@ def against_baseline(records: Sequence[Mapping[str, Any]], baseline: str) -> lis
         row: dict[str, Any] = {"method": method, "sparsity": sparsity, "request_rate": rate}
         for name in RATIOS:
             read = METRICS[name]
-            row[name] = _ratio([(read(record), read(other)) for record, other in pairs])
+            row[name] = ratio_interval([(read(record), read(other)) for record, other in pairs])
         rows.append(row)
     return rows
-
-
-def _ratio(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, float] | None:
-    if not all(a and b for a, b in pairs):
-        return None
-    logarithms = np.log([a / b for a, b in pairs if a and b])
-    mean, low, high = (float(np.exp(value)) for value in mean_interval(logarithms))
-    return {"mean": mean, "low": low, "high": high, "num_runs": len(pairs)}
 
 
 def max_rates(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import UsageError
 from ..records import identity, read_json, write_json
 from ..report.page import write_pages
-from ..report.tables import machine_line, markdown
+from ..report.tables import machine_line, markdown, times
 from .figures import draw_serving, label
 from .study import DENSE, STOCK
 from .sweep_aggregate import (
@@ -152,13 +152,7 @@ def _ratio_rows(ratios: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     with_rate = any(row["request_rate"] is not None for row in ratios)
     rows = [("method", *(("rate, 1/s",) if with_rate else ()), *columns.values())]
     for row in ratios:
-        cells = []
-        for name in columns:
-            value = row[name]
-            cell = "-" if value is None else f"{value['mean']:.2f}"
-            if value is not None and value["num_runs"] > 1:
-                cell += f" [{value['low']:.2f}, {value['high']:.2f}]"
-            cells.append(cell)
+        cells = [times(row[name]) for name in columns]
         rate = "-" if row["request_rate"] is None else f"{row['request_rate']:g}"
         rows.append((label(row), *((rate,) if with_rate else ()), *cells))
     return rows

@@ -9,6 +9,7 @@ from harness.curves import curves, pareto
 from harness.errors import UsageError
 from harness.perplexity import by_chunk, counts, normalised, total
 from harness.records import write_json
+from harness.report import figures
 from harness.report.comparison import TIMINGS
 from harness.report.expectations import expectation_rows
 from harness.report.experiment import report_experiment
@@ -16,7 +17,7 @@ from harness.report.styles import styles
 from harness.report.tables import markdown_table, test_rows, text_table, throughput_rows
 from harness.specification import order
 
-from .records import experiment, load_record
+from .records import experiment, load_record, record
 
 test_rows.__test__ = False
 
@@ -110,6 +111,26 @@ def test_throughput_of_several_load_runs_has_its_spread(records):
     assert row[4] == "100 ± 14"
 
 
+def test_throughput_against_dense_is_paired_by_load_run(records):
+    # The machine became twice as fast between the load runs; the method gains a steady half.
+    speeds = enumerate((50.0, 100.0, 75.0))
+    loads = [
+        load_record(method, sparsity, seed, factor * speed)
+        for seed, speed in speeds
+        for method, sparsity, factor in (("dense", 0.0, 1.0), ("h2o", 0.9, 1.5))
+    ]
+    results = aggregate(records, loads)
+    _, dense, h2o = throughput_rows(results)
+    assert (dense[5], h2o[5]) == ("-", "1.50 [1.50, 1.50]")
+    claim = expectation_rows(results, "")[1]
+    assert "1.50x [1.50, 1.50] throughput" in claim[4]
+    one = aggregate(records, loads[:2])
+    assert throughput_rows(one)[2][5] == "1.50"
+    assert "1.50x throughput (one load)" in expectation_rows(one, "")[1][4]
+    without = aggregate(records, loads[1::2])
+    assert throughput_rows(without)[1][5] == "-"
+
+
 def test_significance_has_a_row_per_pair_and_family(records):
     tests = significance(records)
     assert len(test_rows(tests, "all_tokens")) == 1 + 4
@@ -160,3 +181,32 @@ def test_records_of_different_origin_are_not_mixed(records, tmp_path, part, chan
 def test_a_folder_without_records_is_told(tmp_path):
     with pytest.raises(UsageError, match="holds no run record"):
         report_experiment(tmp_path)
+
+
+def test_budgets_stand_at_their_tokens_not_at_sparsity_0(tmp_path, monkeypatch):
+    records = [record("dense", 0.0, 0, 0.0, None), record("cab", 0.9, 0, 0.2, 8)]
+    for budget, shift in ((1024, 0.1), (256, 0.3)):
+        made = record("h2o", 0.0, 0, shift, 8)
+        made["cache_trace"] = {"tokens": [4, 8], "blocks": [budget / 32, budget / 32]}
+        records.append({**made, "key": f"h2o_b{budget}"})
+    drawn = {}
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.update({path.name: figure}))
+    results = aggregate(records)
+    told = dict(figures.draw(tmp_path, results, {}, curves(records, results), "made up"))
+    assert told["perplexity"].startswith("Perplexity against sparsity and budget")
+    sparsities, budgets = drawn["perplexity"].axes
+    assert budgets.get_xlabel().startswith("budget")
+    places = [container.lines[0].get_xdata() for container in budgets.containers]
+    assert [list(x) for x in places] == [pytest.approx([256, 1024], abs=20)]
+    (at,) = (container.lines[0].get_xdata() for container in sparsities.containers)
+    assert list(at) == pytest.approx([0.9], abs=0.02)
+    panels = drawn["cache"].axes
+    assert [panel.get_title() for panel in panels] == [
+        "sparsity 0.9",
+        "budget 256 tokens",
+        "budget 1024 tokens",
+    ]
+    for panel in panels:
+        low, high = panel.get_ylim()
+        assert low == 0
+        assert all(max(line.get_ydata()) <= high for line in panel.lines)
