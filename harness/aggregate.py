@@ -8,7 +8,7 @@ from typing import Any
 
 from .perplexity import after_eviction, first_affected, perplexity, total
 from .specification import DENSE
-from .statistics import holm, paired_test, ratio_interval, summary
+from .statistics import disjoint, holm, paired_test, ratio_interval, summary
 
 METRICS = (
     "perplexity",
@@ -76,9 +76,10 @@ def aggregate(
 def significance(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """``{"h2o_vs_cab_s0.9": {...}}``: every pair at equal sparsity, and dense against each.
 
-    The unit is the window; windows are paired by seed and place. Two results a pair: over all
-    tokens, and over those after the first eviction. Each is a family of its own for Holm's
-    correction: ``*_holm`` beside the p-values.
+    The unit is the window; windows are paired by seed and place. Windows of different seeds may
+    share text, and are no independent units then: of the windows of all seeds only as many are
+    tested as share no token. Two results a pair: over all tokens, and over those after the first
+    eviction. Each is a family of its own for Holm's correction: ``*_holm`` beside the p-values.
     """
     by_key = _by_key(records)
     evicting = [runs for runs in by_key.values() if not _is_dense(runs[0])]
@@ -104,23 +105,31 @@ def window_losses(runs: Iterable[dict[str, Any]]) -> dict[tuple[int, int], dict[
     return {(run["seed"], window["start"]): window for run in runs for window in run["windows"]}
 
 
+def independent(windows: Iterable[tuple[int, int]], length: int) -> list[tuple[int, int]]:
+    """Of windows (seed, place) of ``length`` tokens, those to test: no two share a token."""
+    ordered = sorted(windows)
+    return sorted(ordered[i] for i in disjoint([place for _, place in ordered], length))
+
+
 def _name(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> str:
     return f"{first[0]['method']}_vs_{second[0]['method']}_{_level(second[0])}"
 
 
 def _compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, Any]:
     a, b = window_losses(first), window_losses(second)
-    shared = sorted(a.keys() & b.keys())
+    common = a.keys() & b.keys()
+    shared = independent(common, first[0]["specification"]["engine"]["context_length"])
     seeds = [seed for seed, _ in shared]
     result: dict[str, Any] = {
         "test": "paired t-test and Wilcoxon signed-rank on mean NLL per window (nats per token), "
-        "Holm-corrected over all comparisons of the file",
+        "Holm-corrected over all comparisons of the file, over windows that share no token",
+        "num_windows_left_out": len(common) - len(shared),
         "all_tokens": paired_test(
             [_nll(a[w]) for w in shared], [_nll(b[w]) for w in shared], seeds
         ),
         "after_eviction": None,
     }
-    starts = [first_affected(a[w]) or first_affected(b[w]) for w in shared]
+    starts = [_earlier(first_affected(a[w]), first_affected(b[w])) for w in shared]
     if all(s is not None and total(a[w], s)[1] for w, s in zip(shared, starts, strict=True)):
         result["after_eviction"] = paired_test(
             [_nll(a[w], start) for w, start in zip(shared, starts, strict=True)],
@@ -128,6 +137,10 @@ def _compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[
             seeds,
         )
     return result
+
+
+def _earlier(a: int | None, b: int | None) -> int | None:
+    return min((place for place in (a, b) if place is not None), default=None)
 
 
 def _dense_on_the_same(run: dict[str, Any], records: Iterable[dict[str, Any]]) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .aggregate import window_losses
+from .aggregate import independent, window_losses
 from .perplexity import counts
 from .specification import DENSE
 from .statistics import mean_interval
@@ -19,7 +19,7 @@ def curves(records: Sequence[dict[str, Any]], results: dict[str, Any]) -> dict[s
 
     - ``nll_by_position``: key to ``queries`` (first query of each sum), mean ``nll`` (nats per
       token) and, beside dense, ``difference`` from dense on the same windows with a 95% interval
-      (``low``, ``high``; over windows);
+      (``low``, ``high``; both over windows that share no token, see ``aggregate.independent``);
     - ``cache``: key to ``tokens`` processed and ``blocks`` held per window, of the first run;
     - ``pareto``: keys that no other key beats in both peak KV memory and perplexity.
     """
@@ -66,7 +66,9 @@ def _by_position(
         "nll": np.round(loss[:, scored].mean(axis=0), 5).tolist(),
     }
     if base.keys() >= windows.keys():
-        difference = loss - np.array([_nll(base[key], size) for key in windows])
+        length = runs[0]["specification"]["engine"]["context_length"]
+        tested = independent(windows, length)
+        difference = np.array([_nll(windows[key], size) - _nll(base[key], size) for key in tested])
         means = np.array([mean_interval(difference[:, i]) for i in scored])
         for name, column in zip(("difference", "low", "high"), means.T, strict=True):
             curve[name] = np.round(column, 5).tolist()

@@ -32,13 +32,27 @@ def summary(values: Sequence[float | None]) -> dict[str, float] | None:
     }
 
 
+def disjoint(starts: Sequence[int], length: int) -> list[int]:
+    """Indices of as many stretches ``[start, start + length)`` as can be without sharing a place.
+
+    Interval scheduling, earliest first, in order of place. It looks at places alone, so what it
+    leaves out depends on no result.
+    """
+    chosen: list[int] = []
+    for index in sorted(range(len(starts)), key=starts.__getitem__):
+        if not chosen or starts[index] >= starts[chosen[-1]] + length:
+            chosen.append(index)
+    return chosen
+
+
 def paired_test(
     first: Sequence[float], second: Sequence[float], clusters: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """Whether two methods differ on the same windows.
 
     Args:
-        first, second: mean negative log-likelihood per window, ``[n]`` each, paired.
+        first, second: mean negative log-likelihood per window, ``[n]`` each, paired; of windows
+            that are independent, so share no token (``disjoint``).
         clusters: seed of each window, ``[n]``; None: all of one seed.
 
     Returns:

@@ -91,9 +91,9 @@ def _page(
         *_shown(figures, lambda name: name not in _TIMED_FIGURES),
         "## Differences",
         "Second minus first, nats per token: positive means that the first is better. Unit: the "
-        "window, paired by seed and place. *detectable*: the smallest difference that a sample of "
-        "this size and spread finds with 80% power at 5%. Holm's correction is over all rows of a "
-        "table.",
+        f"window, paired by seed and place{_left_out(tests)}. *detectable*: the smallest "
+        "difference that a sample of this size and spread finds with 80% power at 5%. Holm's "
+        "correction is over all rows of a table.",
         "All tokens:",
         markdown(test_rows(tests, "all_tokens")) if tests else "Nothing to compare.",
     ]
@@ -128,6 +128,13 @@ def _page(
     if len(table := expectation_rows(results, caption(first))) > 1:
         parts += ["## Expected, published, measured", markdown(table, numbers=False)]
     return "\n\n".join(parts) + "\n"
+
+
+def _left_out(tests: dict[str, Any]) -> str:
+    most = max((test["num_windows_left_out"] for test in tests.values()), default=0)
+    if not most:
+        return ""
+    return f"; {most} windows that share text with another seed's are in no test"
 
 
 def _shown(figures: list[tuple[str, str]], wanted: Any) -> list[str]:

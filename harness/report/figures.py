@@ -49,7 +49,8 @@ def draw(
         ),
         (
             "position",
-            "Loss by position, difference from dense on the same windows; bands: 95% over windows.",
+            "Loss by position, difference from dense on the same windows; bands: 95% over windows "
+            "that share no token.",
             (lambda: _position(results, curves["nll_by_position"]))
             if any("difference" in c for c in curves["nll_by_position"].values()) else None,
         ),

@@ -9,8 +9,8 @@ from harness.records import SCHEMA_VERSION
 
 
 def record(method, sparsity, seed, shift, first_eviction):
-    """Three windows of 20 predictions; those after ``first_eviction`` are ``shift`` nats worse,
-    give or take a little."""
+    """Three windows of 20 predictions, elsewhere for each seed; those after ``first_eviction``
+    are ``shift`` nats worse, give or take a little."""
     rng = np.random.default_rng(seed)
     noise = np.random.default_rng([seed, len(method)])
     windows = []
@@ -21,7 +21,7 @@ def record(method, sparsity, seed, shift, first_eviction):
             likelihoods[first_eviction:] += noise.normal(0, shift / 50, 20 - first_eviction)
         windows.append(
             {
-                "start": start,
+                "start": 1000 * seed + start,
                 "eviction": {"first_eviction_tokens": first_eviction},
                 **by_chunk(likelihoods.tolist(), 4),
             }

@@ -137,6 +137,19 @@ def test_significance_has_a_row_per_pair_and_family(records):
     assert {t["all_tokens"]["family_size"] for t in tests.values()} == {4}
 
 
+def test_text_that_two_seeds_share_is_tested_once(records):
+    moved = [
+        {**entry, "windows": [{**w, "start": w["start"] % 1000 + 10 * entry["seed"]}
+                              for w in entry["windows"]]}
+        for entry in records
+    ]  # fmt: skip
+    tests = significance(moved)
+    assert {test["num_windows_left_out"] for test in tests.values()} == {3}
+    assert {test["all_tokens"]["num_windows"] for test in tests.values()} == {3}
+    apart = significance(records).values()
+    assert {(t["num_windows_left_out"], t["all_tokens"]["num_windows"]) for t in apart} == {(0, 6)}
+
+
 def test_the_page_says_it_all(folder):
     page = (folder / "report.md").read_text()
     headings = re.findall(r"^## (.+)$", page, re.MULTILINE)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from harness.statistics import holm, interval, mean_interval, paired_test, summary
+from harness.statistics import disjoint, holm, interval, mean_interval, paired_test, summary
+from harness.workload import draw_windows
 
 NUM_SIMULATIONS = 2000
 SEEDS, WINDOWS = 3, 20
@@ -79,6 +80,41 @@ def test_the_detectable_difference_is_found_four_times_in_five():
     samples = rng.normal(detectable, spread, size=(NUM_SIMULATIONS, 60))
     found = np.count_nonzero(stats.ttest_1samp(samples, 0.0, axis=1).pvalue < 0.05)
     assert within(rate(found), 0.8)
+
+
+def test_the_t_interval_covers_a_known_difference_at_the_nominal_rate():
+    """Of windows that are one sample: a seed only chooses them."""
+    rng = np.random.default_rng(6)
+    covered = 0
+    for _ in range(NUM_SIMULATIONS):
+        _, low, high = mean_interval(rng.normal(0.01, 0.02, size=SEEDS * WINDOWS))
+        covered += low < 0.01 < high
+    assert within(rate(covered), 0.95)
+
+
+def test_windows_that_share_text_are_tested_once():
+    """Three seeds' windows of a text hardly longer than they are: no difference, but for chance in
+    every token, is found at the nominal rate in those that share none, and far too often in all."""
+    length, per_seed = 8, 40
+    size = SEEDS * per_seed * length
+    places = [
+        place
+        for seed in range(SEEDS)
+        for place, _ in draw_windows([range(size)], per_seed, length, seed)
+    ]
+    chosen = disjoint(places, length)
+    assert SEEDS * per_seed / 3 < len(chosen) < SEEDS * per_seed
+    apart = np.diff(sorted(places[i] for i in chosen))
+    assert apart.min() >= length
+    rng = np.random.default_rng(7)
+    false = {"all": 0, "disjoint": 0}
+    for _ in range(NUM_SIMULATIONS):
+        sums = np.concatenate(([0.0], np.cumsum(rng.normal(size=size))))
+        difference = np.array([sums[place + length] - sums[place] for place in places])
+        for name, sample in (("all", difference), ("disjoint", difference[chosen])):
+            false[name] += stats.ttest_1samp(sample, 0.0).pvalue < 0.05
+    assert within(rate(false["disjoint"]), 0.05)
+    assert rate(false["all"]) > 0.08
 
 
 def test_a_known_difference_is_found():
