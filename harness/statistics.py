@@ -186,7 +186,13 @@ def ratio_interval(
         return None
     logarithms = np.log([a / b for a, b in pairs if a and b])
     mean, low, high = (float(np.exp(value)) for value in mean_interval(logarithms))
-    return {"mean": mean, "low": low, "high": high, "num_runs": len(pairs)}
+    return {
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "num_runs": len(pairs),
+        "method": "geometric mean of paired ratios, 95% t interval of the logarithm",
+    }
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -192,8 +192,7 @@ class Sweep:
             self._fail(job, error)
             progress(run.key, _size(run) - finished)
             return isinstance(error, UnfaithfulRun)
-        revision = self.texts.revision(run)
-        write_json(folder / run.file_name, {**record, "dataset_revision": revision, **self.source})
+        write_json(folder / run.file_name, {**record, **self.texts.source(run), **self.source})
         (folder / FAILED / run.file_name).unlink(missing_ok=True)
         self.session.runs_done += 1
         self._write_experiment()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
-from .corpora import load_documents, resolved_revision
+from .corpora import load_documents, resolved_revision, resolved_split
 from .specification import RunSpecification, Text
 from .tokens import encode, load_tokenizer, scored_text
 from .workload import Window, draw_prompts, draw_windows
@@ -26,7 +26,7 @@ class Texts:
     def __init__(self, runs: Sequence[RunSpecification]) -> None:
         self._runs = runs
         self._tokenizer = cache(load_tokenizer)
-        self._revision = cache(resolved_revision)
+        self._source = cache(_source)
         self._sizes: dict[tuple[int, ...], dict[str, int]] = {}
         self._documents: dict[tuple[str, Text], Future[list[list[int]]]] = {}
         # One worker: a tokenizer must not be used by two threads.
@@ -74,9 +74,9 @@ class Texts:
             self._tokens(run), run.load.num_requests, run.load.prompt_tokens, run.seed
         )
 
-    def revision(self, run: RunSpecification) -> str | None:
-        """The hub commit that the run's text was read at, where it came from the hub."""
-        return self._revision(run.text)
+    def source(self, run: RunSpecification) -> dict[str, str | None]:
+        """Hub commit and split that the run's text was read from, where it has them."""
+        return self._source(run.text)
 
     def any_window(self, run: RunSpecification) -> list[int]:
         """Tokens to warm an engine up with."""
@@ -84,3 +84,7 @@ class Texts:
 
     def _tokens(self, run: RunSpecification) -> list[list[int]]:
         return self._documents[run.engine.model_path, run.text].result()
+
+
+def _source(text: Text) -> dict[str, str | None]:
+    return {"dataset_revision": resolved_revision(text), "dataset_split": resolved_split(text)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..aggregate import aggregate, significance
 from ..curves import curves
-from ..records import FAILED, read_json, read_load_records, read_records, write_json
+from ..records import FAILED, check_sources, read_json, read_load_records, read_records, write_json
 from .expectations import expectation_rows
 from .figures import draw
 from .page import write_pages
@@ -35,6 +35,7 @@ def report_comparison(folder: Path, title: str, sessions: list[dict[str, Any]]) 
 
     """
     records, loads = read_records(folder), read_load_records(folder)
+    check_sources(folder, [records[0], *loads[:1]])
     results, tests = aggregate(records, loads), significance(records)
     extra = curves(records, results)
     write_json(folder / "aggregated_results.json", results)
@@ -145,7 +146,9 @@ def _text_line(record: dict[str, Any]) -> str:
     text = record["specification"].get("text", {})
     told = [f"Text: {record['specification']['dataset']}"]
     if revision := record.get("dataset_revision"):
-        told.append(f"revision {revision}, split {text['split']}")
+        told.append(f"revision {revision}")
+    if split := record.get("dataset_split") or text.get("split"):
+        told.append(f"split {split}")
     if text.get("sha256"):
         told.append(f"sha256 {text['sha256'][:16]}...")
     if "document_mode" in text:

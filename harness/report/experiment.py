@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..records import EXPERIMENT, read_json, read_records
+from ..records import EXPERIMENT, check_sources, read_json, read_records
 from .ablation import ablation_rows, draw_ablation
 from .comparison import TIMINGS, failures, report_comparison, time_rows
 from .page import write_pages
@@ -52,7 +52,9 @@ def _overview(
     reported: list[tuple[str, dict[str, Any]]], failed: list[str],
     sessions: list[dict[str, Any]],
 ) -> None:  # fmt: skip
-    first = read_records(folder / points[0]["folder"])[0]
+    firsts = [read_records(folder / point["folder"])[0] for point in points]
+    check_sources(folder, firsts)
+    first = firsts[0]
     varied = ", ".join(points[0]["varied"])
     values = [value for point in points for value in point["varied"].values()]
     draw_ablation(

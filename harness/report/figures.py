@@ -50,7 +50,7 @@ def draw(
         (
             "position",
             "Loss by position, difference from dense on the same windows; bands: 95% over windows "
-            "that share no token.",
+            "that share no token. Each panel has a scale of its own.",
             (lambda: _position(results, curves["nll_by_position"]))
             if any("difference" in c for c in curves["nll_by_position"].values()) else None,
         ),
@@ -183,9 +183,7 @@ def _memory(results: dict[str, Any], front: list[str]) -> Any:
 def _position(results: dict[str, Any], positions: dict[str, Any]) -> Any:
     shown = {key: results[key] for key, curve in positions.items() if "difference" in curve}
     levels = sorted({level(key, entry) for key, entry in shown.items()}, key=level_order)
-    figure, grid = new_figure(
-        max(6.4, 3.6 * len(levels)), 3.8, ncols=len(levels), sharey=True, squeeze=False
-    )
+    figure, grid = new_figure(max(6.4, 3.6 * len(levels)), 3.8, ncols=len(levels), squeeze=False)
     looks = styles([entry["method"] for entry in results.values()])
     for axes, wanted in zip(grid[0], levels, strict=True):
         for key, entry in shown.items():
@@ -199,8 +197,8 @@ def _position(results: dict[str, Any], positions: dict[str, Any]) -> Any:
             axes.fill_between(
                 curve["queries"], curve["low"], curve["high"], color=look["color"], alpha=0.12, lw=0
             )
-        axes.axhline(0, color="black", ls="--", lw=1)
-        axes.set(title=level_title(wanted), xlabel="token")
+        axes.axhline(0, color="black", ls="--", lw=1, label=DENSE)
+        axes.set(title=level_title(wanted), xlabel="token of the window")
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("loss above dense, nats per token")
     shared_legend(figure, grid[0])
@@ -238,24 +236,34 @@ def _drawable(test: dict[str, Any]) -> bool:
 
 
 def _forest(tests: dict[str, Any]) -> Any:
-    names = [name for name, test in tests.items() if _drawable(test)]
-    figure, axes = new_figure(6.4, 1.4 + 0.27 * len(names))
-    for row, name in enumerate(reversed(names)):
-        result = tests[name]["all_tokens"]
-        low, high = result["interval_95"]
+    """A row per comparison, those of a sparsity or budget together, most evicted last."""
+    drawn = [(*name.rpartition("_")[::2], test) for name, test in tests.items() if _drawable(test)]
+    # "s0.9" and "b256": sparsities first, each kind ascending.
+    drawn.sort(key=lambda row: (row[1][0] == "b", float(row[1][1:])))
+    drawn.reverse()  # row 0 is at the bottom
+    figure, axes = new_figure(6.4, 1.8 + 0.27 * len(drawn))
+    labels = []
+    for row, (pair, name, test) in enumerate(drawn):
+        result = test["all_tokens"]
         p = result["paired_t_p_holm"]
         filled = p is not None and p < 0.05
-        axes.plot([low, high], [row, row], color="black", lw=1)
-        axes.plot(result["interval_95_t"], [row, row], color="0.6", lw=4, solid_capstyle="butt")
-        axes.plot(result["mean_difference_nats"], row, "o", ms=6, mec="black",
+        first = row == 0
+        axes.plot(result["interval_95_t"], [row, row], color="0.65", lw=7, solid_capstyle="butt",
+                  label="95% by windows" if first else None)  # fmt: skip
+        axes.plot(result["interval_95"], [row, row], color="black", lw=1, marker="|", ms=6,
+                  label="95% by seeds" if first else None)  # fmt: skip
+        axes.plot(result["mean_difference_nats"], row, "o", ms=4, mec="black",
                   mfc="black" if filled else "white")  # fmt: skip
+        if row and name != drawn[row - 1][1]:
+            axes.axhline(row - 0.5, color="0.8", lw=0.8)
+        unit = " tokens" if name.startswith("b") else ""
+        labels.append(f"{pair.replace('_vs_', ' vs ')}, {name[1:]}{unit}")
+    for face, text in (("black", "p < 0.05, Holm"), ("white", "not so")):
+        axes.plot([], [], "o", ms=4, mec="black", mfc=face, label=text)
     axes.axvline(0, color="black", ls="--", lw=0.8)
-    shown = [name.replace("_vs_", " vs ").rpartition("_") for name in reversed(names)]
-    axes.set_yticks(
-        range(len(names)),
-        [f"{pair}, {level.removeprefix('s')}" for pair, _, level in shown],
-        fontsize=8,
-    )
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(-0.7, len(labels) - 0.3)
     axes.set(xlabel="second minus first, nats per token (right of 0: the first is better)")
     axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return figure

