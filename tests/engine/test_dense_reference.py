@@ -6,6 +6,9 @@ import math
 import pytest
 import torch
 
+from harness.perplexity import perplexity, total
+
+from ..conftest import ROOT
 from .test_offline import offline
 
 
@@ -15,6 +18,18 @@ def test_dense_perplexity_equals_transformers(smollm2, canterbury, tmp_path):
     record = json.loads((tmp_path / "e" / "dense_s0_ctx512_seed0.json").read_text())
     assert record["perplexity"] == pytest.approx(
         reference(smollm2, canterbury, [w["start"] for w in record["windows"]], 512), rel=0.005
+    )
+
+
+def test_the_committed_evaluation_agrees_with_transformers(smollm2, wiki_test):
+    """What a GPU measured in bfloat16, in chunks, against one pass in float32 here."""
+    folder = ROOT / "results" / "full-evaluation" / "dataset=text-wiki.test.raw"
+    record = json.loads((folder / "dense_s0_ctx2048_seed0.json").read_text())
+    windows = record["windows"][::25]
+    assert len(windows) == 2
+    starts = [window["start"] for window in windows]
+    assert perplexity(map(total, windows)) == pytest.approx(
+        reference(smollm2, wiki_test, starts, 2048), rel=0.005
     )
 
 
