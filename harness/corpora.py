@@ -143,7 +143,7 @@ def load_documents(text: Text) -> tuple[list[str], str]:
             return [path.read_text(encoding="utf-8")], ""
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read {path} as UTF-8 text: {error}") from None
-    known = HUB.get(text.dataset)
+    known = None if text.dataset_path else HUB.get(text.dataset)  # a folder may bear the name
     documents = _from_datasets(text, known)
     if known is not None and not known.separator:
         return [article for article in _ARTICLE.split("".join(documents)) if article.strip()], ""

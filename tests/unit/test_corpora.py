@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from harness.corpora import HUB, describe, load_documents, load_text, resolved_revision
+from harness.corpora import (
+    HUB,
+    describe,
+    load_documents,
+    load_text,
+    resolved_revision,
+    resolved_split,
+)
 from harness.errors import UsageError
 from harness.specification import Text
 from harness.tokens import scored_text, tokenize
@@ -57,6 +64,18 @@ def test_a_local_file_is_known_by_its_content(files):
     assert (before.dataset, before.column) == ("jsonl:a.jsonl", "text")
     (files / "a.jsonl").write_text(json.dumps({"text": "three"}))
     assert describe(f"jsonl:{files}/a.jsonl", None, "whole") != before
+
+
+def test_a_folder_is_known_by_its_content_whatever_its_name(files):
+    folder = (files / "corpus").rename(files / "pg19")
+    before = describe(str(folder), None, "whole")
+    assert (before.dataset, before.revision) == ("pg19", None)
+    assert load_documents(before)[0] == ["one", "two"]
+    assert resolved_split(before) == "test"
+    (folder / ".note").write_text("hidden")
+    assert describe(str(folder), None, "whole") == before
+    (folder / "test.jsonl").write_text(json.dumps({"text": "three"}))
+    assert describe(str(folder), None, "whole") != before
 
 
 @pytest.mark.parametrize("name", list(HUB))

