@@ -61,9 +61,7 @@ def aggregate(
         }
         for metric in METRICS:
             entry[metric] = summary([run.get(metric) for run in runs])
-        entry["avg_memory_mb"] = summary(
-            [run["avg_cache_size"] * run["engine"]["bytes_per_block"] / 2**20 for run in runs]
-        )
+        entry["avg_memory_mb"] = summary([_average_memory_mb(run) for run in runs])
         dense = [_dense_on_the_same(run, records) for run in runs]
         if not _is_dense(runs[0]) and all(value is not None for value in dense):
             entry["dense_after_eviction"] = summary(dense)
@@ -163,6 +161,12 @@ def _against_dense(
     dense = {load["seed"]: load[speed] for load in loads if _is_dense(load)}
     pairs = [(run[speed], dense[run["seed"]]) for run in runs if run["seed"] in dense]
     return ratio_interval(pairs) if pairs and not _is_dense(runs[0]) else None
+
+
+def _average_memory_mb(run: dict[str, Any]) -> float:
+    # Blocks are counted per layer group, and one group's block holds only that group's layers.
+    groups = run["specification"]["engine"]["eviction"]["layer_groups"]
+    return run["avg_cache_size"] * groups * run["engine"]["bytes_per_block"] / 2**20
 
 
 def _is_dense(record: dict[str, Any]) -> bool:

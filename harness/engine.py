@@ -82,13 +82,14 @@ class Engine:
         for wave in np.array_split(np.arange(len(windows)), num_waves):
             # vLLM gives a request that is alone the whole token budget, whatever the chunk
             # (scheduler.py, long_prefill_token_threshold), so a lone window gets a companion.
-            companions = 1 if len(wave) == 1 else 0
-            batch = [windows[i] for i in wave] + [windows[wave[0]]] * companions
+            companion = [windows[wave[0]]] if len(wave) == 1 else []
+            batch = [*(windows[i] for i in wave), *companion]
             pool: list[tuple[int, int]] = []
             outputs = self._run(
                 [self._scoring_request(window, settings, min_context) for window in batch],
                 progress,
                 pool,
+                len(wave),
             )
             if not scored.trace:
                 scored.trace = self._trace(pool, len(batch))
@@ -166,9 +167,12 @@ class Engine:
         requests: Sequence[tuple[list[int], Any]],
         progress: Progress,
         pool: list[tuple[int, int]] | None = None,
+        num_counted: int | None = None,
     ) -> list[Any]:
         """Outputs of ``requests``, in their order; ``pool`` gets, for each step before the first
-        request ends, tokens scheduled of a request and blocks in use."""
+        request ends, tokens scheduled of a request and blocks in use; ``progress`` hears of the
+        first ``num_counted`` (None: all)."""
+        counted = len(requests) if num_counted is None else num_counted
         engine = self._llm.llm_engine
         names = [
             engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
@@ -179,8 +183,10 @@ class Engine:
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
-                        done[int(output.request_id)] = output
-                        progress(1)
+                        place = int(output.request_id)
+                        done[place] = output
+                        if place < counted:
+                            progress(1)
                 if pool is not None and not done:
                     pool += self._pool_state()
         except BaseException:
