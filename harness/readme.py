@@ -3,6 +3,7 @@
     python -m harness.readme README.md results
 
 NAME lies under ``results``. Kinds: ``table``, a folder of records or a benchmark's record;
+``ablation``, the folder of a study that varies something;
 ``settings``, folders of records below one, a row for each way of scoring; ``sampled``, the same
 where scores are sampled; ``agreement``, two folders of records of one study, from two machines.
 Figures in a README are never typed in.
@@ -20,12 +21,14 @@ from typing import Any
 from .aggregate import aggregate
 from .bench.tables import bench_table, sampled_table, settings_table
 from .errors import UsageError
-from .records import FAILED, read_json, read_load_records, read_records
+from .records import EXPERIMENT, FAILED, read_json, read_load_records, read_records
+from .report.ablation import ablation_rows
 from .report.agreement import agreement_table
-from .report.tables import caption, markdown_table, provenance_line
+from .report.experiment import point_name
+from .report.tables import caption, markdown, markdown_table, provenance_line
 
 _MARKED = re.compile(
-    r"(<!-- (table|settings|sampled|agreement): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (table|ablation|settings|sampled|agreement): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 
@@ -56,6 +59,17 @@ def _table(path: Path) -> str:
     return f"{told}\n{provenance_line(records[0])}\n\n{markdown_table(current)}"
 
 
+def _ablation(folder: Path) -> str:
+    points = read_json(folder / EXPERIMENT)["comparisons"]
+    records = [read_records(folder / point["folder"]) for point in points]
+    results = [(point_name(p), aggregate(r)) for p, r in zip(points, records, strict=True)]
+    first = records[0][0]
+    told = (
+        f"{caption(first)}, {len({r['seed'] for r in records[0]})} runs; in brackets against dense."
+    )
+    return f"{told}\n{provenance_line(first)}\n\n{markdown(ablation_rows(results))}"
+
+
 def _alike(a: Any, b: Any) -> bool:
     """Equal, but for the last digits of numbers: exp and log differ between processors there."""
     if isinstance(a, dict) and isinstance(b, dict):
@@ -73,6 +87,7 @@ def _below(folder: Path) -> list[dict[str, Any]]:
 
 _TABLES: dict[str, Callable[..., str]] = {
     "table": _table,
+    "ablation": _ablation,
     "settings": lambda folder: settings_table(_below(folder)),
     "sampled": lambda folder: sampled_table(_below(folder)),
     "agreement": lambda a, b: agreement_table(read_records(a), read_records(b)),

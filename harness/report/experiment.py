@@ -34,17 +34,21 @@ def report_experiment(folder: Path) -> list[tuple[str, dict[str, Any]]]:
         return [("", report_comparison(folder, name, sessions))]
     reported = []
     for point in there:
-        varied = ", ".join(f"{k} {v}" for k, v in point["varied"].items())
+        varied = point_name(point)
         results = report_comparison(folder / point["folder"], f"{name}: {varied}", [])
         reported.append((varied, results))
     failed = [
-        f"- {', '.join(f'{k} {v}' for k, v in point['varied'].items())}: `{f['key']}` of seed "
-        f"{f['seed']}: {f['reason']}"
+        f"- {point_name(point)}: `{f['key']}` of seed {f['seed']}: {f['reason']}"
         for point in points
         for f in failures(folder / point["folder"])
     ]
     _overview(folder, name, there, reported, failed, sessions)
     return reported
+
+
+def point_name(point: dict[str, Any]) -> str:
+    """What was varied at a point of a study (of ``experiment.json``), in words."""
+    return ", ".join(f"{name} {value}" for name, value in point["varied"].items())
 
 
 def _overview(
