@@ -64,9 +64,8 @@ def _ablation(folder: Path) -> str:
     records = [read_records(folder / point["folder"]) for point in points]
     results = [(point_name(p), aggregate(r)) for p, r in zip(points, records, strict=True)]
     first = records[0][0]
-    told = (
-        f"{caption(first)}, {len({r['seed'] for r in records[0]})} runs; in brackets against dense."
-    )
+    runs = len({record["seed"] for record in records[0]})
+    told = f"First column: {caption(first)}, {runs} runs. In brackets: against dense."
     return f"{told}\n{provenance_line(first)}\n\n{markdown(ablation_rows(results))}"
 
 
