@@ -105,12 +105,17 @@ def test_throughput_comes_from_a_pass_of_its_own(experiment):
     assert results["dense_s0"]["throughput"]["blocks_evicted"]["mean"] == 0
 
 
-def test_it_shows_progress_and_a_table(experiment):
+def test_it_shows_progress_and_a_table_of_each_pass(experiment):
     _, done = experiment
     # 10 runs of 3 windows, and 5 loads of 4 requests, twice each.
     assert "70/70" in done.stderr
-    table = [line for line in done.stdout.splitlines() if line.startswith(("dense", "h2o", "cab"))]
-    assert len(table) == 5
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("dense", "h2o", "cab"))]
+    assert len(rows) == 2 * 5
+    perplexity, throughput = (
+        line for line in done.stdout.splitlines() if line.startswith("method")
+    )
+    assert "perplexity" in perplexity
+    assert "output tok/s" in throughput
     assert "Traceback" not in done.stderr
 
 
