@@ -156,7 +156,7 @@ def _dense_on_the_same(run: dict[str, Any], records: Iterable[dict[str, Any]]) -
 
 def _against_dense(
     runs: Sequence[dict[str, Any]], loads: Iterable[dict[str, Any]]
-) -> dict[str, float] | None:
+) -> dict[str, Any] | None:
     speed = "output_tokens_per_second"
     dense = {load["seed"]: load[speed] for load in loads if _is_dense(load)}
     pairs = [(run[speed], dense[run["seed"]]) for run in runs if run["seed"] in dense]

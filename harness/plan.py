@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from vllm_plugins.config import EvictionConfig, parse_sparsity
 from .corpora import describe
 from .errors import UsageError
 from .models import fingerprint, recorded_name, resolve_model
-from .specification import DENSE, EngineSpecification, Load, Method, RunSpecification
+from .specification import DENSE, EngineSpecification, Load, Method, RunSpecification, Text
 from .study import Study, short_name
 
 _EVICTION = ("layer_groups", "score", "score_half_life", "score_queries", "score_every",
@@ -45,12 +46,13 @@ def comparisons(study: Study, folder: Path, device: str) -> list[Comparison]:
 
     """
     points = []
+    text_of = cache(describe)  # local files are read whole for their hash: once, not per point
     for values in itertools.product(*study.vary.values()):
         varied = dict(zip(study.vary, values, strict=True))
         point = Study.parse({**_settings(replace(study, vary={})), **varied})
         shown = {name: _shown(name, value) for name, value in varied.items()}
         target = folder.joinpath(*(slug(f"{name}={value}") for name, value in shown.items()))
-        points.append(Comparison(shown, target, tuple(_runs(point, device))))
+        points.append(Comparison(shown, target, tuple(_runs(point, device, text_of))))
     if len({point.folder for point in points}) < len(points):
         raise UsageError("vary lists the same value twice; drop one")
     return points
@@ -150,7 +152,9 @@ def _settings(study: Study) -> dict[str, Any]:
     return {f.name: getattr(study, f.name) for f in fields(study)}
 
 
-def _runs(study: Study, device: str) -> list[RunSpecification]:
+def _runs(
+    study: Study, device: str, text_of: Callable[[str, str | None, str], Text]
+) -> list[RunSpecification]:
     from vllm_plugins.checks import check_block_size
 
     seeds = seeds_for(study.num_runs, study.seeds)
@@ -181,7 +185,7 @@ def _runs(study: Study, device: str) -> list[RunSpecification]:
         eviction=eviction.to_dict(),
         model_path=path,
     )
-    text = describe(study.dataset, study.text_column, study.document_mode)
+    text = text_of(study.dataset, study.text_column, study.document_mode)
     runs = [
         RunSpecification(
             engine,

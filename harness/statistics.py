@@ -179,9 +179,14 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
 
 def ratio_interval(
     pairs: Sequence[tuple[float | None, float | None]],
-) -> dict[str, float] | None:
-    """Geometric mean of the pairs' ratios, first over second, and its 95% t interval (of the
-    logarithms); ``low`` = ``high`` = ``mean`` for one pair, None if a value is missing or 0."""
+) -> dict[str, Any] | None:
+    """Geometric mean of the pairs' ratios, first over second, with a 95% t interval.
+
+    Returns:
+        ``mean``, ``low``, ``high`` (all the same for one pair), ``num_runs`` and, in words,
+        ``method``; None if a value is missing or 0.
+
+    """
     if not all(a and b for a, b in pairs):
         return None
     logarithms = np.log([a / b for a, b in pairs if a and b])

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..specification import DENSE
 from .styles import DENSE_POINT, new_figure, save, shared_legend, styles
-from .tables import level, level_order, level_title
+from .tables import level, level_order, level_shown, level_title
 
 _LEVELS = {False: "sparsity", True: "budget"}
 _UNITS = {False: "share of KV blocks evicted", True: "tokens that a request keeps"}
@@ -237,9 +237,12 @@ def _drawable(test: dict[str, Any]) -> bool:
 
 def _forest(tests: dict[str, Any]) -> Any:
     """A row per comparison, those of a sparsity or budget together, most evicted last."""
-    drawn = [(*name.rpartition("_")[::2], test) for name, test in tests.items() if _drawable(test)]
-    # "s0.9" and "b256": sparsities first, each kind ascending.
-    drawn.sort(key=lambda row: (row[1][0] == "b", float(row[1][1:])))
+    drawn = []
+    for comparison, test in tests.items():
+        if _drawable(test):
+            pair, _, name = comparison.rpartition("_")
+            drawn.append((pair.replace("_vs_", " vs "), level_shown(name), test))
+    drawn.sort(key=lambda row: level_order(row[1]))
     drawn.reverse()  # row 0 is at the bottom
     figure, axes = new_figure(6.4, 1.8 + 0.27 * len(drawn))
     labels = []
@@ -256,8 +259,7 @@ def _forest(tests: dict[str, Any]) -> Any:
                   mfc="black" if filled else "white")  # fmt: skip
         if row and name != drawn[row - 1][1]:
             axes.axhline(row - 0.5, color="0.8", lw=0.8)
-        unit = " tokens" if name.startswith("b") else ""
-        labels.append(f"{pair.replace('_vs_', ' vs ')}, {name[1:]}{unit}")
+        labels.append(f"{pair}, {name}")
     for face, text in (("black", "p < 0.05, Holm"), ("white", "not so")):
         axes.plot([], [], "o", ms=4, mec="black", mfc=face, label=text)
     axes.axvline(0, color="black", ls="--", lw=0.8)

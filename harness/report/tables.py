@@ -186,7 +186,11 @@ def machine_line(record: dict[str, Any]) -> str:
 
 def level(key: str, entry: dict[str, Any]) -> str:
     """What the column ``sparsity`` shows: a sparsity, or a budget in tokens."""
-    name = key.removeprefix(f"{entry['method']}_")
+    return level_shown(key.removeprefix(f"{entry['method']}_"))
+
+
+def level_shown(name: str) -> str:
+    """``s0.9`` or ``b256``, as keys end, for a reader: ``0.9``, ``256 tokens``."""
     return name[1:] if name.startswith("s") else f"{name[1:]} tokens"
 
 
@@ -208,7 +212,7 @@ def spread(value: dict[str, float] | None, num_runs: int, digits: int = 2) -> st
     return mean if num_runs == 1 else f"{mean} ± {value['std']:.{digits}f}"
 
 
-def times(ratio: dict[str, float] | None, unit: str = "") -> str:
+def times(ratio: dict[str, Any] | None, unit: str = "") -> str:
     """A ratio and its interval, as ``statistics.ratio_interval`` gives them."""
     if ratio is None:
         return "-"
