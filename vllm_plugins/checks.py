@@ -7,6 +7,33 @@ from typing import Any
 from .config import EvictionConfig, EvictionConfigError
 from .registration import CONNECTOR
 
+SENTENCES = {
+    "prefix_caching": "prefix caching is on, and would share blocks computed after an eviction; "
+    "set enable_prefix_caching=False (--no-enable-prefix-caching)",
+    "speculative": "speculative decoding is on, and its draft tokens would be scored; "
+    "remove the speculative configuration (--speculative-config)",
+    "mla": "{model} uses multi-head latent attention (MLA); "
+    "use a model with plain multi-head or grouped-query attention",
+    "window": "{model} has sliding-window layers, which free blocks by a rule of their own; "
+    "set max_model_len to at most their window of {window:,} tokens (--max-model-len), or use a "
+    "model with full attention in every layer",
+    "kv_cache_dtype": "kv_cache_dtype is {dtype}, which is not tested with eviction; "
+    'use kv_cache_dtype="auto", the type of the model (--kv-cache-dtype)',
+    "connector": "the engine's KV connector is {connector}, so nothing would be evicted; "
+    "eviction needs that place for itself: drop kv_transfer_config, MultiConnector and "
+    "kv_offloading_size (--kv-transfer-config, --kv-offloading-size)",
+    "pipeline": "pipeline parallelism splits the layers over processes; "
+    "set pipeline_parallel_size=1 (--pipeline-parallel-size)",
+    "context_parallel": "context parallelism shards a block's tokens; set "
+    "decode_context_parallel_size and prefill_context_parallel_size to 1",
+    "ubatching": "dual batch overlap splits a step's rows; set enable_dbo=False (--no-enable-dbo)",
+    "worker": "the engine runs without the eviction worker; "
+    "pass worker_cls as eviction_engine_args gives it",
+    "layer_groups_pool": "layer_groups is {groups}, which needs vLLM's hybrid KV-cache manager; "
+    "drop disable_hybrid_kv_cache_manager (--disable-hybrid-kv-cache-manager) or layer_groups",
+}
+"""Said by ``check_engine`` of a configuration, and by ``kv-eviction serve`` of flags alone."""
+
 
 def is_configured(vllm_config: Any) -> bool:
     """Whether ``vllm_config`` (``vllm.config.VllmConfig`` or None) asks for eviction."""
@@ -18,7 +45,7 @@ def check_engine(vllm_config: Any) -> None:
     """Refuse an engine configuration under which eviction would be wrong.
 
     ``EngineArgs(...).create_engine_config()`` gives a ``VllmConfig`` without starting anything;
-    the scheduler's connector calls this again, whoever built the configuration.
+    workers call this again before they load the model, whoever built the configuration.
 
     Raises:
         EvictionConfigError: the first obstacle, and what to change.
@@ -28,51 +55,70 @@ def check_engine(vllm_config: Any) -> None:
 
     from .attention import check_settings
 
+    if not is_configured(vllm_config):
+        transfer = vllm_config.kv_transfer_config
+        name = transfer.kv_connector if transfer is not None else "none"
+        raise EvictionConfigError(SENTENCES["connector"].format(connector=name))
     config = EvictionConfig.parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    parallel = vllm_config.parallel_config
-    refusals = [
-        (
-            cache.enable_prefix_caching,
-            "prefix caching is on, and would share blocks computed after an eviction; "
-            "set enable_prefix_caching=False (--no-enable-prefix-caching)",
-        ),
-        (
-            vllm_config.speculative_config is not None,
-            "speculative decoding is on, and its draft tokens would be scored; "
-            "remove the speculative configuration",
-        ),
-        (
-            model.use_mla,
-            f"{model.model} uses multi-head latent attention (MLA); "
-            "use a model with plain multi-head or grouped-query attention",
-        ),
+    for refused, reason in (*_of_the_model(vllm_config), *_of_the_engine(vllm_config, config)):
+        if refused:
+            raise EvictionConfigError(reason)
+    cache = vllm_config.cache_config
+    if cache.block_size is not None:
+        check_block_size(cache.block_size)
+        config.check_budget(cache.block_size)
+    check_settings(config.request_settings(None, cache.block_size or 1))
+    if current_platform.is_cuda():
+        _check_cuda(vllm_config)
+    elif vllm_config.use_v2_model_runner:
+        raise EvictionConfigError(
+            "the engine uses vLLM's V2 model runner, which eviction knows on CUDA only; "
+            "unset VLLM_USE_V2_MODEL_RUNNER"
+        )
+    num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+    check_layer_groups(num_layers, config.layer_groups)
+
+
+def _of_the_model(vllm_config: Any) -> list[tuple[bool, str]]:
+    model = vllm_config.model_config
+    name, window = model.model, sliding_window(model)
+    return [
+        (model.use_mla, SENTENCES["mla"].format(model=name)),
         (
             model.is_hybrid or model.is_attention_free,
-            f"{model.model} has layers without attention; use an attention-only model",
+            f"{name} has layers without attention; use an attention-only model",
         ),
         (
             model.is_encoder_decoder or model.runner_type != "generate",
-            f"{model.model} is not a decoder that generates; use a decoder-only model",
+            f"{name} is not a decoder that generates; use a decoder-only model",
         ),
         (
-            bool(sliding_window(model)),
-            f"{model.model} has sliding-window layers, which free blocks by a rule of their own; "
-            "use a model with full attention in every layer",
+            window is not None and window < (model.max_model_len or 0),
+            SENTENCES["window"].format(model=name, window=window or 0),
         ),
+    ]
+
+
+def _of_the_engine(vllm_config: Any, config: EvictionConfig) -> list[tuple[bool, str]]:
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    dtype = cache.cache_dtype
+    return [
+        (cache.enable_prefix_caching, SENTENCES["prefix_caching"]),
+        (vllm_config.speculative_config is not None, SENTENCES["speculative"]),
         (
-            cache.cache_dtype.startswith("fp8"),
-            f"kv_cache_dtype is {cache.cache_dtype}, which is not tested; "
-            'use kv_cache_dtype="auto"',
+            dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
+            SENTENCES["kv_cache_dtype"].format(dtype=dtype),
         ),
+        (parallel.pipeline_parallel_size > 1, SENTENCES["pipeline"]),
         (
-            parallel.pipeline_parallel_size > 1,
-            "pipeline parallelism splits the layers over processes; set pipeline_parallel_size=1",
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            SENTENCES["context_parallel"],
         ),
+        (parallel.use_ubatching, SENTENCES["ubatching"]),
         (
-            getattr(parallel, "decode_context_parallel_size", 1) > 1,
-            "decode context parallelism shards a block's tokens; "
-            "set decode_context_parallel_size=1",
+            config.layer_groups > 1 and bool(scheduler.disable_hybrid_kv_cache_manager),
+            SENTENCES["layer_groups_pool"].format(groups=config.layer_groups),
         ),
         (
             model.max_model_len is not None
@@ -82,20 +128,6 @@ def check_engine(vllm_config: Any) -> None:
             "use a smaller block",
         ),
     ]
-    for refused, reason in refusals:
-        if refused:
-            raise EvictionConfigError(reason)
-    if cache.block_size is not None:
-        check_block_size(cache.block_size)
-        config.check_budget(cache.block_size)
-    check_settings(config.request_settings(None, cache.block_size or 1))
-    if current_platform.is_cuda():
-        _check_cuda(vllm_config)
-    num_layers = model.get_num_layers(parallel)
-    if num_layers % config.layer_groups:
-        from .spec import check_layer_groups
-
-        check_layer_groups(num_layers, config.layer_groups)
 
 
 def sliding_window(model_config: Any) -> int | None:
@@ -117,6 +149,16 @@ def check_block_size(block_size: int) -> None:
         )
 
 
+def check_layer_groups(num_layers: int, layer_groups: int) -> None:
+    """Refuse a number of groups that does not divide the model's layers."""
+    if num_layers % layer_groups:
+        divisors = [g for g in range(1, num_layers + 1) if num_layers % g == 0]
+        raise EvictionConfigError(
+            f"layer_groups is {layer_groups}, which does not divide the model's {num_layers} "
+            f"layers; use one of: {', '.join(map(str, divisors))}"
+        )
+
+
 def _check_cuda(vllm_config: Any) -> None:
     backend = vllm_config.attention_config.backend
     if backend is None or backend.name != "CUSTOM":
@@ -135,5 +177,3 @@ def _check_cuda(vllm_config: Any) -> None:
             f"cudagraph_mode {mode.name} captures prefills whole, whose rows are scored by what "
             "they hold; use FULL_AND_PIECEWISE, vLLM's default"
         )
-    if vllm_config.parallel_config.use_ubatching:
-        raise EvictionConfigError("dual batch overlap splits a step's rows; set enable_dbo=False")

@@ -21,6 +21,8 @@ from .policies import (
 
 SCORES = ("sum", "mean", "decay")
 REQUEST_KEYS = ("kv_policy", "kv_sparsity", "kv_budget_tokens", "kv_policy_args")
+_VLLMS_KEYS = ("kv_transfer_params", "kv_cache_report_mode")
+"""Of ``extra_args``; vLLM's own."""
 
 
 class EvictionConfigError(ValueError):
@@ -60,6 +62,17 @@ class RequestSettings:
         # The slack keeps 0.7 * 10 blocks at 3 where (1 - 0.7) * 10 is 3.0000000000000004.
         blocks = math.ceil((1.0 - self.sparsity) * num_tokens / block_size - 1e-9)
         return max(min_blocks, blocks)
+
+    def effective_sparsity(self, num_tokens: int, block_size: int, min_blocks: int) -> float:
+        """Share of a sequence of ``num_tokens`` that its budget really lets go.
+
+        Less than ``sparsity`` where ``min_blocks`` or whole blocks leave more, 0 where the
+        sequence fits into its budget.
+        """
+        if num_tokens < 1:
+            return 0.0
+        kept = self.keep(num_tokens, block_size, min_blocks) * block_size
+        return max(0.0, 1.0 - kept / num_tokens)
 
 
 @dataclass(frozen=True)
@@ -124,6 +137,9 @@ class EvictionConfig:
         config = replace(
             config,
             sparsity=parse_sparsity("sparsity", config.sparsity),
+            budget_tokens=None
+            if config.budget_tokens is None
+            else _parse_int("budget_tokens", config.budget_tokens, 1),
             score_queries=_parse_score_queries(config.score_queries),
         )
         config._validate()
@@ -189,7 +205,7 @@ class EvictionConfig:
 
         Args:
             extra_args: ``SamplingParams.extra_args``; keys other than ``REQUEST_KEYS`` belong
-                to others and are ignored, unless they look like a misspelt one of ours.
+                to others and are ignored, unless they look like ours (``check_request_keys``).
             block_size: tokens per KV block.
 
         Raises:
@@ -197,13 +213,7 @@ class EvictionConfig:
 
         """
         extra = extra_args or {}
-        for name in extra:
-            if name not in REQUEST_KEYS and difflib.get_close_matches(
-                str(name), REQUEST_KEYS, cutoff=0.85
-            ):
-                raise EvictionConfigError(
-                    f"unknown request setting {name!r}{_suggest(name, REQUEST_KEYS)}"
-                )
+        check_request_keys(extra)
         policy = extra.get("kv_policy", self.policy)
         _policy(policy)
         if (
@@ -221,7 +231,7 @@ class EvictionConfig:
         if "kv_sparsity" in extra:
             sparsity, budget = parse_sparsity("kv_sparsity", extra["kv_sparsity"]), None
         elif "kv_budget_tokens" in extra:
-            sparsity, budget = 0.0, extra["kv_budget_tokens"]
+            sparsity, budget = 0.0, _parse_int("kv_budget_tokens", extra["kv_budget_tokens"], 1)
         elif get_policy(policy).select is None:
             sparsity, budget = 0.0, None
         overrides = _parse_policy_args(extra.get("kv_policy_args"))
@@ -233,7 +243,7 @@ class EvictionConfig:
         return settings
 
     def _settings(
-        self, policy: str, sparsity: float, budget: Any, overrides: Any, prefix: str
+        self, policy: str, sparsity: float, budget: int | None, overrides: Any, prefix: str
     ) -> RequestSettings:
         evicting = sparsity > 0 or budget is not None
         if _policy(policy).select is None and evicting:
@@ -241,12 +251,28 @@ class EvictionConfig:
                 f"policy {policy} never evicts, so {prefix}sparsity or {prefix}budget_tokens "
                 f"would do nothing; choose another policy or drop them"
             )
-        if budget is not None:
-            if not prefix and sparsity > 0:
-                raise EvictionConfigError("give sparsity or budget_tokens, not both")
-            budget = _parse_int(f"{prefix}budget_tokens", budget, 1)
+        if budget is not None and not prefix and sparsity > 0:
+            raise EvictionConfigError("give sparsity or budget_tokens, not both")
         args = {**self.policy_args.get(policy, {}), **(overrides or {})}
         return RequestSettings(policy, sparsity, budget, _resolve(policy, args))
+
+    def summary(self) -> str:
+        """What an engine with these settings does, for its log."""
+        settings = self._settings(self.policy, self.sparsity, self.budget_tokens, None, "")
+        if not settings.evicts:
+            return (
+                f"policy {self.policy} evicts nothing unless a request asks for it; "
+                "prefix caching is off"
+            )
+        budget = (
+            f"sparsity {self.sparsity:g}"
+            if self.budget_tokens is None
+            else f"{self.budget_tokens:,} tokens"
+        )
+        return (
+            f"policy {self.policy}, {budget}; prefix caching is off, as blocks "
+            "computed after an eviction cannot be shared"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values (the connector's extra configuration)."""
@@ -254,6 +280,39 @@ class EvictionConfig:
         if isinstance(values["request_policies"], tuple):
             values["request_policies"] = list(values["request_policies"])
         return values
+
+
+def check_request_keys(extra_args: Mapping[str, Any]) -> None:
+    """Refuse keys that look like a request's eviction settings but would be ignored.
+
+    Raises:
+        EvictionConfigError: a misspelt key, one without its ``kv_``, one of the server's, or ours
+            inside ``kv_transfer_params``.
+
+    """
+    of_the_server = {f.name for f in fields(EvictionConfig)}
+    for name in extra_args:
+        if name in REQUEST_KEYS or name in _VLLMS_KEYS:
+            continue
+        bare = str(name).lower().replace("-", "_").removeprefix("kv_")
+        close = f"kv_{bare}" in REQUEST_KEYS or difflib.get_close_matches(
+            str(name), REQUEST_KEYS, cutoff=0.85
+        )
+        if not close and bare in of_the_server and ("_" in bare or bare != str(name)):
+            raise EvictionConfigError(
+                f"{name!r} is a setting of the server, not of a request; start the server with it "
+                f"(--{bare.replace('_', '-')})"
+            )
+        if close or str(name).startswith("kv_"):
+            raise EvictionConfigError(
+                f"unknown request setting {name!r}{_suggest(f'kv_{bare}', REQUEST_KEYS)}"
+            )
+    inside = extra_args.get("kv_transfer_params")
+    if isinstance(inside, Mapping) and (lost := [key for key in REQUEST_KEYS if key in inside]):
+        raise EvictionConfigError(
+            f"{lost[0]} stands in kv_transfer_params, where nobody reads it; "
+            "put it into extra_args (vllm_xargs over HTTP)"
+        )
 
 
 def parse_sparsity(name: str, value: Any) -> float:
@@ -269,16 +328,18 @@ def parse_sparsity(name: str, value: Any) -> float:
         sparsity = math.nan
     if not 0.0 <= sparsity < 1.0:
         raise EvictionConfigError(
-            f"{name} is {value!r}; give a number from 0 (evict nothing) to below 1"
+            f"{name} is {_shown(value)}; give a number from 0 (evict nothing) to below 1"
         )
     return sparsity
 
 
 def _parse_int(name: str, value: Any, least: int) -> int:
-    if isinstance(value, str) and value.isdigit():
+    if isinstance(value, str) and value.isdecimal():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise EvictionConfigError(f"{name} is {value!r}; give a whole number of at least {least}")
+        raise EvictionConfigError(
+            f"{name} is {_shown(value)}; give a whole number of at least {least}"
+        )
     return value
 
 
@@ -289,7 +350,8 @@ def _parse_score_queries(value: Any) -> str | int:
         return _parse_int("score_queries", value, 1)
     except EvictionConfigError:
         raise EvictionConfigError(
-            f'score_queries is {value!r}; give "all" or how many of a chunk\'s last queries count'
+            f'score_queries is {_shown(value)}; give "all" or how many of a chunk\'s last queries '
+            "count"
         ) from None
 
 
@@ -299,13 +361,19 @@ def _parse_policy_args(value: Any) -> Mapping[str, Any] | None:
     if isinstance(value, str):
         try:
             parsed = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):  # not JSON; or brackets, thousands deep
             parsed = value
     if parsed is not None and not isinstance(parsed, Mapping):
         raise EvictionConfigError(
-            f"kv_policy_args is {value!r}; give a mapping of parameter to value, or one as JSON"
+            f"kv_policy_args is {_shown(value)}; "
+            "give a mapping of parameter to value, or one as JSON"
         )
     return parsed
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _policy(name: Any):

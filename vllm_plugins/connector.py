@@ -5,6 +5,7 @@ It moves no KV data; the load and save hooks of the interface do nothing.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 from zlib import crc32
@@ -18,12 +19,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from .attention import check_settings
 from .attention.state import worker_state
-from .checks import check_engine
+from .checks import SENTENCES, check_engine
 from .config import EvictionConfig, EvictionConfigError
 from .ledger import Ledger
 from .manager import EvictableManager
 from .messages import EvictionPlan, ScoreReport
 from .metrics import COUNTERS, LIVE_SHARE, REQUESTS, EvictionPromMetrics, EvictionStats
+from .siblings import Siblings
+
+logger = logging.getLogger("vllm.kv_eviction")
 
 RECORD_KEY = "kv_eviction"
 """Key of a request's record in ``RequestOutput.kv_transfer_params``."""
@@ -36,12 +40,13 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self.config = EvictionConfig.parse(self._kv_transfer_config.kv_connector_extra_config)
         self._ledger: Ledger | None = None
-        self._needs: dict[str, frozenset[str]] = {}
+        self._siblings = Siblings()
         self._reported: Counter[str] = Counter()
         self._reported_requests: Counter[str] = Counter()
         self.scoring_seconds: Counter[str] = Counter()
         if role == KVConnectorRole.SCHEDULER:
             check_engine(vllm_config)
+            logger.info("KV eviction: %s", self.config.summary())
 
     # Scheduler side
 
@@ -51,10 +56,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         self._pool = kv_cache_manager.block_pool
         self._managers = list(kv_cache_manager.coordinator.single_type_managers)
         if not all(isinstance(manager, EvictableManager) for manager in self._managers):
-            raise EvictionConfigError(
-                "the engine runs without the eviction worker; "
-                "pass worker_cls as eviction_engine_args gives it"
-            )
+            raise EvictionConfigError(SENTENCES["worker"])
         ledger = Ledger(
             self.config,
             self._managers[0].block_size,
@@ -149,9 +151,11 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Hand the request's record out with its last output."""
+        """Hand the request's record out with its last output; of samples, all there are so far."""
         record = self.ledger.finish(request.request_id)
-        return False, {RECORD_KEY: record} if record else None
+        if not record:
+            return False, None
+        return False, {RECORD_KEY: self._siblings.add(request.request_id, record)}
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -204,7 +208,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Allocate the scores, one number per block and channel."""
-        worker_state().allocate(kv_caches)
+        num_blocks = max(cache.shape[0] for cache in kv_caches.values())
+        worker_state().allocate(num_blocks, next(iter(kv_caches.values())).device)
 
     def build_connector_worker_meta(self) -> ScoreReport | None:
         return worker_state().report()

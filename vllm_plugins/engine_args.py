@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from .config import EvictionConfig
+from .config import EvictionConfig, EvictionConfigError
+from .policies import get_policy
 from .registration import CONNECTOR
+from .server_settings import encode
 
 
 def eviction_engine_args(*, block_size: int = 32, **settings: Any) -> dict[str, Any]:
@@ -25,13 +28,15 @@ def eviction_engine_args(*, block_size: int = 32, **settings: Any) -> dict[str, 
         evicted, so they must not be shared by the hash of their tokens.
 
     Raises:
-        EvictionConfigError: a setting is wrong, or the platform is not supported yet.
+        EvictionConfigError: a setting is wrong, a policy that evicts has no budget (``sparsity=0``
+            says that requests bring their own), or the platform is not supported yet.
 
     """
     from .attention import platform
 
     config = EvictionConfig.parse(settings)
     config.check_budget(block_size)
+    check_has_budget(settings)
     here = platform()
     return {
         "kv_transfer_config": {
@@ -40,8 +45,25 @@ def eviction_engine_args(*, block_size: int = 32, **settings: Any) -> dict[str, 
             "kv_connector_extra_config": config.to_dict(),
         },
         "worker_cls": here.worker,
-        "logits_processors": [here.validator],
+        "logits_processors": [f"{here.validator}.{encode(config, block_size)}"],
         "block_size": block_size,
         "enable_prefix_caching": False,
         **here.engine_args,
     }
+
+
+def check_has_budget(settings: Mapping[str, Any]) -> None:
+    """Refuse a policy that was chosen to evict and never would.
+
+    Raises:
+        EvictionConfigError: ``policy`` evicts, and no budget is named.
+
+    """
+    policy = settings.get("policy")
+    if policy is None or get_policy(policy).select is None:
+        return
+    if "sparsity" not in settings and settings.get("budget_tokens") is None:
+        raise EvictionConfigError(
+            f"policy {policy} evicts nothing without a budget; give sparsity (--sparsity) or "
+            "budget_tokens (--budget-tokens), or sparsity 0 if requests bring their own"
+        )

@@ -264,6 +264,10 @@ class Ledger:
             scores = self._scores[channel][live.block_ids]
         else:
             scores = np.zeros(len(live.positions))
+        for told in (scores, *((extra["graph"],) if "graph" in extra else ())):
+            # Comparisons with NaN are false: a policy would keep too little and not notice.
+            if not np.isfinite(told).all():
+                raise ValueError("the scores hold NaN or infinity")
         kept = get_policy(settings.policy).select(
             scores,
             live.positions,
@@ -334,6 +338,11 @@ class Ledger:
         average = state.blocks_steps / state.steps if state.steps else 0.0
         return {
             **state.record,
+            "effective_sparsity": state.settings.effective_sparsity(
+                max(state.request.num_prompt_tokens, state.request.num_tokens),
+                self.block_size,
+                self.config.min_blocks,
+            ),
             "average_blocks": average,
             "num_steps": state.steps,
             "block_size": self.block_size,

@@ -1,28 +1,30 @@
-"""Answers HTTP 400 to requests whose eviction settings this server cannot follow.
+"""Answers HTTP 400 to eviction settings that stand where nobody reads them.
 
-vLLM's ``--middleware`` seam. The validator among the logits processors (``validation.py``) sees
-what is wrong on any server, in every front end; what depends on the server (its block size, the
-policies it offers) only the configuration tells, which the API server keeps in its state.
+vLLM's ``--middleware`` seam. What stands in ``vllm_xargs`` reaches the validator
+(``validation.py``) in every front end; a field that no API has is dropped before that, and only the
+body shows it.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .attention import check_settings
-from .checks import is_configured
-from .config import EvictionConfig, EvictionConfigError
+from .config import REQUEST_KEYS
 
-_MARK = b'"vllm_xargs"'
+_XARGS = "vllm_xargs"
+_MARK = re.compile(rb"kv_|xargs|extra_body|sparsity|budget_tokens|\\u00", re.IGNORECASE)
+"""What a body with a misplaced setting holds: one of these, or a key written in escapes."""
 
 
 class RequestCheck:
-    """Pure ASGI middleware; bodies without ``vllm_xargs`` pass unread."""
+    """Pure ASGI middleware; bodies that cannot hold a misplaced setting pass unparsed."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
-        self._config: tuple[EvictionConfig, int] | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -31,7 +33,7 @@ class RequestCheck:
         while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
             messages.append(await receive())
         body = b"".join(message.get("body", b"") for message in messages)
-        if _MARK in body and (refusal := self._refusal(scope, body)):
+        if _MARK.search(body) and (refusal := misplaced(body)):
             return await _answer_400(send, refusal)
 
         async def replay() -> Any:
@@ -39,32 +41,41 @@ class RequestCheck:
 
         return await self._app(scope, replay, send)
 
-    def _refusal(self, scope: Any, body: bytes) -> str | None:
-        """What is wrong with the settings in ``body``; None also for what vLLM will refuse."""
-        if self._config is None:
-            vllm_config = getattr(scope["app"].state, "vllm_config", None)
-            if not is_configured(vllm_config):
-                return None
-            extra = vllm_config.kv_transfer_config.kv_connector_extra_config
-            self._config = EvictionConfig.parse(extra), vllm_config.cache_config.block_size
-        try:
-            request = json.loads(body)
-        except ValueError:
-            return None
-        settings = request.get("vllm_xargs") if isinstance(request, dict) else None
-        if not isinstance(settings, dict):
-            return None
-        config, block_size = self._config
-        try:
-            check_settings(config.request_settings(settings, block_size))
-        except EvictionConfigError as error:
-            return str(error)
+
+def misplaced(body: bytes) -> str | None:
+    """The sentence for a setting in ``body`` that would be ignored; None where there is none, and
+    for what vLLM itself will refuse."""
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
         return None
+    if not isinstance(request, dict):
+        return None
+    for name, value in request.items():
+        bare = name.lower().replace("-", "_").removeprefix("kv_")
+        if name == "extra_body" and isinstance(value, Mapping):
+            return (
+                "extra_body belongs to the OpenAI client, which sends its content in its place; "
+                f"over HTTP put {_XARGS} into the request itself"
+            )
+        if name != _XARGS and isinstance(value, Mapping) and _close(name, [_XARGS]):
+            return f"unknown field {name!r}; did you mean {_XARGS!r}?"
+        if bare in ("sparsity", "budget_tokens") or _close(name, REQUEST_KEYS):
+            meant = f"kv_{bare}" if f"kv_{bare}" in REQUEST_KEYS else _close(name, REQUEST_KEYS)[0]
+            return (
+                f"{name!r} is no field of a request; "
+                f'put {meant} into {_XARGS}, like "{_XARGS}": {{"{meant}": ...}}'
+            )
+    return None
+
+
+def _close(name: str, known: Sequence[str]) -> list[str]:
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.8)
 
 
 async def _answer_400(send: Any, sentence: str) -> None:
     """An error in the form of OpenAI's API."""
-    error = {"message": sentence, "type": "BadRequestError", "param": "vllm_xargs", "code": 400}
+    error = {"message": sentence, "type": "BadRequestError", "param": _XARGS, "code": 400}
     body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 400, "headers": headers})

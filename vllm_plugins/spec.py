@@ -13,9 +13,10 @@ from typing import Any
 
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from .checks import check_layer_groups
 from .config import EvictionConfigError
 from .manager import EvictableManager
 
@@ -44,45 +45,56 @@ class EvictableSpec(FullAttentionSpec):
         return dataclasses.replace(super().merge(specs), layer_group=groups.pop())
 
 
-def evictable_specs(specs: Mapping[str, Any], layer_groups: int) -> dict[str, EvictableSpec]:
+def evictable_specs(
+    specs: Mapping[str, Any], layer_groups: int, max_model_len: int
+) -> dict[str, EvictableSpec]:
     """Specs of a model's layers, turned evictable and split into contiguous groups.
 
     Args:
         specs: layer name to vLLM's spec, as a worker reports them.
         layer_groups: number of groups of equal size.
+        max_model_len: tokens; a window at least this long hides nothing from any query.
 
     Raises:
         EvictionConfigError: a layer without plain full attention, or groups of unequal size
             (vLLM would pad them with layers that do not exist, at the cost of memory).
 
     """
-    for name, spec in specs.items():
-        if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size:
-            raise EvictionConfigError(
-                f"layer {name} has {type(spec).__name__} with a window or state of its own; "
-                f"use a model whose layers all have plain full attention"
-            )
     check_layer_groups(len(specs), layer_groups)
     names = sorted(specs, key=extract_layer_index)
     per_group = len(names) // layer_groups
     group_of = {name: i // per_group for i, name in enumerate(names)}
-    return {
-        name: EvictableSpec(
-            **{f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.init},
-            layer_group=group_of[name],
-        )
-        for name, spec in specs.items()
-    }
+    known = {f.name for f in dataclasses.fields(EvictableSpec) if f.init}
+    evictable = {}
+    for name, spec in specs.items():
+        if obstacle := _obstacle(spec, max_model_len):
+            raise EvictionConfigError(f"layer {name} {obstacle}")
+        fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.init}
+        # A window that never binds is no window: of its spec only that field is dropped.
+        fields = {key: fields[key] for key in fields.keys() & known - {"sliding_window"}}
+        evictable[name] = EvictableSpec(**fields, layer_group=group_of[name])
+    return evictable
 
 
-def check_layer_groups(num_layers: int, layer_groups: int) -> None:
-    """Refuse a number of groups that does not divide the model's layers."""
-    if num_layers % layer_groups:
-        divisors = [g for g in range(1, num_layers + 1) if num_layers % g == 0]
-        raise EvictionConfigError(
-            f"layer_groups is {layer_groups}, which does not divide the model's {num_layers} "
-            f"layers; use one of: {', '.join(map(str, divisors))}"
+def _obstacle(spec: Any, max_model_len: int) -> str | None:
+    """Why a layer's blocks cannot be evicted, and what to change; None where they can."""
+    if isinstance(spec, MLAAttentionSpec):
+        return (
+            "uses multi-head latent attention (MLA); "
+            "use a model with plain multi-head or grouped-query attention"
         )
+    if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
+        return (
+            f"keeps its cache as {type(spec).__name__}; "
+            "use a model whose layers all have plain full attention"
+        )
+    window = spec.sliding_window or getattr(spec, "attention_chunk_size", None)
+    if window is not None and window < max_model_len:
+        return (
+            f"attends to the last {window:,} tokens only; set max_model_len to at most {window:,}, "
+            "or use a model with full attention in every layer"
+        )
+    return None
 
 
 # Registering into an empty registry would stop vLLM's lazy registration of its own specs.

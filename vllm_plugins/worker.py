@@ -1,4 +1,5 @@
-"""Worker side: evictable specs out, nulls in. The one place that knows the model runners.
+"""Worker side: evictable specs out, nulls in. With ``worker_cuda.py`` and ``worker_cpu.py`` the one
+place that knows the model runners.
 
 Private state of vLLM 0.32.0 that is touched here:
 
@@ -10,13 +11,22 @@ Private state of vLLM 0.32.0 that is touched here:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from vllm.distributed.kv_transfer import (
+    ensure_kv_transfer_shutdown,
+    get_kv_transfer_group,
+    has_kv_transfer_group,
+)
+
 from .attention.compaction import NULL_BLOCK
-from .attention.state import WorkerState, begin
-from .config import EvictionConfig
+from .attention.state import WorkerState, begin, end, worker_state
+from .checks import check_engine
+from .config import EvictionConfig, EvictionConfigError
 from .messages import EvictionPlan
+from .registration import CONNECTOR
 from .spec import evictable_specs
 
 Evicted = Mapping[str, Mapping[int, Sequence[int]]]
@@ -70,12 +80,54 @@ def ranges(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
     yield start, previous + 1 - start
 
 
+def evictable(specs: Mapping[str, Any], max_model_len: int) -> dict[str, Any]:
+    """A model runner's specs by layer, made evictable and split into layer groups.
+
+    The worker's state learns which layers there are.
+    """
+    state = worker_state()
+    made = evictable_specs(specs, state.config.layer_groups, max_model_len)
+    state.set_layers({name: spec.layer_group for name, spec in made.items()})
+    return made
+
+
+_running: weakref.ref[Any] | None = None
+"""This process's worker, from the end of its start to its shutdown."""
+
+
+def _check_alone() -> None:
+    """Refuse a second engine in one process.
+
+    vLLM keeps one connector a process (``kv_transfer_state.py``): two engines would share its
+    worker side, and the first one's evictions would stop without a word. A start that failed
+    leaves its connector behind, which is nobody's.
+
+    Raises:
+        EvictionConfigError: an engine with a connector runs here already.
+
+    """
+    if not has_kv_transfer_group():
+        return
+    ours = type(get_kv_transfer_group()).__name__ == CONNECTOR
+    if ours and (_running is None or _running() is None):
+        ensure_kv_transfer_shutdown()
+        return
+    raise EvictionConfigError(
+        "another engine with a KV connector runs in this process, and vLLM keeps one connector "
+        "a process; end it first (llm.llm_engine.engine_core.shutdown()), or let vLLM give "
+        "each engine a process of its own (VLLM_ENABLE_V1_MULTIPROCESSING=1, its default)"
+    )
+
+
 class EvictionWorkerMixin:
     """Over the platform's worker class (``worker_cls``)."""
 
     state_class: type[WorkerState] = WorkerState
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        # Before the weights are loaded: what cannot work should not take that long to say so.
+        check_engine(vllm_config)
+        _check_alone()
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         self.eviction = begin(self.state_class(EvictionConfig.parse(extra)))
         self.register_attention()
@@ -86,12 +138,19 @@ class EvictionWorkerMixin:
         """Make the eviction backend known to vLLM; called before the model is built."""
         raise NotImplementedError
 
-    def get_kv_cache_spec(self) -> dict[str, Any]:
-        """Specs by layer, evictable and split into layer groups."""
-        specs = super().get_kv_cache_spec()
-        evictable = evictable_specs(specs, self.eviction.config.layer_groups)
-        self.eviction.set_layers({name: spec.layer_group for name, spec in evictable.items()})
-        return evictable
+    def compile_or_warm_up_model(self) -> Any:
+        """The last part of a start."""
+        global _running
+        warmed_up = super().compile_or_warm_up_model()
+        _running = weakref.ref(self)
+        return warmed_up
+
+    def shutdown(self) -> None:
+        """The engine ends; another one may start in this process."""
+        global _running
+        _running = None
+        end()
+        super().shutdown()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Apply the step's evictions, then run the step."""

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from .worker import EvictionWorkerMixin
+from .worker import EvictionWorkerMixin, evictable
 
 
 class EvictionCPUWorker(EvictionWorkerMixin, CPUWorker):
@@ -18,3 +20,7 @@ class EvictionCPUWorker(EvictionWorkerMixin, CPUWorker):
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "vllm_plugins.attention.cpu.EvictionCPUBackend"
         )
+
+    def get_kv_cache_spec(self) -> dict[str, Any]:
+        """Specs by layer, evictable and split into layer groups."""
+        return evictable(super().get_kv_cache_spec(), self.model_config.max_model_len)

@@ -59,11 +59,14 @@ def roofline(record: dict[str, Any]) -> dict[str, dict[str, float]]:
     gpu = next((name for name in RATES if name in record["hardware"].get("gpu", "")), None)
     if gpu is None:
         return {}
-    pool = record["kv_cache_gib"] * 2**30
+    pools = {
+        entry["side"]: entry["kv_cache_tokens"] * BYTES_PER_TOKEN for entry in record["measured"]
+    }
     bounds: dict[str, dict[str, float]] = {}
     for entry in record["measured"]:
         workload = Workload(**record["loads"][entry["load"]]["workload"])
-        sparsity = _sparsity(entry["side"])
-        bound = seconds(workload, pool, 0.0, gpu) / seconds(workload, pool, sparsity, gpu)
-        bounds.setdefault(entry["load"], {})[entry["side"]] = bound
+        side = entry["side"]
+        stock = seconds(workload, pools.get("stock", pools[side]), 0.0, gpu)
+        bound = stock / seconds(workload, pools[side], _sparsity(side), gpu)
+        bounds.setdefault(entry["load"], {})[side] = bound
     return bounds

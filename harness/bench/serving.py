@@ -25,6 +25,7 @@ from typing import Any
 
 from ..records import SCHEMA_VERSION, provenance, read_json, timestamp, write_json
 from ..study import ALL_SCORES
+from .output import output_file
 from .roofline import Workload, roofline
 
 MODEL = Path(__file__).with_name("llama-3.1-8b")
@@ -42,11 +43,15 @@ class Load:
 
 @dataclass(frozen=True)
 class Regime:
-    """Loads that share engines, and the KV-cache memory these have."""
+    """Loads that share engines, and the KV-cache memory these have.
 
-    kv_cache_gib: float
+    ``kv_cache_gib`` None: no memory flag at all, as a user starts; vLLM takes what is left.
+    """
+
+    kv_cache_gib: float | None
     max_model_len: int
     loads: dict[str, Load]
+    max_num_seqs: int = 256
 
 
 AGAIN = "stock_again"
@@ -61,6 +66,8 @@ SHORT_SIDES = ("stock", AGAIN, "off_0", "scoring_0_sampled", "h2o_0.9_sampled",
                "scoring_0", "h2o_0.9", "scoring_0_groups")  # fmt: skip
 LONG_SIDES = ("stock", "streaming_0.9", "h2o_0.9_sampled", "cab_0.9_sampled", "h2o_0.5_sampled")
 TIGHT_SIDES = ("stock", "h2o_0.9_sampled", "cab_0.9_sampled")
+DEFAULT_SIDES = ("stock", "streaming_0.9", "h2o_0.9_sampled", "cab_0.9_sampled", "h2o_0.5_sampled",
+                 AGAIN)  # fmt: skip
 REGIMES = {
     "headline": Regime(8.0, 5120, {"headline": Load(HEADLINE, HEADLINE_SIDES)}),
     # `short` just fits into the same memory without eviction: no request waits for another.
@@ -75,6 +82,10 @@ REGIMES = {
     "long": Regime(16.0, 16640, {"long": Load(Workload(32, 16000, 512), LONG_SIDES)}),
     # Little memory, short prompts, long outputs: where eviction buys most.
     "tight": Regime(3.0, 4096, {"tight": Load(Workload(48, 2000, 2048), TIGHT_SIDES)}),
+    # Short prompts and long answers, more of them than memory holds.
+    "default": Regime(
+        None, 4096, {"default memory": Load(Workload(512, 256, 2048), DEFAULT_SIDES)}, 512
+    ),
 }
 
 
@@ -136,20 +147,23 @@ def run_group(group: Group, regime: Regime, model: str, block_size: int) -> list
         from vllm_plugins import eviction_engine_args
 
         options = eviction_engine_args(block_size=block_size, **group.settings)
+    if regime.kv_cache_gib is not None:
+        options["kv_cache_memory_bytes"] = int(regime.kv_cache_gib * 2**30)
     started = time.perf_counter()
     llm = LLM(
         model,
         load_format="dummy",
         skip_tokenizer_init=True,
         max_model_len=regime.max_model_len,
-        max_num_seqs=256,
+        max_num_seqs=regime.max_num_seqs,
         max_num_batched_tokens=8192,
-        kv_cache_memory_bytes=int(regime.kv_cache_gib * 2**30),
         disable_log_stats=False,
         seed=0,
         **options,
     )
     start_seconds = time.perf_counter() - started
+    num_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    num_blocks //= (group.settings or {}).get("layer_groups", 1)  # a block holds one group's layers
     measured = []
     for name, load in regime.loads.items():
         workload = load.workload
@@ -187,6 +201,7 @@ def run_group(group: Group, regime: Regime, model: str, block_size: int) -> list
                         "output_tokens": tokens,
                         "output_tokens_per_second": tokens / seconds,
                         "engine_start_seconds": start_seconds,
+                        "kv_cache_tokens": num_blocks * block_size,
                         "preemptions": _preemptions(llm) - preempted,
                         "eviction": _summary(records),
                         "tokens_sha256": _digest(outputs),
@@ -213,6 +228,7 @@ def _summary(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     return {
         "average_blocks": sum(r["average_blocks"] for r in records) / len(records),
+        "effective_sparsity": sum(r["effective_sparsity"] for r in records) / len(records),
         "peak_blocks": max(r["peak_blocks"] for r in records),
         "blocks_evicted": sum(r["blocks_evicted"] for r in records),
         "decisions": sum(r["decisions"] for r in records),
@@ -229,7 +245,7 @@ def main() -> None:
     parser.add_argument("--scoring", default="{}", help="JSON: settings of engines that score")
     parser.add_argument("--sampling", default='{"score_every": 8, "score_layers": 4}',
         help="JSON: further settings of the engine that samples its scores")  # fmt: skip
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=output_file, required=True)
     parser.add_argument("--group", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     regime = REGIMES[arguments.regime]
@@ -239,7 +255,7 @@ def main() -> None:
     if arguments.group:
         group = next(g for g in chosen if g.name == arguments.group)
         measured = run_group(group, regime, arguments.model, arguments.block_size)
-        arguments.output.write_text(json.dumps(measured))
+        write_json(arguments.output, measured)
         sys.stdout.flush()
         os._exit(0)  # the answer is written; an engine can stumble while the interpreter exits
     record = {

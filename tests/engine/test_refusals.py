@@ -8,6 +8,8 @@ import pytest
 
 from harness.cli import main
 
+from .conftest import make_tiny
+
 MISTRAL = {
     "architectures": ["MistralForCausalLM"],
     "model_type": "mistral",
@@ -85,6 +87,14 @@ def test_a_plain_llama_is_accepted(tiny_llama):
             "remove the speculative configuration",
         ),
         ({"kv_cache_dtype": "fp8"}, {}, 'use kv_cache_dtype="auto"'),
+        ({"kv_cache_dtype": "int8_per_token_head"}, {}, "kv_cache_dtype is int8_per_token_head"),
+        (
+            {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
+            {},
+            "kv_cache_dtype is bfloat16",
+        ),
+        ({"kv_offloading_size": 1.0}, {}, "kv_offloading_size"),
+        ({"disable_hybrid_kv_cache_manager": True}, {"layer_groups": 2}, "hybrid KV-cache manager"),
         ({"block_size": 16}, {}, "so use 32 or 64"),
         ({"block_size": 64}, {"budget_tokens": 96}, "give at least 128"),
         ({}, {"layer_groups": 3}, "use one of: 1, 2, 4"),
@@ -101,7 +111,10 @@ def test_engine_settings(engine, settings, sentence, tiny_llama):
 
 @pytest.mark.parametrize(
     ("config", "sentence"),
-    [(MISTRAL, "sliding-window layers"), (DEEPSEEK, "latent attention (MLA)")],
+    [
+        (MISTRAL, "set max_model_len to at most their window of 256 tokens"),
+        (DEEPSEEK, "latent attention (MLA)"),
+    ],
 )
 def test_models(config, sentence, model):
     from vllm_plugins import EvictionConfigError
@@ -111,33 +124,61 @@ def test_models(config, sentence, model):
     assert sentence in str(error.value)
 
 
-def test_a_hand_written_configuration_is_refused_too(tiny_llama):
+def test_a_window_that_never_binds_is_accepted(model):
+    check(model(MISTRAL), {"max_model_len": 256})
+
+
+MULTI = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"enable_prefix_caching": True}, "set enable_prefix_caching=False"),
+        ({"worker_cls": "auto"}, "pass worker_cls"),
+        ({"kv_offloading_size": 1.0}, "KV connector is OffloadingConnector"),
+        ({"kv_transfer_config": MULTI}, "drop kv_transfer_config, MultiConnector"),
+    ],
+)
+def test_a_hand_written_configuration_is_refused_too(changed, sentence, tiny_llama, monkeypatch):
     """Without our checks in front, the engine itself refuses with the sentence."""
     from vllm import LLM
+    from vllm.model_executor.model_loader import base_loader
 
     from vllm_plugins import eviction_engine_args
 
-    arguments = {**eviction_engine_args(), "enable_prefix_caching": True}
-    with pytest.raises(Exception, match="set enable_prefix_caching=False"):
+    loaded = []
+    load = base_loader.BaseModelLoader.load_model
+    monkeypatch.setattr(
+        base_loader.BaseModelLoader,
+        "load_model",
+        lambda *arguments, **options: loaded.append(1) or load(*arguments, **options),
+    )
+    with pytest.raises(Exception, match=sentence):
         LLM(
             tiny_llama[0],
             skip_tokenizer_init=True,
             max_model_len=512,
             kv_cache_memory_bytes=16 << 20,
             enforce_eager=True,
-            **arguments,
+            **{**eviction_engine_args(), **changed},
         )
-    arguments = eviction_engine_args()
-    del arguments["worker_cls"]
-    with pytest.raises(Exception, match="pass worker_cls"):
-        LLM(
-            tiny_llama[0],
-            skip_tokenizer_init=True,
-            max_model_len=512,
-            kv_cache_memory_bytes=16 << 20,
-            enforce_eager=True,
-            **arguments,
-        )
+    if "worker_cls" not in changed:
+        assert not loaded, "refused before the weights are read"
+
+
+def test_a_second_engine_in_one_process_is_refused(tiny_engines, tiny_llama):
+    """vLLM has one connector a process: the first engine would stop evicting without a word."""
+    from vllm import SamplingParams
+
+    llm = tiny_engines()
+    with pytest.raises(Exception, match="another engine with a KV connector runs in this process"):
+        make_tiny(tiny_llama[0])
+    params = SamplingParams(
+        max_tokens=2, detokenize=False, extra_args={"kv_policy": "h2o", "kv_sparsity": 0.5}
+    )
+    (output,) = llm.generate([{"prompt_token_ids": [1] * 600}], params, use_tqdm=False)
+    assert output.kv_transfer_params["kv_eviction"]["blocks_evicted"] > 0
 
 
 @pytest.mark.parametrize(

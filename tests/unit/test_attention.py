@@ -105,7 +105,7 @@ def test_compaction_leaves_a_table_without_nulls_alone():
 
 def state(**settings):
     made = WorkerState(EvictionConfig.parse(settings))
-    made.allocate({"layers.0": torch.empty(10, 1, BLOCK, 4)})
+    made.allocate(10, torch.device("cpu"))
     return made
 
 

@@ -1,8 +1,12 @@
 """Settings are refused with a sentence that says what to change."""
 
+import re
+
 import pytest
 
 from vllm_plugins.config import EvictionConfig, EvictionConfigError, RequestSettings
+from vllm_plugins.engine_args import check_has_budget
+from vllm_plugins.server_settings import decode, encode
 
 BAD = [
     ({"policy": "h20"}, "unknown policy 'h20'"),
@@ -69,19 +73,38 @@ BAD_REQUESTS = [
     ({"kv_policy_args": {"local": 1.0}}, "no parameter 'local'"),
     ({"kv_policy_args": "local"}, "give a mapping"),
     ({"kv_policy_args": '["recent"]'}, "give a mapping"),
+    # Everything that looks like ours and would be ignored.
+    ({"sparsity": 0.5}, "did you mean 'kv_sparsity'"),
+    ({"policy": "cab"}, "did you mean 'kv_policy'"),
+    ({"KV-Sparsity": 0.5}, "did you mean 'kv_sparsity'"),
+    ({"kv_layer_groups": 2}, "setting of the server, not of a request"),
+    ({"sink_blocks": 2}, "setting of the server, not of a request"),
+    ({"kv_other": 2}, "unknown request setting 'kv_other'; known: kv_budget_tokens"),
+    ({"kv_transfer_params": {"kv_policy": "h2o"}}, "kv_policy stands in kv_transfer_params"),
+    # What JSON and Python let through.
+    ({"kv_budget_tokens": None}, "kv_budget_tokens is None"),
+    ({"kv_budget_tokens": "²"}, "give a whole number"),
+    ({"kv_policy_args": "[" * 5000}, "give a mapping"),
+    ({"kv_policy_args": '{"recent": NaN}'}, "parameter recent of policy h2o is nan"),
+    ({"kv_policy_args": {"recent": float("inf")}}, "parameter recent of policy h2o is inf"),
+    ({"kv_policy_args": {"recent": True}}, "parameter recent of policy h2o is True"),
 ]
 
 
-@pytest.mark.parametrize(("extra", "sentence"), BAD_REQUESTS, ids=[str(b[0]) for b in BAD_REQUESTS])
+@pytest.mark.parametrize(
+    ("extra", "sentence"), BAD_REQUESTS, ids=[str(b[0])[:60] for b in BAD_REQUESTS]
+)
 def test_bad_request_settings(extra, sentence):
     with pytest.raises(EvictionConfigError) as error:
         EvictionConfig.parse({"policy": "h2o", "sparsity": 0.5}).request_settings(extra, 32)
     assert sentence in str(error.value)
+    assert len(str(error.value)) < 300, "a sentence, whatever was sent"
 
 
 def test_a_request_follows_the_server_unless_it_says_otherwise():
     server = EvictionConfig.parse({"policy": "h2o", "sparsity": 0.5})
-    settings = server.request_settings({"kv_transfer_params": {}, "other": 1}, 32)
+    others = {"kv_transfer_params": {}, "kv_cache_report_mode": "full", "other": 1, "seed": 1}
+    settings = server.request_settings(others, 32)
     assert (settings.policy, settings.sparsity) == ("h2o", 0.5)
     settings = server.request_settings({"kv_policy": "cab"}, 32)
     assert (settings.policy, settings.sparsity) == ("cab", 0.5)
@@ -113,3 +136,50 @@ def test_relative_budget(sparsity, num_tokens, keep):
 
 def test_absolute_budget_counts_full_blocks():
     assert RequestSettings("h2o", 0.0, 100, {}).keep(10_000, 32, min_blocks=4) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_tokens", "effective"),
+    [
+        ({"kv_sparsity": 0.9}, 1024, 0.875),  # four blocks of 32 always stay
+        ({"kv_sparsity": 0.9}, 128, 0.0),
+        ({"kv_sparsity": 0.5}, 1024, 0.5),
+        ({"kv_sparsity": 0.0}, 1024, 0.0),
+        ({"kv_budget_tokens": 256}, 1024, 0.75),
+        ({"kv_budget_tokens": 4096}, 1024, 0.0),
+        ({"kv_policy": "dense"}, 1024, 0.0),
+    ],
+)
+def test_effective_sparsity_is_what_the_budget_leaves(asked, num_tokens, effective):
+    settings = EvictionConfig().request_settings(asked, 32)
+    assert settings.effective_sparsity(num_tokens, 32, min_blocks=4) == pytest.approx(effective)
+
+
+def test_a_policy_that_was_chosen_to_evict_needs_a_budget():
+    for settings in ({"policy": "cab"}, {"policy": "h2o", "budget_tokens": None}):
+        with pytest.raises(EvictionConfigError, match="evicts nothing without a budget"):
+            check_has_budget(settings)
+    for settings in ({}, {"policy": "dense"}, {"policy": "cab", "sparsity": 0},
+                     {"policy": "cab", "budget_tokens": 256}):  # fmt: skip
+        check_has_budget(settings)
+
+
+def test_the_engines_log_says_what_it_does():
+    assert (
+        "policy cab, sparsity 0.9; prefix caching is off"
+        in EvictionConfig.parse({"policy": "cab", "sparsity": 0.9}).summary()
+    )
+    assert "policy h2o, 2,048 tokens" in EvictionConfig.parse({"budget_tokens": "2048"}).summary()
+    assert "evicts nothing unless a request asks" in EvictionConfig().summary()
+
+
+def test_a_servers_settings_travel_in_one_word():
+    config = EvictionConfig.parse(
+        {"policy": "cab", "sparsity": 0.9, "request_policies": ["h2o"], "sink_blocks": 2}
+    )
+    word = encode(config, 64)
+    assert re.fullmatch(r"[A-Za-z0-9_-]+", word), "a name between ':' and '.'"
+    assert decode(word) == (config, 64)
+    for other in ("", "MQ", "validate_params", "e30", word[:-4]):
+        with pytest.raises(ValueError, match=r"."):
+            decode(other)

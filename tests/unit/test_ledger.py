@@ -170,6 +170,23 @@ def test_a_failing_policy_is_counted_and_evicts_nothing(monkeypatch):
         registry.get_policy.cache_clear()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("policy", ["h2o", "cab"])
+def test_scores_that_are_no_numbers_are_a_policy_error(policy, value):
+    """Comparisons with NaN are false: the policy itself would keep too little and not notice."""
+    bench = Bench({"kv_policy": policy, "kv_sparsity": 0.5})
+    broken = np.arange(20.0)
+    broken[7] = value
+    bench.step(80, scores(broken))
+    assert bench.decide(80) == []
+    assert "NaN or infinity" in bench.ledger.finish("r")["policy_error"]
+
+
+def test_a_record_tells_the_sparsity_that_its_budget_allowed():
+    bench = Bench({"kv_sparsity": 0.9}, num_tokens=80)
+    assert bench.ledger.finish("r")["effective_sparsity"] == pytest.approx(0.8)  # 4 of 20 stay
+
+
 def test_graph_follows_the_live_blocks():
     bench = Bench({"kv_policy_args": {}, "kv_sparsity": 0.5})
     live = bench.ledger.requests["r"].groups[0]

@@ -191,7 +191,7 @@ class EvictionImpl(FlashAttentionImpl):
             max_seqlen_k=metadata.max_seq_len,
             softmax_scale=self.scale,
             causal=metadata.causal,
-            window_size=[-1, -1],
+            window_size=list(self.sliding_window),
             block_table=metadata.block_table,
             softcap=self.logits_soft_cap,
             scheduler_metadata=metadata.scheduler_metadata,

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from ..checks import is_configured
+from ..checks import SENTENCES, is_configured
 from ..config import EvictionConfig, EvictionConfigError
 from ..messages import EvictionPlan, ScoreReport
 from ..policies import ATTENTION, GRAPH, KEY_NORM
@@ -31,9 +32,21 @@ def begin(state: WorkerState) -> WorkerState:
     return state
 
 
+def end() -> None:
+    """The engine of this process has ended."""
+    global _state
+    _state = None
+
+
 def worker_state() -> WorkerState:
-    """The state of the engine that started last in this process."""
-    assert _state is not None, "no worker of an engine with eviction was started here"
+    """The state of this process's engine.
+
+    Raises:
+        EvictionConfigError: its worker is not ours.
+
+    """
+    if _state is None:
+        raise EvictionConfigError(SENTENCES["worker"])
     return _state
 
 
@@ -41,11 +54,15 @@ def attention_state(impl: Any) -> WorkerState | None:
     """What an attention implementation works with; None where eviction is not configured.
 
     Raises:
-        EvictionConfigError: its attention is more than a softmax of scaled products.
+        EvictionConfigError: its attention is more than a softmax of scaled products, or its cache
+            is quantised (by the checkpoint, which no setting of the engine shows).
 
     """
-    if not is_configured(get_current_vllm_config_or_none()):
+    vllm_config = get_current_vllm_config_or_none()
+    if not is_configured(vllm_config):
         return None
+    if is_quantized_kv_cache(impl.kv_cache_dtype):
+        raise EvictionConfigError(SENTENCES["kv_cache_dtype"].format(dtype=impl.kv_cache_dtype))
     if impl.alibi_slopes is not None or impl.sinks is not None:
         raise EvictionConfigError(
             "the model uses ALiBi or learned attention sinks, which the scores do not know; "
@@ -87,9 +104,8 @@ class WorkerState:
         every = self.config.score_layers
         self.scored_layers = frozenset(name for names in groups for name in names[::every])
 
-    def allocate(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
-        """Room for one number per block and channel."""
-        num_blocks = max(cache.shape[0] for cache in kv_caches.values())
+    def allocate(self, num_blocks: int, device: torch.device) -> None:
+        """Room for one number per physical block and channel."""
         self.mass = torch.zeros(num_blocks)
         self.num_queries = torch.zeros(num_blocks)
         self.norm = torch.zeros(num_blocks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,10 +55,8 @@ class CudaState(WorkerState):
         """What this server can be asked to report; nothing else is ever computed."""
         return tuple(c for c in (ATTENTION, KEY_NORM) if c in self.server_needs)
 
-    def allocate(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+    def allocate(self, num_blocks: int, device: torch.device) -> None:
         """Room for the scores, and for their copies in pinned host memory."""
-        device = next(iter(kv_caches.values())).device
-        num_blocks = max(cache.shape[0] for cache in kv_caches.values())
         self.mass = torch.zeros(num_blocks, dtype=torch.int64, device=device)
         self.num_queries = torch.zeros_like(self.mass)
         self.norm = torch.zeros_like(self.mass)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,9 +79,10 @@ class Policy:
 
 
 def _coerce(policy: str, name: str, value: Any, default: Any) -> Any:
-    if isinstance(default, float) and isinstance(value, int | float) and value is not True:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, float) and number and math.isfinite(value):
         return float(value)
-    if type(value) is type(default):
+    if type(value) is type(default) and not isinstance(value, float):
         return value
     raise PolicyParameterError(
         f"parameter {name} of policy {policy} is {value!r}; "
