@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..corpora import DEFAULT_DATASET
-from ..errors import UsageError
+from ..errors import UnwritableFile, UsageError
 from ..serving.arrivals import PROCESSES
 from ..serving.specification import PROMPTS, LoadSpecification, QualitySpecification
 
@@ -24,7 +24,8 @@ def add_parser(commands: Any) -> None:
         "load",
         help="load a running server over HTTP: latency, throughput, memory and quality together",
         description="Sends a load to an OpenAI-compatible server and writes one JSON record. "
-        "Exit status 1: some requests did not succeed, or the run ended early.",
+        "OPENAI_API_KEY is sent where it is set. Exit status 1: some requests did not succeed, the "
+        "run ended early, or the record is in a temporary file because --output failed.",
     )
     add = parser.add_argument
     add("--base-url", default="http://localhost:8000", metavar="URL", help="[%(default)s]")
@@ -101,37 +102,57 @@ def _add_measures(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load, write the record, say what happened."""
-    from ..records import write_json
-    from ..serving.load import output_path, run_load
+    from ..serving.load import run_load
+    from ..serving.output import RecordElsewhere, output_path, save_record
     from ..serving.plan import make_plan
     from ..serving.report import load_lines
     from ..serving.target import Texts, find_target
 
     specification = LoadSpecification.parse(_values(arguments))
+    _check(arguments, specification)
     output = output_path(arguments.output)
-    target = asyncio.run(find_target(arguments.base_url, arguments.model))
+    api_key = os.environ.get("OPENAI_API_KEY")
+    target = asyncio.run(find_target(arguments.base_url, arguments.model, api_key))
     texts = Texts(arguments.tokenizer or target.root)
     vocabulary = arguments.vocab_size or (
         texts.vocabulary_size if specification.prompts != "text" else 1
     )
     plan = make_plan(specification, vocabulary, texts.tokens_of, target.max_model_len)
     outcome = run_load(
-        specification,
-        plan,
-        target,
-        server_pid=arguments.server_pid,
-        api_key=os.environ.get("OPENAI_API_KEY"),
+        specification, plan, target, server_pid=arguments.server_pid, api_key=api_key
     )
-    write_json(output, outcome.record)
+    unsaved = None
+    try:
+        save_record(output, outcome.record)
+    except (RecordElsewhere, UnwritableFile) as error:
+        unsaved = str(error)
     print("\n".join(load_lines(outcome.record)))
-    print(f"record: {output}")
+    if unsaved:
+        print(f"kv-eviction: {unsaved}", file=sys.stderr)
+    else:
+        print(f"record: {output}")
     if outcome.stop_reason:
         print(f"kv-eviction: ended early: {outcome.stop_reason}; the record is kept",
               file=sys.stderr)  # fmt: skip
     counts = outcome.record["counts"]
     if outcome.interrupted:
         return 130
-    return 0 if counts["succeeded"] == counts["planned"] else 1
+    return 1 if unsaved or counts["succeeded"] != counts["planned"] else 0
+
+
+def _check(arguments: argparse.Namespace, specification: LoadSpecification) -> None:
+    """Refuse what is wrong with settings that are no part of the load itself."""
+    import psutil
+
+    vocabulary, pid = arguments.vocab_size, arguments.server_pid
+    if vocabulary is not None and vocabulary < 1:
+        raise UsageError(f"--vocab-size is {vocabulary}; give a whole number of at least 1")
+    if vocabulary is not None and specification.prompts == "text":
+        raise UsageError("--vocab-size means nothing to --prompts text; leave it out")
+    if vocabulary is not None and arguments.tokenizer and not specification.quality.share:
+        raise UsageError("--vocab-size needs no tokenizer; leave out it or --tokenizer")
+    if pid is not None and not (0 < pid < 2**31 and psutil.pid_exists(pid)):
+        raise UsageError(f"--server-pid {pid} is no process of this machine")
 
 
 def _values(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import Any
 
 from vllm_plugins.config import EvictionConfig
+from vllm_plugins.engine_args import check_has_budget
 from vllm_plugins.policies import policy_names
 
 from ..errors import UsageError
 from ..models import DEFAULT_MODEL, resolve_model
+from ..serving.passthrough import Passthrough
 from .eviction_flags import add_eviction_flags, eviction_settings
 
 
@@ -24,54 +27,131 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help=f"folder, hub id, or {DEFAULT_MODEL}")
-    parser.add_argument("--policy", default="h2o", help=f"of: {', '.join(policy_names())} [h2o]")
+    parser.add_argument("--policy", default=None, help=f"of: {', '.join(policy_names())} [h2o]")
     parser.add_argument("--sparsity", default=None, metavar="S",
-        help="share of KV blocks evicted, 0 <= S < 1 [0: stock vLLM]")  # fmt: skip
+        help="share of KV blocks evicted, 0 <= S < 1; 0 if requests bring their own")  # fmt: skip
     parser.add_argument("--budget-tokens", type=int, default=None, metavar="TOKENS",
         help="absolute budget instead of --sparsity")  # fmt: skip
     parser.add_argument("--block-size", type=int, default=32, metavar="TOKENS",
         help="tokens per KV block, the unit of eviction [32]")  # fmt: skip
     parser.add_argument("--request-policies", nargs="*", default=None, metavar="POLICY",
         help="policies requests may ask for [any]")  # fmt: skip
+    parser.add_argument("--score-chunk", type=int, default=None, metavar="TOKENS",
+        help="compute prompts in chunks of so many tokens, one request at a time, so that prompt "
+        "log-probs (prompt_logprobs, echo) measure eviction")  # fmt: skip
     parser.add_argument("--print-command", action="store_true",
         help="print the plain vllm serve command and stop")  # fmt: skip
     add_eviction_flags(parser, EvictionConfig())
     parser.set_defaults(run=run)
+    own_flags = [flag for action in parser._actions for flag in action.option_strings]
     parse = parser.parse_known_args
 
     def hand_on(arguments: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list]:
         known, rest = parse(arguments, namespace)
-        known.vllm_flags = rest
+        known.vllm_flags, known.own_flags = rest, own_flags
         return known, []
 
     parser.parse_known_args = hand_on  # type: ignore[method-assign]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the equivalent command, and become it."""
-    from vllm_plugins.checks import check_block_size
+    """Print the equivalent command, and become it.
 
-    from ..serving.flags import flag_value, shell_line
-    from ..serving.launch import eviction_flags
-    from ..serving.server import check_port, vllm_command
+    What needs only the command line and the model's configuration is checked first: vLLM alone
+    takes seconds to import.
+    """
+    from ..serving.flags import shell_line
+    from ..serving.model_facts import check_config, read_config
+    from ..serving.server import check_port, parse_port, vllm_command
 
-    check_block_size(arguments.block_size)
-    settings = eviction_settings(arguments) | {"policy": arguments.policy}
-    for name in ("sparsity", "budget_tokens", "request_policies"):
-        if getattr(arguments, name) is not None:
-            settings[name] = getattr(arguments, name)
-    flags = [*eviction_flags(arguments.block_size, settings), *arguments.vllm_flags]
+    settings = _settings(arguments)
+    config = EvictionConfig.parse(settings)
+    check_has_budget(settings)
+    config.check_budget(arguments.block_size)
+    flags = Passthrough(arguments.vllm_flags)
+    flags.check(config, arguments.own_flags)
+    port = parse_port(flags.get("--port") or "8000")
+    if arguments.score_chunk is not None:
+        flags.flags += _score_flags(arguments.score_chunk, flags)
     model = resolve_model(arguments.model)
-    if arguments.model == DEFAULT_MODEL and flag_value(flags, "--served-model-name") is None:
-        flags += ["--served-model-name", DEFAULT_MODEL]
-    print(shell_line(["vllm", "serve", model, *flags]), flush=True)
+    if "--hf-overrides" not in flags and (facts := read_config(model)):
+        check_config(model, facts, config.layer_groups, _whole(flags.get("--max-model-len")))
+    vllm_flags, notes = _vllm_flags(arguments, settings, flags, model)
+    print(shell_line(["vllm", "serve", model, *vllm_flags]), flush=True)
+    for note in (config.summary(), *notes):
+        print(f"kv-eviction: {note}", file=sys.stderr, flush=True)
     if arguments.print_command:
         return 0
-    port = flag_value(flags, "--port") or "8000"
-    if not port.isdigit():
-        raise UsageError(f"--port is {port!r}; give a number")
-    check_port(flag_value(flags, "--host") or "0.0.0.0", int(port))
-    command = vllm_command(model, flags)
+    if "--uds" not in flags:
+        check_port(flags.get("--host") or "0.0.0.0", port)
+    command = vllm_command(model, vllm_flags)
     # The same process from here on: signals, exit status and output are vLLM's own.
     os.execv(command[0], command)
     raise AssertionError("not reached")
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = eviction_settings(arguments)
+    for name in ("policy", "sparsity", "budget_tokens", "request_policies"):
+        if getattr(arguments, name) is not None:
+            settings[name] = getattr(arguments, name)
+    return settings
+
+
+def _vllm_flags(
+    arguments: argparse.Namespace, settings: dict[str, Any], flags: Passthrough, model: str
+) -> tuple[list[str], list[str]]:
+    """All flags of ``vllm serve``, and what to tell the user of those chosen here."""
+    from vllm.platforms import current_platform
+
+    from vllm_plugins.checks import check_block_size
+
+    from ..serving.cpu_pool import cpu_pool_bytes, names_memory
+    from ..serving.launch import eviction_flags
+
+    check_block_size(arguments.block_size)
+    processors = flags.take("--logits-processors")
+    made = [*eviction_flags(arguments.block_size, settings, processors), *flags.flags]
+    notes = []
+    if arguments.model == DEFAULT_MODEL and "--served-model-name" not in flags:
+        made += ["--served-model-name", DEFAULT_MODEL]
+    if current_platform.is_cpu() and not names_memory(flags):
+        size = cpu_pool_bytes(model, float32=flags.get("--dtype") in ("float32", "float"))
+        made += ["--kv-cache-memory-bytes", str(size)]
+        notes.append(
+            f"the KV pool takes {size / 2**30:.1f} GiB, half of what is free on this NUMA node; "
+            "choose another size with --kv-cache-memory-bytes"
+        )
+    if arguments.score_chunk is None:
+        notes.append(
+            "prompt log-probs (prompt_logprobs, echo) see evictions between chunks only, and a "
+            "chunk may be a whole prompt: they measure the dense model then; to measure what is "
+            "served, start with --score-chunk 64"
+        )
+    else:
+        notes.append(
+            f"--score-chunk {arguments.score_chunk}: one request at a time, in steps of "
+            f"{arguments.score_chunk} tokens; for scoring, not for speed"
+        )
+    return made, notes
+
+
+def _score_flags(chunk: int, flags: Passthrough) -> list[str]:
+    """Under these every prompt advances by exactly ``chunk`` tokens a step.
+
+    A request that is alone in the engine gets its whole token budget, whatever
+    ``long_prefill_token_threshold`` says (``vllm/v1/core/sched/scheduler.py``), so the budget is
+    the chunk; a second request would share it, so there is none; and a step in flight would delay
+    each eviction by a chunk.
+    """
+    if chunk < 1:
+        raise UsageError(f"--score-chunk is {chunk}; give a number of tokens of at least 1")
+    for name in ("--max-num-batched-tokens", "--max-num-seqs", "--long-prefill-token-threshold",
+                 "--async-scheduling"):  # fmt: skip
+        if name in flags:
+            raise UsageError(f"--score-chunk sets {name} itself; drop one of the two")
+    return ["--max-num-batched-tokens", str(chunk), "--max-num-seqs", "1", "--no-async-scheduling"]
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdecimal() else None

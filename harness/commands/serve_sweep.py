@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import UnwritableFile
 from .interrupts import polite_ends
 
 _INTERRUPTED = "interrupted; finished runs are kept, the same command resumes"
@@ -40,13 +41,17 @@ def run(arguments: argparse.Namespace) -> int:
             result = run_sweep(study, folder, lambda line: print(line, file=sys.stderr, flush=True))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_INTERRUPTED) from None
+    for key, reason in result.failed:
+        print(f"kv-eviction: {key}: {reason}", file=sys.stderr)
     if result.finished or result.skipped:
-        report_serving(folder)
-        print(f"records, report.md and report.html: {folder}")
+        try:
+            report_serving(folder)
+            print(f"records, report.md and report.html: {folder}")
+        except UnwritableFile as error:  # a full disk: what was measured is kept or told above
+            print(f"kv-eviction: {error}", file=sys.stderr)
+            return 1
     if result.skipped:
         print(f"{len(result.skipped)} runs were there already")
     if result.interrupted:
         raise KeyboardInterrupt(_INTERRUPTED)
-    for key, reason in result.failed:
-        print(f"kv-eviction: {key}: {reason}", file=sys.stderr)
     return 1 if result.failed else 0

@@ -104,8 +104,27 @@ def send_times(
         UsageError: a rate or the burstiness is out of range.
 
     """
+    # A tiny rate or shape takes sums out of what floats hold: the check below says so.
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        times = _send_times(process, num_requests, rate, burstiness, end_rate, seed)
+    if not np.all(np.isfinite(times)):
+        raise UsageError(
+            f"--arrivals {process} at these rates give times that are no numbers; raise "
+            "--request-rate, --ramp-to or --burstiness"
+        )
+    return times
+
+
+def _send_times(
+    process: str,
+    num_requests: int,
+    rate: float,
+    burstiness: float,
+    end_rate: float | None,
+    seed: int,
+) -> np.ndarray:
     for name, value in (("--request-rate", rate), ("--burstiness", burstiness)):
-        if not value > 0:
+        if not value > 0 or (name == "--burstiness" and math.isinf(value)):
             raise UsageError(f"{name} is {value:g}; give a number above 0")
     rng = np.random.default_rng([seed, 0])
     if process == "poisson":

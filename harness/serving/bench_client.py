@@ -15,8 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import UsageError
 from ..records import timestamp, write_json
 from .load import run_load
+from .output import output_path
 from .plan import make_plan
 from .provenance import here
 from .record import LAG_LIMIT_MS
@@ -26,17 +28,27 @@ from .target import Target, find_target
 SCHEMA_VERSION = 1
 
 
-def measure(rate: float, seconds: float, tokens: int, target: Target) -> dict[str, Any]:
-    """One Poisson load of ``rate`` requests per second; what came of it."""
-    specification = LoadSpecification.parse(
+def load(rate: float, seconds: float, tokens: int) -> LoadSpecification:
+    """A Poisson load of ``rate`` requests per second.
+
+    Raises:
+        UsageError: it cannot be one.
+
+    """
+    return LoadSpecification.parse(
         {
-            "num_requests": round(rate * seconds),
+            "duration_s": seconds,
             "request_rate": rate,
             "input_length": 128,
             "output_length": tokens,
             "timeout_s": 30.0,
         }
     )
+
+
+def measure(rate: float, seconds: float, tokens: int, target: Target) -> dict[str, Any]:
+    """One load; what came of it."""
+    specification = load(rate, seconds, tokens)
     plan = make_plan(specification, 32_000, lambda dataset: [])
     record = run_load(specification, plan, target, progress=False).record
     summary = record["summary"]["all"]
@@ -52,13 +64,20 @@ def measure(rate: float, seconds: float, tokens: int, target: Target) -> dict[st
 
 
 def main() -> int:
-    """Measure every rate and write the record."""
+    """Measure every rate and write the record; 2 where the arguments will not do."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rates", type=float, nargs="+", default=[500, 1000, 2000, 3000, 4000])
     parser.add_argument("--seconds", type=float, default=10.0, help="per rate")
     parser.add_argument("--tokens", type=int, default=8, help="chunks per answer")
     arguments = parser.parse_args()
+    try:
+        output_path(arguments.output)
+        for rate in arguments.rates:
+            load(rate, arguments.seconds, arguments.tokens)
+    except UsageError as error:
+        print(f"bench_client: {error}", file=sys.stderr)
+        return 2
     command = [sys.executable, "-m", "harness.serving.stub", "--tokens", str(arguments.tokens)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as stub:
         try:

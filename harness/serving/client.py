@@ -11,15 +11,16 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
+from .answer import MALFORMED, count, error_message, shortcoming, take_chunk
 from .plan import QUALITY, PlannedRequest
 from .quality import log_likelihoods
 from .result import FAILED, INCOMPLETE, SUCCEEDED, TIMED_OUT, Result
 from .sse import EventParser
+from .target import authorization
 
 _KEEP_ALIVE_S = 3.0
 """Below uvicorn's five seconds: a connection is never reused while the server closes it."""
 _MESSAGE_LIMIT = 300
-_decode = json.JSONDecoder().decode
 
 
 class Client:
@@ -28,9 +29,7 @@ class Client:
     def __init__(self, base_url: str, timeout_s: float, api_key: str | None = None) -> None:
         self._url = URL(base_url.rstrip("/") + "/v1/completions")
         self._timeout_s = timeout_s
-        self._headers = {"Content-Type": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._headers = {"Content-Type": "application/json", **authorization(api_key)}
         trace = aiohttp.TraceConfig()
         trace.on_request_chunk_sent.append(_on_body_sent)
         self._session = aiohttp.ClientSession(
@@ -53,11 +52,11 @@ class Client:
             async with asyncio.timeout(self._timeout_s):
                 await self._exchange(result, request, body, start)
         except TimeoutError:
-            _end(result, TIMED_OUT, "timed_out", f"no end within {self._timeout_s:g} s")
+            _break_off(result, TIMED_OUT, "timed_out", f"no end within {self._timeout_s:g} s")
         except asyncio.CancelledError:
-            _end(result, INCOMPLETE, "interrupted", "the run was stopped")
+            _break_off(result, INCOMPLETE, "interrupted", "the run was stopped")
         except (aiohttp.ClientError, OSError) as error:
-            _end_by_connection(result, error)
+            _break_off_by_connection(result, error)
         result.end = time.perf_counter() - start
         return result
 
@@ -69,11 +68,11 @@ class Client:
         ) as response:
             if response.status != 200:
                 text = await response.text(errors="replace")
-                _end(result, FAILED, f"http_{response.status}", _error_message(text))
+                _break_off(result, FAILED, f"http_{response.status}", error_message(text))
             elif result.kind == QUALITY:
-                _take_answer(result, request.prompt, await response.read())
+                _take_answer(result, request, await response.read())
             else:
-                await _take_stream(result, response, start)
+                await _take_stream(result, request, response, start)
 
 
 def encode(request: PlannedRequest, model: str, settings: dict[str, Any]) -> bytes:
@@ -104,9 +103,12 @@ async def _on_body_sent(session: Any, context: Any, parameters: Any) -> None:
     result.sent = time.perf_counter() - start
 
 
-async def _take_stream(result: Result, response: aiohttp.ClientResponse, start: float) -> None:
+async def _take_stream(
+    result: Result, request: PlannedRequest, response: aiohttp.ClientResponse, start: float
+) -> None:
     parser = EventParser()
-    finished = done = False
+    tokens = reason = None
+    done = False
     async for data in response.content.iter_any():
         now = time.perf_counter() - start
         for event in parser.feed(data):
@@ -114,67 +116,74 @@ async def _take_stream(result: Result, response: aiohttp.ClientResponse, start: 
                 done = True
                 continue
             try:
-                chunk = _decode(event.decode())
-                choices, usage, error = (
-                    chunk.get("choices"),
-                    chunk.get("usage"),
-                    chunk.get("error"),
-                )
-                if choices:
-                    result.chunks.append(now)
-                    finished = finished or choices[0].get("finish_reason") is not None
-                if usage:
-                    result.output_tokens = usage["completion_tokens"]
-                    result.prompt_tokens = usage.get("prompt_tokens") or result.prompt_tokens
-            except (ValueError, TypeError, AttributeError, KeyError, IndexError):
+                chunk = take_chunk(event)
+            except MALFORMED:
                 text = event.decode(errors="replace")
-                _end(result, FAILED, "malformed_stream", f"not a completion chunk: {text}")
+                _break_off(result, FAILED, "malformed_stream", f"not a completion chunk: {text}")
                 return
-            if error:
-                _end(result, FAILED, "error_in_stream", _error_message(event.decode()))
+            if chunk.error:
+                _break_off(result, FAILED, "error_in_stream", chunk.error)
                 return
-    # The server's count comes last; a stream that broke off counts what arrived.
-    result.output_tokens = result.output_tokens or len(result.chunks)
-    if done and finished and result.chunks:
-        result.status = SUCCEEDED
-    else:
-        what = "[DONE]" if not done else "a finish reason"
-        _end(result, INCOMPLETE, "stream_ended", f"the stream ended without {what}")
-
-
-def _take_answer(result: Result, prompt: list[int], data: bytes) -> None:
-    try:
-        result.answer = json.loads(data)
-        result.output_tokens = result.answer["usage"]["completion_tokens"]
-        log_likelihoods(result.answer, prompt)
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError):
-        text = data.decode(errors="replace")
-        _end(result, FAILED, "malformed_answer", f"no prompt log-probs in: {text}")
+            if chunk.has_choice:
+                result.chunks.append(now)
+            reason = chunk.finish_reason or reason
+            if chunk.usage:
+                tokens = chunk.output_tokens
+                result.prompt_tokens = chunk.prompt_tokens or result.prompt_tokens
+    if not done or reason is None:
+        where = "in the middle of an event" if parser.unfinished else "without [DONE]"
+        what = where if not done else "without a finish reason"
+        _break_off(result, INCOMPLETE, "stream_ended", f"the stream ended {what}", tokens)
         return
-    result.status = SUCCEEDED
+    _judge(result, request, reason, tokens)
+
+
+def _take_answer(result: Result, request: PlannedRequest, data: bytes) -> None:
+    try:
+        answer = json.loads(data)
+        reason = answer["choices"][0].get("finish_reason")
+        usage = answer.get("usage")
+        tokens = count(usage["completion_tokens"]) if usage else None
+        # An answer that was cut off may well be without them: that is the better reason.
+        if reason is None or not shortcoming(reason, tokens, request.output_length):
+            log_likelihoods(answer, request.prompt)
+    except MALFORMED:
+        text = data.decode(errors="replace")
+        _break_off(result, FAILED, "malformed_answer", f"no prompt log-probs in: {text}")
+        return
+    result.answer = answer
+    _judge(result, request, reason, tokens)
+
+
+def _judge(result: Result, request: PlannedRequest, reason: Any, tokens: int | None) -> None:
+    """An answer that came to its end succeeded if it is all that was asked for."""
+    result.output_tokens = tokens
+    if wrong := shortcoming(reason, tokens, request.output_length):
+        _end(result, *wrong)
+    else:
+        result.status = SUCCEEDED
 
 
 def _end(result: Result, status: str, error: str, message: str) -> None:
     result.status, result.error = status, error
     result.message = " ".join(message.split())[:_MESSAGE_LIMIT]
-    result.output_tokens = result.output_tokens or len(result.chunks)
 
 
-def _end_by_connection(result: Result, error: Exception) -> None:
+def _break_off(
+    result: Result, status: str, error: str, message: str, tokens: int | None = None
+) -> None:
+    """End an answer that stopped before its last word; its chunks stand in for a count."""
+    _end(result, status, error, message)
+    result.counted_by_chunks = tokens is None and bool(result.chunks)
+    result.output_tokens = len(result.chunks) if tokens is None else tokens
+
+
+def _break_off_by_connection(result: Result, error: Exception) -> None:
     if isinstance(error, aiohttp.ClientConnectorError):
         refused = error.os_error.errno == errno.ECONNREFUSED
         kind = "connection_refused" if refused else "connection_failed"
-        _end(result, FAILED, kind, str(error))
+        _break_off(result, FAILED, kind, str(error))
     elif isinstance(error, aiohttp.ClientPayloadError) or result.chunks:
-        _end(result, INCOMPLETE, "connection_closed", f"closed mid-stream: {error}")
+        _break_off(result, INCOMPLETE, "connection_closed", f"closed mid-stream: {error}")
     else:
-        _end(result, FAILED, "connection_closed", str(error) or type(error).__name__)
-
-
-def _error_message(text: str) -> str:
-    """The sentence in an OpenAI error body, or the body."""
-    try:
-        body = json.loads(text)
-        return str(body.get("error", body)["message"])
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return text or "no message"
+        _break_off(result, FAILED, "connection_closed", str(error) or type(error).__name__)

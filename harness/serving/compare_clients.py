@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,8 +18,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..errors import UsageError
 from ..records import read_json, timestamp, write_json
 from .load import run_load
+from .output import output_path
 from .plan import make_plan
 from .provenance import here
 from .specification import LoadSpecification
@@ -40,9 +43,11 @@ _BENCH = (
 def ours(specification: LoadSpecification, target: Target, texts: Texts) -> dict[str, float]:
     """One run of our client."""
     plan = make_plan(specification, texts.vocabulary_size, texts.tokens_of, target.max_model_len)
-    record = run_load(specification, plan, target, progress=False).record
+    record = run_load(specification, plan, target, progress=False, api_key=_api_key()).record
     assert record["counts"]["succeeded"] == specification.num_requests, record["failures"]
     summary = record["summary"]["all"]
+    if summary["output_throughput"] is None:
+        raise UsageError(f"the server at {target.base_url} sends no usage to compare with")
     return {
         "time_to_first_token_ms.p50": summary["time_to_first_token_ms"]["p50"],
         "time_per_output_token_ms.p50": summary["time_per_output_token_ms"]["p50"],
@@ -81,8 +86,14 @@ def _load(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"arrivals": "constant", "request_rate": arguments.request_rate}
 
 
+def _api_key() -> str | None:
+    """Where ``vllm bench serve`` has it from, too."""
+    return os.environ.get("OPENAI_API_KEY")
+
+
 def main() -> int:
-    """Alternate, compare, write the record; 1 where they differ by more than 5%."""
+    """Alternate, compare, write the record; 1 where they differ by more than 5%, 2 where the
+    arguments or the server will not do."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base-url", required=True)
     parser.add_argument("--output", type=Path, required=True)
@@ -93,7 +104,18 @@ def main() -> int:
     parser.add_argument("--input-length", type=int, default=128)
     parser.add_argument("--output-length", type=int, default=32)
     arguments = parser.parse_args()
-    target = asyncio.run(find_target(arguments.base_url, None))
+    try:
+        return _compare(arguments)
+    except UsageError as error:
+        print(f"compare_clients: {error}", file=sys.stderr)
+        return 2
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    if arguments.runs < 1 or arguments.output_length < 2:
+        raise UsageError("--runs must be at least 1 and --output-length at least 2 tokens")
+    output_path(arguments.output)
+    target = asyncio.run(find_target(arguments.base_url, None, _api_key()))
     texts = Texts(target.root)
     pairs: list[dict[str, Any]] = []
     for seed in range(arguments.runs):

@@ -70,6 +70,11 @@ def _line(axes: Any, group: Sequence[Entry], metric: str, name: str, style: Any)
     axes.errorbar(x, y, yerr=errors if many else None, capsize=3, label=name, **style)
 
 
+def _legend(axes: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+
+
 def _latency(entries: Sequence[Entry], folder: Path) -> str:
     panels = {
         "time_to_first_token_ms.p50": "median time to first token, ms",
@@ -173,7 +178,7 @@ def _throughput(entries: Sequence[Entry], folder: Path) -> str:
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    _legend(axes)
     if rate is not None:
         axes.set_title(f"request rate {rate:g} per second", fontsize=9)
     save(figure, folder / "throughput")
@@ -196,6 +201,8 @@ def _memory(records: Sequence[Mapping[str, Any]], folder: Path) -> str:
     for axes, (name, title) in zip(grid.flat, panels.items(), strict=True):
         for record in chosen:
             samples = record["samples"]
+            if name not in samples:
+                continue
             look = {**style[label(record["run"])], "marker": "none"}
             times = samples.get(f"{name}_time_s", samples["time_s"])
             axes.plot(times, samples[name], label=label(record["run"]), **look)
@@ -228,6 +235,6 @@ def _pareto(entries: Sequence[Entry], folder: Path) -> str:
     axes.set_xlabel("KV memory per request in the batch, MiB")
     axes.set_ylabel("perplexity under load")
     axes.grid(alpha=0.3)
-    axes.legend()
+    _legend(axes)
     save(figure, folder / "memory_perplexity")
     return "memory_perplexity"

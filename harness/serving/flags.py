@@ -33,14 +33,3 @@ def serve_flags(arguments: Mapping[str, Any]) -> list[str]:
 def shell_line(command: Sequence[str]) -> str:
     """A command as one pastes it into a shell."""
     return " ".join(map(shlex.quote, command))
-
-
-def flag_value(flags: Sequence[str], name: str) -> str | None:
-    """The value of ``--name VALUE`` or ``--name=VALUE``; the last one counts."""
-    value = None
-    for index, flag in enumerate(flags):
-        if flag == name and index + 1 < len(flags):
-            value = flags[index + 1]
-        elif flag.startswith(f"{name}="):
-            value = flag.partition("=")[2]
-    return value

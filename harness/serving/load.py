@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -82,9 +81,11 @@ async def _run(
 ) -> Outcome:
     bodies = [encode(request, target.model, s.settings) for request in plan.requests]
     client = Client(target.base_url, s.timeout_s, api_key)
-    sampler = Sampler(target.base_url, s.sample_interval_s, server_pid)
+    sampler = Sampler(target.base_url, s.sample_interval_s, server_pid, api_key)
     with _Progress(len(plan.requests), progress) as bar:
-        loop = LoadLoop(client, target.base_url, plan.requests, bodies, bar.ended, bar.sent)
+        loop = LoadLoop(
+            client, target.base_url, plan.requests, bodies, bar.ended, bar.sent, api_key
+        )
         interrupted = _stop_on_signals(loop)
         gc.collect()
         gc.freeze()  # the plan is never garbage: no collection walks it during the run
@@ -139,6 +140,7 @@ class _Progress:
     def __init__(self, total: int, shown: bool) -> None:
         self._bar = tqdm(total=total, unit="request", disable=not shown, dynamic_ncols=True)
         self._sent = self._ended = self._failed = self._tokens = 0
+        self._counted = True
         self._started = time.perf_counter()
 
     def __enter__(self) -> _Progress:
@@ -154,7 +156,8 @@ class _Progress:
     def ended(self, result: Result) -> None:
         self._ended += 1
         self._failed += result.status != SUCCEEDED
-        self._tokens += result.output_tokens
+        self._tokens += result.output_tokens or 0
+        self._counted = self._counted and result.output_tokens is not None
 
     async def keep_fresh(self) -> None:
         while True:
@@ -163,28 +166,9 @@ class _Progress:
 
     def _refresh(self) -> None:
         seconds = max(1e-9, time.perf_counter() - self._started)
+        speed = f"{self._tokens / seconds:.0f}" if self._counted else "?"
         self._bar.set_postfix_str(
-            f"{self._sent - self._ended} in flight, {self._failed} failed, "
-            f"{self._tokens / seconds:.0f} tok/s",
+            f"{self._sent - self._ended} in flight, {self._failed} failed, {speed} tok/s",
             refresh=False,
         )
         self._bar.update(self._ended - self._bar.n)
-
-
-def output_path(path: Path) -> Path:
-    """``path``, checked to be writable before a run that may take long.
-
-    Raises:
-        UsageError: it is not.
-
-    """
-    from ..errors import UsageError
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.check")
-        partial.touch()
-        partial.unlink()
-    except OSError as error:
-        raise UsageError(f"cannot write to {path}: {error.strerror}") from None
-    return path

@@ -11,12 +11,14 @@ import aiohttp
 from .client import Client
 from .plan import PlannedRequest
 from .result import Result
+from .target import authorization
 
 _SPIN_S = 0.0015
 """Timers of event loops are good to a millisecond; the last stretch is polled."""
 _CONNECTION_ERRORS = ("connection_refused", "connection_closed", "connection_failed")
 _PROBES = 3
 _PROBE_GAP_S = 0.3
+_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
 
 
 class LoadLoop:
@@ -34,8 +36,10 @@ class LoadLoop:
         bodies: Sequence[bytes],
         on_result: Callable[[Result], None] = lambda result: None,
         on_sent: Callable[[], None] = lambda: None,
+        api_key: str | None = None,
     ) -> None:
         self._client, self._base_url = client, base_url.rstrip("/")
+        self._api_key = api_key
         self._requests, self._bodies = requests, bodies
         self._on_result, self._on_sent = on_result, on_sent
         self._tasks: set[asyncio.Task[None]] = set()
@@ -110,19 +114,20 @@ class LoadLoop:
         for attempt in range(_PROBES):
             if attempt:
                 await asyncio.sleep(_PROBE_GAP_S)
-            reason = await unhealthy(self._base_url)
+            reason = await unhealthy(self._base_url, self._api_key)
             if reason is None:
                 self._probing = None
                 return
         self.stop(f"the server at {self._base_url} is gone ({reason})")
 
 
-async def unhealthy(base_url: str, timeout_s: float = 10.0) -> str | None:
+async def unhealthy(base_url: str, api_key: str | None = None) -> str | None:
     """Why ``/health`` says the server cannot serve, or None. A slow answer is no reason."""
-    timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
         async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
+            aiohttp.ClientSession(
+                timeout=_PROBE_TIMEOUT, headers=authorization(api_key)
+            ) as session,
             session.get(f"{base_url.rstrip('/')}/health") as response,
         ):
             return f"/health says {response.status}" if response.status >= 500 else None

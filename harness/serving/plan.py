@@ -57,7 +57,8 @@ def make_plan(
         max_model_len: the server's; a request that cannot fit is refused here.
 
     Raises:
-        UsageError: the specification cannot be met; the message says what to change.
+        UsageError: the specification cannot be met, or its steady figures would be empty; the
+            message says what to change.
 
     """
     s = specification
@@ -93,7 +94,26 @@ def make_plan(
             request = PlannedRequest(index, LOAD, send_at, prompt, output_length)
         _check_fits(request, max_model_len)
         requests.append(request)
+    _check_steady(s, requests)
     return Plan(requests, windows)
+
+
+def _check_steady(s: LoadSpecification, requests: Sequence[PlannedRequest]) -> None:
+    """Refuse an open loop that sends nothing between warm-up and cool-down.
+
+    A closed loop's times are known afterwards only: there its record warns.
+    """
+    times = [r.send_at for r in requests if r.send_at is not None]
+    if not times or not (s.warm_up_s or s.cool_down_s):
+        return
+    last = max(times)
+    end = last - s.cool_down_s if s.cool_down_s else last
+    steady = [r for r in requests if r.kind == LOAD and s.warm_up_s <= (r.send_at or 0.0) <= end]
+    if not steady:
+        raise UsageError(
+            f"--warm-up {s.warm_up_s:g} and --cool-down {s.cool_down_s:g} leave no request for the "
+            f"steady figures: the last is sent after {last:.1f} s; lower them, or send more"
+        )
 
 
 def _trace(s: LoadSpecification, max_model_len: int | None) -> list[TraceEntry]:

@@ -8,7 +8,14 @@ from typing import Any
 
 from ..records import provenance
 
-_SHARED = ("corpora.py", "perplexity.py", "tokens.py", "workload.py")
+_SHARED = (
+    "corpora.py",
+    "dataset_rows.py",
+    "perplexity.py",
+    "token_bytes.py",
+    "tokens.py",
+    "workload.py",
+)
 _NOT_MEASURING = (
     "bench_client.py",
     "compare_clients.py",

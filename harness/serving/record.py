@@ -13,6 +13,7 @@ from .provenance import here
 from .quality import quality_record
 from .result import SUCCEEDED, Result
 from .sampling import Sampler
+from .scrape import LIVE_SHARE
 from .specification import LoadSpecification
 from .summary import (
     TIMELINE_BIN_S,
@@ -22,6 +23,7 @@ from .summary import (
     spans,
     summarize,
     token_timeline,
+    unknown_tokens,
 )
 from .target import Target
 
@@ -58,6 +60,8 @@ def load_record(
     }
     end = ranges["all"][1]
     edges = np.arange(int(np.ceil(end / TIMELINE_BIN_S)) + 1) * TIMELINE_BIN_S
+    tokens = token_timeline(results, edges)
+    samples = sampler.columns()
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "load",
@@ -70,15 +74,15 @@ def load_record(
         "target": target.to_dict(),
         "counts": counts(results),
         "failures": failures(results),
-        "warnings": warnings(s, summary["all"], sampler.failed),
+        "warnings": [*warnings(s, summary, results, samples), *sampler.warnings()],
         "summary": summary,
         "quality": quality_record(results, plan.windows, s.quality.chunk),
-        "memory": memory(sampler.columns(), sampler.cache_config, ranges["steady"]),
+        "memory": memory(samples, sampler.cache_config, ranges["steady"]),
         "output_tokens": {
             "bin_s": TIMELINE_BIN_S,
-            "tokens": [round(float(n), 2) for n in token_timeline(results, edges)],
+            "tokens": None if tokens is None else [round(float(n), 2) for n in tokens],
         },
-        "samples": sampler.columns(),
+        "samples": samples,
         "requests": _columns([r for r in results if r.status == SUCCEEDED and r.chunks]),
         "not_succeeded": [
             {
@@ -98,9 +102,13 @@ def load_record(
         "units": {
             "*_ms": "milliseconds; in an open loop from the intended send time",
             "request_throughput": "requests completed per second",
+            "output_tokens": "by the server's own count; null: it sent none",
             "output_throughput": "output tokens per second",
             "goodput": "requests per second that met every objective",
             "kv_cache_usage": "share of the pool's blocks that is held",
+            "kv_eviction_live_share": "share still held of the full blocks of running requests "
+            "that evict",
+            "effective_sparsity": "1 - mean kv_eviction_live_share; null: unknown",
         },
         **here(),
     }
@@ -110,7 +118,11 @@ def memory(
     columns: dict[str, Any], cache_config: dict[str, int], span: tuple[float, float]
 ) -> dict[str, Any]:
     """KV pool, what of it was held over the steady span (by the samples in it), and by how much
-    counters grew over the run."""
+    counters grew over the run.
+
+    ``effective_sparsity`` is what eviction really came to: 1 minus the mean share of blocks that
+    requests which evict still held. None where no sample of the span knows that share.
+    """
     result: dict[str, Any] = dict(cache_config)
     for name in (
         "kv_cache_usage",
@@ -119,17 +131,19 @@ def memory(
         "process_memory_mib",
         "device_memory_mib",
     ):
-        times = np.array(columns.get(f"{name}_time_s", columns["time_s"]))
-        values = np.array(columns.get(name, []))
-        if not len(values):
-            continue
-        inside = values[(times >= span[0]) & (times <= span[1])]
+        inside = _inside(columns, name, span)
         if len(inside):
             result[name] = {"mean": float(inside.mean()), "max": float(inside.max())}
+    shares = _inside(columns, LIVE_SHARE, span)
+    if len(shares):
+        result[LIVE_SHARE] = {"mean": float(shares.mean()), "min": float(shares.min())}
+    result["effective_sparsity"] = 1 - float(shares.mean()) if len(shares) else None
     counters = {"num_preemptions": "preemptions"} | {
         name: name
         for name in columns
-        if name.startswith(OURS) and not name.startswith(f"{OURS}live_share")
+        if name.startswith(OURS)
+        and not name.startswith(LIVE_SHARE)
+        and not name.endswith("_time_s")
     }
     for name, shown in counters.items():
         values = columns.get(name, [])
@@ -138,18 +152,52 @@ def memory(
     return result
 
 
-def warnings(s: LoadSpecification, summary: dict[str, Any], failed_samples: int) -> list[str]:
+def _inside(columns: dict[str, Any], name: str, span: tuple[float, float]) -> np.ndarray:
+    """Values of the samples within a span, ``[n]``; none of a series that is not there."""
+    times = np.array(columns.get(f"{name}_time_s", columns["time_s"]))
+    values = np.array(columns.get(name, []))
+    return values[(times >= span[0]) & (times <= span[1])] if len(values) else values
+
+
+def warnings(
+    s: LoadSpecification,
+    summary: dict[str, dict[str, Any]],
+    results: Sequence[Result],
+    samples: dict[str, Any],
+) -> list[str]:
     """What makes the figures less than they look, one sentence each."""
     found = []
-    lag = summary["send_lag_ms"]
+    lag = summary["all"]["send_lag_ms"]
     if s.open_loop and lag is not None and lag["p50"] > LAG_LIMIT_MS:
         found.append(
             f"the client fell behind: requests left {lag['p50']:.1f} ms (median) after their time, "
             f"more than {LAG_LIMIT_MS:g} ms; lower the request rate or give the client a core of "
             "its own"
         )
-    if failed_samples:
-        found.append(f"{failed_samples} samples of /metrics failed and are missing")
+    if (s.warm_up_s or s.cool_down_s) and not summary["steady"]["counts"]["planned"]:
+        found.append(
+            f"no request was sent between a --warm-up of {s.warm_up_s:g} s and a --cool-down of "
+            f"{s.cool_down_s:g} s, so the steady figures are empty; lower them, or send more"
+        )
+    if (
+        samples["time_s"]
+        and any(name.startswith("kv_") for name in s.settings)
+        and not any(name.startswith(OURS) for name in samples)
+    ):
+        found.append(
+            f"the server has no metrics of the plugin, so it may well have ignored "
+            f"{', '.join(s.settings)}"
+        )
+    if unknown := unknown_tokens(results):
+        found.append(
+            f"the server sent no usage with {unknown} answers: output tokens, output throughput "
+            "and time per output token are unknown, and these answers' lengths were not checked"
+        )
+    if chunks := sum(r.counted_by_chunks for r in results):
+        found.append(
+            f"{chunks} answers broke off before the server's own count; their tokens are counted "
+            "by chunks, which is a lower bound"
+        )
     return found
 
 

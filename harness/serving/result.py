@@ -18,7 +18,9 @@ class Result:
     """Times are seconds from the start of the run, None where it did not come to that.
 
     ``chunks`` are the arrivals of streamed chunks with tokens (vLLM sends one a step, usually of
-    one token); ``output_tokens`` is the server's own count where it gave one.
+    one token). ``output_tokens`` is the server's own count, its ``usage``; None where an answer
+    came to its end without one. Of an answer that broke off it is the number of chunks, which are
+    no more than the tokens in them.
     """
 
     index: int
@@ -29,7 +31,9 @@ class Result:
     end: float | None = None
     chunks: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
-    output_tokens: int = 0
+    output_tokens: int | None = 0
+    counted_by_chunks: bool = False
+    """The answer broke off before the server's count, which comes last."""
     error: str | None = None
     """Kind of failure, like ``http_500`` or ``connection_closed``."""
     message: str | None = None

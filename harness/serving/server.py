@@ -45,6 +45,18 @@ def vllm_command(model: str, flags: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", *start, model, *flags]
 
 
+def parse_port(text: str) -> int:
+    """A TCP port.
+
+    Raises:
+        UsageError: not a number from 1 to 65535.
+
+    """
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise UsageError(f"--port is {text!r}; give a number from 1 to 65535")
+    return int(text)
+
+
 def check_port(host: str, port: int) -> None:
     """Refuse a port that cannot be bound.
 
@@ -52,13 +64,15 @@ def check_port(host: str, port: int) -> None:
         UsageError: it is taken, or not ours to take.
 
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
+            flag = "--host" if isinstance(error, socket.gaierror) else "--port"
             raise UsageError(
-                f"port {port} cannot be used ({error.strerror}); choose another --port"
+                f"port {port} of {host} cannot be used ({error.strerror}); choose another {flag}"
             ) from None
 
 

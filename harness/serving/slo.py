@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,26 +18,33 @@ PERCENTILES = (50, 90, 95, 99)
 _PER_REQUEST = tuple(name for name in LATENCIES if name != "inter_token_latency_ms")
 
 
-def parse_slo(texts: Iterable[str]) -> dict[str, float]:
-    """``["time_to_first_token_ms:2000"]`` to ``{name: milliseconds}``.
+def parse_slo(given: Iterable[Any] | Mapping[Any, Any]) -> dict[str, float]:
+    """``["time_to_first_token_ms:2000"]``, or the same as a mapping, to ``{name: milliseconds}``.
 
     Raises:
-        UsageError: not NAME:MILLISECONDS with a known name.
+        UsageError: not NAME:MILLISECONDS with a known name and a finite limit, or one name twice.
 
     """
-    objectives = {}
-    for text in texts:
+    texts = [f"{n}:{v}" for n, v in given.items()] if isinstance(given, Mapping) else given
+    objectives: dict[str, float] = {}
+    for text in map(str, texts):
         name, _, value = text.partition(":")
         try:
             limit = float(value)
         except ValueError:
-            limit = -1.0
-        if name not in _PER_REQUEST or not limit > 0:
+            limit = math.nan
+        if name not in _PER_REQUEST or not _is_limit(limit):
             raise UsageError(
                 f"--slo {text!r}; give NAME:MILLISECONDS with one of: {', '.join(_PER_REQUEST)}"
             )
+        if name in objectives:
+            raise UsageError(f"--slo names {name} twice; keep one")
         objectives[name] = limit
     return objectives
+
+
+def _is_limit(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def is_good(request: Mapping[str, float | None], objectives: Mapping[str, float]) -> bool:
@@ -63,7 +71,7 @@ def check_run_slo(slo: Mapping[str, Any]) -> None:
             raise UsageError(f"slo {name} is {limits!r}; give percentiles like {{p99: 2000}}")
         for statistic, limit in limits.items():
             known = [f"p{p}" for p in PERCENTILES] + ["mean"]
-            if statistic not in known or not isinstance(limit, int | float) or limit <= 0:
+            if statistic not in known or not _is_limit(limit):
                 raise UsageError(
                     f"slo {name} has {statistic}: {limit!r}; give milliseconds for one of: "
                     f"{', '.join(known)}"

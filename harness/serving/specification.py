@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import UsageError
 from .arrivals import PROCESSES, WITH_RATE, requests_within
+from .checks import MOST, check_numbers, check_request_settings
 from .lengths import Lengths
 from .slo import parse_slo
 
 PROMPTS = ("random", "text", "trace")
+_DRAWN = ("random", "text")
+"""Prompts whose lengths are drawn."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,14 @@ class LoadSpecification:
             if not isinstance(values.get(name, {}), kinds):
                 raise UsageError(f"{name} of a load is {values[name]!r}; give a mapping")
         quality = values.pop("quality", {})
-        _check_numbers(cls, values)
-        _check_numbers(QualitySpecification, quality)
         for name in ("input_length", "output_length"):
             if name in values:
                 values[name] = str(Lengths.parse(str(values[name])))
+        check_numbers(cls, values, "")
+        check_numbers(QualitySpecification, quality, "quality-")
         if "request_rate" in values:
             values["request_rate"] = float(values["request_rate"])
-        if isinstance(values.get("slo"), list):
-            values["slo"] = parse_slo(map(str, values["slo"]))
+        values["slo"] = parse_slo(values.get("slo", []))
         if ("num_requests" in values) == ("duration_s" in values):
             raise UsageError(
                 "give one of --num-requests and --duration (num_requests, duration_s in a study)"
@@ -121,9 +123,12 @@ class LoadSpecification:
             ("--shared-prefix-groups", self.shared_prefix_groups),
             ("--quality-windows", self.quality.num_windows),
             ("--quality-chunk", self.quality.chunk),
+            ("--max-tokens", 1 if self.max_tokens is None else self.max_tokens),
         ):
             if not value > 0:
                 raise UsageError(f"{name} is {value:g}; give a number above 0")
+        if self.num_requests > MOST:
+            raise UsageError(f"{self.num_requests:,} requests are more than the {MOST:,} of a load")
         for name, value in (
             ("--warm-up", self.warm_up_s),
             ("--cool-down", self.cool_down_s),
@@ -150,15 +155,48 @@ class LoadSpecification:
             )
         if self.quality.context_length < 2:
             raise UsageError("--quality-context-length must be at least 2 tokens")
+        check_request_settings(self.settings)
+        self._check_effect()
+
+    def _check_effect(self) -> None:
+        """Refuse what would be ignored in silence."""
         for name, value, default, arrivals in (
             ("--request-rate", self.request_rate, math.inf, WITH_RATE),
             ("--burstiness", self.burstiness, 1.0, ("gamma",)),
             ("--ramp-to", self.ramp_to, None, ("ramp",)),
+            ("--time-scale", self.time_scale, 1.0, ("trace",)),
         ):
             if value != default and self.arrivals not in arrivals:
                 raise UsageError(
                     f"{name} means nothing to --arrivals {self.arrivals}; leave it out, or use "
                     f"one of: {', '.join(arrivals)}"
+                )
+        for name, value, default, prompts in (
+            ("--dataset", self.dataset, LoadSpecification.dataset, ("text",)),
+            ("--input-length", self.input_length, LoadSpecification.input_length, _DRAWN),
+            ("--output-length", self.output_length, LoadSpecification.output_length, _DRAWN),
+            ("--shared-prefix-length", self.shared_prefix_length, 0, _DRAWN),
+        ):
+            if value != default and self.prompts not in prompts:
+                raise UsageError(
+                    f"{name} means nothing to --prompts {self.prompts}; leave it out, or use "
+                    f"one of: {', '.join(prompts)}"
+                )
+        traced = "trace" in (self.arrivals, self.prompts)
+        quality = self.quality == QualitySpecification() or self.quality.share
+        for name, idle, needed in (
+            ("--trace", self.trace is not None and not traced, "--arrivals or --prompts trace"),
+            ("--max-tokens", self.max_tokens is not None and not traced, "a trace"),
+            (
+                "--shared-prefix-groups",
+                self.shared_prefix_groups != 1 and not self.shared_prefix_length,
+                "--shared-prefix-length",
+            ),
+            ("--quality-*", not quality, "--quality-share"),
+        ):
+            if idle:
+                raise UsageError(
+                    f"{name} means nothing without {needed}; leave it out, or add that"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,16 +205,3 @@ class LoadSpecification:
         if math.isinf(self.request_rate):
             values["request_rate"] = "inf"
         return values
-
-
-def _check_numbers(specification: type, values: Mapping[str, Any]) -> None:
-    """Refuse what is no number where a number belongs: a study's file may hold anything."""
-    kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(specification)}
-    for name, value in values.items():
-        kind = {"duration_s": "float"}.get(name) or kinds.get(name)
-        if (name, value) == ("request_rate", "inf"):
-            continue
-        if kind == "int" and type(value) is not int:
-            raise UsageError(f"{name} is {value!r}; give a whole number")
-        if kind == "float" and type(value) not in (int, float):
-            raise UsageError(f"{name} is {value!r}; give a number")

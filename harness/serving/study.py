@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from vllm_plugins.config import EvictionConfig, parse_sparsity
 from ..corpora import describe as describe_text
 from ..errors import UsageError
 from ..models import DEFAULT_MODEL, fingerprint, recorded_name, resolve_model
+from .checks import check_json, check_numbers
 from .slo import check_run_slo
 from .specification import LoadSpecification
 
@@ -28,6 +30,7 @@ _KINDS = {
     **dict.fromkeys(("methods", "sparsity", "rates", "seeds"), list),
     **dict.fromkeys(("eviction", "server", "environment", "load", "slo"), dict),
 }
+_OF_THE_STUDY = ("kv_policy", "kv_sparsity", "kv_budget_tokens")
 _NAMES = {list: "list", dict: "mapping"}
 
 
@@ -100,6 +103,32 @@ class ServingStudy:
         for name in ("policy", "sparsity"):
             if name in self.eviction:
                 raise UsageError(f"eviction.{name} is set by methods and sparsity; remove it")
+        given = (
+            vars(self)
+            if self.vocabulary_size is not None
+            else {name: value for name, value in vars(self).items() if name != "vocabulary_size"}
+        )
+        check_numbers(type(self), given)
+        for name, least in (("block_size", 1), ("warm_up_requests", 0), ("vocabulary_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name} is {value}; give a whole number of at least {least}")
+        if "api_key" in self.server or "VLLM_API_KEY" in self.environment:
+            raise UsageError(
+                "every record would hold the server's API key; export VLLM_API_KEY instead"
+            )
+        if not self.startup_timeout_s > 0:
+            raise UsageError(
+                f"startup_timeout_s is {self.startup_timeout_s:g}; give a number above 0"
+            )
+        for name in ("eviction", "server", "environment"):
+            check_json(name, getattr(self, name))
+        settings = self.load.get("settings")
+        if own := [n for n in _OF_THE_STUDY if isinstance(settings, Mapping) and n in settings]:
+            raise UsageError(
+                f"load.settings.{own[0]} would make every run another than its method and "
+                "sparsity say; set methods and sparsity instead"
+            )
         check_run_slo(self.slo)
         runs = self.runs()
         names = [run.file_name for run in runs]
@@ -128,7 +157,13 @@ class ServingStudy:
             for sparsity in (0.0,) if method in _WITHOUT_SPARSITY else own["sparsity"]:
                 value = parse_sparsity("sparsity", sparsity)
                 for rate in own["rates"] or (None,):
+                    if rate is not None and not (
+                        type(rate) in (int, float) and 0 < rate < math.inf
+                    ):
+                        raise UsageError(f"rates has {rate!r}; give finite numbers above 0")
                     for seed in own["seeds"]:
+                        if type(seed) is not int or seed < 0:
+                            raise UsageError(f"seeds has {seed!r}; give whole numbers from 0 on")
                         found.append(ServingRun(self, method, value, rate, seed))
         return found
 

@@ -40,11 +40,12 @@ def latencies(result: Result, open_loop: bool) -> dict[str, float | None]:
 
     In an open loop they count from the intended send time: a client or server that falls behind
     cannot hide it (no coordinated omission). ``time_per_output_token_ms`` is over the tokens
-    after the first, None for a single token. Definitions as in ``vllm bench serve``.
+    after the first, None for a single token or where their number is unknown. Definitions as in
+    ``vllm bench serve``.
     """
     start = result.start(open_loop)
     first, last = result.chunks[0], result.chunks[-1]
-    rest = result.output_tokens - 1
+    rest = (result.output_tokens or 0) - 1
     return {
         "time_to_first_token_ms": 1000 * (first - start),
         "time_per_output_token_ms": 1000 * (last - first) / rest if rest > 0 else None,
@@ -63,7 +64,8 @@ def summarize(
 
     Args:
         results: everything. Throughputs count what *happened* within the span, whichever request
-            it belongs to: completions, and tokens at the time their chunk arrived.
+            it belongs to: completions, and tokens at the time their chunk arrived (None where
+            the server did not count them, as is a goodput that depends on their number).
         members: the requests that counts and latencies are over. Latencies are of streamed load
             requests; the quality requests have counts of their own.
         span: first and last second.
@@ -78,6 +80,10 @@ def summarize(
     gaps = [1000 * gap for r in succeeded for gap in np.diff(r.chunks)]
     seconds = high - low
     completed = sum(r.status == SUCCEEDED and low <= r.end <= high for r in results)
+    judged = bool(objectives) and (
+        "time_per_output_token_ms" not in objectives
+        or all(r.output_tokens is not None for r in succeeded)
+    )
     good = sum(is_good(request, objectives) for request in measured)
     summary: dict[str, Any] = {
         "span_s": [low, high],
@@ -94,9 +100,9 @@ def summarize(
         tokens = token_timeline(results, np.array([low, high]))
         summary |= {
             "request_throughput": completed / seconds,
-            "output_throughput": float(tokens[0]) / seconds,
-            "goodput": good / seconds if objectives else None,
-            "good_share": good / len(load) if objectives and load else None,
+            "output_throughput": None if tokens is None else float(tokens[0]) / seconds,
+            "goodput": good / seconds if judged else None,
+            "good_share": good / len(load) if judged and load else None,
         }
     else:
         summary |= dict.fromkeys(
@@ -128,8 +134,8 @@ def spans(
     ends = [r.end for r in results if r.end is not None]
     sent = [r.sent for r in results if r.sent is not None]
     last = max(ends, default=0.0)
-    steady_end = max(sent, default=0.0) - cool_down_s if cool_down_s else last
-    return {"all": (0.0, last), "steady": (min(warm_up_s, steady_end), max(0.0, steady_end))}
+    steady_end = max(0.0, max(sent, default=0.0) - cool_down_s) if cool_down_s else last
+    return {"all": (0.0, last), "steady": (min(warm_up_s, steady_end), steady_end)}
 
 
 def peak_concurrency(results: Sequence[Result]) -> int:
@@ -143,17 +149,25 @@ def peak_concurrency(results: Sequence[Result]) -> int:
     return peak
 
 
-def token_timeline(results: Sequence[Result], edges: np.ndarray) -> np.ndarray:
+def token_timeline(results: Sequence[Result], edges: np.ndarray) -> np.ndarray | None:
     """Output tokens that arrived between consecutive ``edges`` (seconds), float ``[n - 1]``.
 
     A request's tokens are shared out evenly over its chunks. Those of incomplete requests count:
-    the server made them.
+    the server made them. None where the server did not count the tokens of some request.
     """
-    times = [np.asarray(r.chunks) for r in results if r.chunks]
-    weights = [np.full(len(r.chunks), r.output_tokens / len(r.chunks)) for r in results if r.chunks]
-    if not times:
+    if unknown_tokens(results):
+        return None
+    streamed = [r for r in results if r.chunks]
+    if not streamed:
         return np.zeros(len(edges) - 1)
+    times = [np.asarray(r.chunks) for r in streamed]
+    weights = [np.full(len(r.chunks), (r.output_tokens or 0) / len(r.chunks)) for r in streamed]
     return np.histogram(np.concatenate(times), edges, weights=np.concatenate(weights))[0]
+
+
+def unknown_tokens(results: Sequence[Result]) -> int:
+    """How many streamed answers came to their end without the server's count of their tokens."""
+    return sum(r.output_tokens is None for r in results if r.chunks)
 
 
 def failures(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -164,11 +178,6 @@ def failures(results: Sequence[Result]) -> list[dict[str, Any]]:
         first = next(r for r in results if (r.status, r.error) == (status, error))
         rows.append({"status": status, "error": error, "count": count, "message": first.message})
     return rows
-
-
-def partial(results: Sequence[Result]) -> bool:
-    """Whether anything did not go as planned."""
-    return any(r.status != SUCCEEDED for r in results)
 
 
 def counts(results: Sequence[Result]) -> dict[str, int]:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import UnreadableFile, UnwritableFile, UsageError
 from ..models import resolve_model
-from ..records import identity, read_json, write_json
+from ..records import identity, write_json
 from .flags import serve_flags
 from .launch import eviction_flags
-from .load import output_path, run_load
+from .load import run_load
+from .output import RecordElsewhere, output_path, save_record
 from .plan import Plan, make_plan
 from .provenance import here
 from .record import SCHEMA_VERSION
 from .server import Server, ServerError, free_port, serving, vllm_command
 from .specification import LoadSpecification, QualitySpecification
+from .stored import STUDY, read_serving_record
 from .study import STOCK, ServingRun, ServingStudy
 from .target import Target, Texts, find_target
 
-STUDY = "study.json"
 LOGS = "logs"
 
 
@@ -40,7 +43,9 @@ def run_sweep(study: ServingStudy, folder: Path, say: Callable[[str], None] = pr
     """Run what is not there yet.
 
     A server that does not start, or dies, fails its run and the sweep goes on with a new one; an
-    interruption ends the sweep. Every record is written as soon as its run ends.
+    interruption ends the sweep, and so does a record that cannot be written where it belongs.
+    Every record is written as soon as its run ends. A record that cannot be read is measured again
+    and replaced then.
 
     Raises:
         UsageError: the folder holds runs of another study, or the study cannot be run.
@@ -50,15 +55,14 @@ def run_sweep(study: ServingStudy, folder: Path, say: Callable[[str], None] = pr
     texts = Texts(study.model)
     pending = []
     for run in study.runs():
-        if _is_done(run, folder):
+        if _is_done(run, folder, say):
             result.skipped.append(run.key)
         else:
             pending.append(run)
     if not pending:
         return result
     model = resolve_model(study.model)
-    # What is wrong with the load shows before a server starts.
-    _plan(study, pending[0].load, texts, None)
+    _check_plans(study, pending, texts)
     write_json(output_path(folder / STUDY), {"slo": study.slo, "runs": len(study.runs())})
     for server_key, runs in groupby(pending, key=lambda run: run.server_key):
         queue = list(runs)
@@ -71,6 +75,9 @@ def run_sweep(study: ServingStudy, folder: Path, say: Callable[[str], None] = pr
                 result.failed.append((server_key, str(error)))
                 if len(queue) == before:  # not one run: starting it again would not help
                     break
+            except (RecordElsewhere, UnwritableFile) as error:
+                result.failed.append((server_key, str(error)))
+                return result
         if result.interrupted:
             break
     return result
@@ -117,7 +124,7 @@ def _serve(
 
 def _target(server: Server) -> Target:
     try:
-        return asyncio.run(find_target(server.base_url, None))
+        return asyncio.run(find_target(server.base_url, None, _api_key()))
     except UsageError as error:
         raise ServerError(server.died() or str(error)) from None
 
@@ -134,12 +141,14 @@ def _one(
     """One run; whether the server can take another."""
     say(f"{run.key}, seed {run.seed}")
     plan = _plan(run.study, run.load, texts, target.max_model_len)
-    outcome = run_load(run.load, plan, target, server_pid=server.pid, watch=server.died)
+    outcome = run_load(
+        run.load, plan, target, server_pid=server.pid, watch=server.died, api_key=_api_key()
+    )
     record = {**outcome.record, "kind": "serving", "run": run.describe()}
     record["target"].pop("base_url")  # a port chosen free says nothing
     if (reason := server.died()) and record["complete"]:
         record |= {"complete": False, "stop_reason": reason}
-    write_json(folder / run.file_name, record)
+    save_record(folder / run.file_name, record)
     if record["complete"]:
         result.finished.append(run.key)
         return True
@@ -147,6 +156,14 @@ def _one(
     result.interrupted = outcome.interrupted
     say(f"{run.key}, seed {run.seed}: {record['stop_reason']}")
     return False
+
+
+def _check_plans(study: ServingStudy, runs: Iterable[ServingRun], texts: Texts) -> None:
+    """What is wrong with any load shows before a server starts."""
+    length = study.server.get("max_model_len")
+    loads = {json.dumps(run.load.to_dict(), sort_keys=True): run.load for run in runs}
+    for load in loads.values():
+        _plan(study, load, texts, length if type(length) is int else None)
 
 
 def _plan(
@@ -174,14 +191,24 @@ def _warm_up(run: ServingRun, texts: Texts, target: Target, server: Server) -> b
         seed=run.seed + 1_000_000,
     )
     plan = _plan(run.study, load, texts, target.max_model_len)
-    return run_load(load, plan, target, watch=server.died, progress=False).interrupted
+    outcome = run_load(load, plan, target, watch=server.died, progress=False, api_key=_api_key())
+    return outcome.interrupted
 
 
-def _is_done(run: ServingRun, folder: Path) -> bool:
+def _api_key() -> str | None:
+    """What vLLM takes as a server's key where no flag gives one; servers here inherit it."""
+    return os.environ.get("VLLM_API_KEY")
+
+
+def _is_done(run: ServingRun, folder: Path, say: Callable[[str], None]) -> bool:
     path = folder / run.file_name
     if not path.is_file():
         return False
-    record = read_json(path)
+    try:
+        record = read_serving_record(path)
+    except UnreadableFile:
+        say(f"{path} cannot be read; its run is measured again")
+        return False
     if record["run"]["hash"] != run.describe()["hash"]:
         raise UsageError(
             f"{path} is of another study; give another --output-dir, or remove it to run it again"

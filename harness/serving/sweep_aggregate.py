@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..perplexity import perplexity, total
+from ..perplexity import total
 from ..statistics import mean_interval, ratio_interval
-from .quality import kept_to_chunk
+from .quality import kept_to_chunk, perplexity_or_none
 from .slo import holds
 
 METRICS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {}
@@ -113,9 +113,7 @@ def with_shared_perplexity(records: Sequence[Mapping[str, Any]]) -> list[dict[st
     return [
         {
             **record,
-            "shared_perplexity": perplexity(total(windows[i]) for i in sorted(common[key]))
-            if common[key]
-            else None,
+            "shared_perplexity": perplexity_or_none(total(windows[i]) for i in sorted(common[key])),
             "shared_windows": len(common[key]),
         }
         for key, windows, record in zip(keys, counted, records, strict=True)

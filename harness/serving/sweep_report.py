@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..records import identity, read_json, write_json
+from ..records import identity, write_json
 from ..report.page import write_pages
 from ..report.tables import machine_line, markdown, times
 from .figures import draw_serving, label
+from .stored import STUDY, read_serving_records
 from .study import DENSE, STOCK
 from .sweep_aggregate import (
     RATIOS,
@@ -21,6 +23,7 @@ from .sweep_aggregate import (
 )
 
 AGGREGATED = "aggregated_results.json"
+_TITLE = "# Serving: "
 _FIRST = (STOCK, DENSE)
 _COLUMNS = {
     "output_throughput": "output tok/s",
@@ -42,19 +45,25 @@ _COLUMNS = {
 
 def is_serving(folder: Path) -> bool:
     """Whether ``folder`` holds records of a serving study."""
-    return any(_paths(folder)) and read_json(_paths(folder)[0]).get("kind") == "serving"
+    return (folder / STUDY).is_file() or bool(read_serving_records(folder)[0])
 
 
-def report_serving(folder: Path) -> list[dict[str, Any]]:
+def _say(line: str) -> None:
+    print(f"kv-eviction: {line}", file=sys.stderr)
+
+
+def report_serving(folder: Path, say: Callable[[str], None] = _say) -> list[dict[str, Any]]:
     """Write tables, figures and pages of a folder of serving records; the aggregated entries.
 
-    Runs that ended early are named and in no figure.
+    Runs that ended early, and files that cannot be read, are named and in no figure.
 
     Raises:
         UsageError: no complete record.
 
     """
-    everything = [read_json(path) for path in _paths(folder)]
+    everything, unreadable = read_serving_records(folder)
+    for reason in unreadable.values():
+        say(f"{reason}; the report leaves it out")
     records = sorted((r for r in everything if r["complete"]), key=_order)
     if not records:
         raise UsageError(f"{folder} holds no complete serving record")
@@ -76,22 +85,33 @@ def report_serving(folder: Path) -> list[dict[str, Any]]:
         {"entries": entries, "max_rate_within_slo": rates, f"against_{baseline}": ratios},
     )
     figures = draw_serving(entries, records, folder)
-    title = folder.resolve().name
-    write_pages(folder, _page(title, entries, ratios, rates, records, everything, figures))
+    parts = [*_page(entries, ratios, rates, records, figures), *_problems(everything, unreadable)]
+    write_pages(folder, "\n\n".join([_title(folder), *parts]) + "\n")
     return entries
 
 
+def _title(folder: Path) -> str:
+    """That of the page which is there: a copy, or a folder of another name, is the same study.
+
+    A study's first page takes its folder's name.
+    """
+    try:
+        with (folder / "report.md").open(encoding="utf-8") as page:
+            first = page.readline().rstrip("\n")
+    except (OSError, UnicodeDecodeError):
+        first = ""
+    return first if first.startswith(_TITLE) else f"{_TITLE}{folder.resolve().name}"
+
+
 def _page(
-    name: str,
     entries: Sequence[Mapping[str, Any]],
     ratios: Sequence[Mapping[str, Any]],
     rates: Sequence[Mapping[str, Any]],
     records: Sequence[Mapping[str, Any]],
-    everything: Sequence[Mapping[str, Any]],
     figures: Sequence[tuple[str, str]],
-) -> str:
+) -> list[str]:
     seeds = sorted({record["run"]["seed"] for record in records})
-    parts = [f"# Serving: {name}", _conditions(records), _machine(records[0])]
+    parts = [_conditions(records), machine_line(dict(records[0]))]
     interval = " Intervals: 95%, t distribution over seeds." if len(seeds) > 1 else ""
     parts.append(f"Seeds {', '.join(map(str, seeds))}; equal seeds are equal requests at equal "
                  f"intended times for every method.{interval}")  # fmt: skip
@@ -114,17 +134,24 @@ def _page(
                   markdown(_rate_rows(rates))]  # fmt: skip
     for stem, title in figures:
         parts += [f"## {title}", f"![{title}]({stem}.png)"]
+    return parts
+
+
+def _problems(everything: Sequence[Mapping[str, Any]], unreadable: Mapping[str, str]) -> list[str]:
+    problems = [
+        f"- `{name}` cannot be read and is left out; `kv-eviction serve-sweep` measures it again"
+        for name in unreadable
+    ]
     broken = [record for record in everything if not record["complete"]]
-    problems = [f"- {_run(r['run'])}: {r['stop_reason']}" for r in broken]
+    problems += [f"- {_run(r['run'])}: {r['stop_reason']}" for r in broken]
     problems += [f"- {_run(r['run'])}: {warning}" for r in everything for warning in r["warnings"]]
     problems += [
         f"- {_run(r['run'])}: {row['count']} x {row['error']} ({row['message']})"
-        for r in records
+        for r in sorted(everything, key=_order)
+        if r["complete"]
         for row in r["failures"]
     ]
-    if problems:
-        parts += ["## What did not go as planned", "\n".join(problems)]
-    return "\n\n".join(parts) + "\n"
+    return ["## What did not go as planned", "\n".join(problems)] if problems else []
 
 
 def _run(run: Mapping[str, Any]) -> str:
@@ -204,10 +231,6 @@ def _slo_line(record: Mapping[str, Any]) -> str:
     return f"Objectives: {'; '.join(limits)}; every request succeeds; in every seed."
 
 
-def _machine(record: Mapping[str, Any]) -> str:
-    return machine_line(dict(record))
-
-
 def _cell(value: Mapping[str, float] | None) -> str:
     if value is None:
         return "-"
@@ -223,7 +246,3 @@ def _order(record: Mapping[str, Any]) -> tuple[Any, ...]:
     rank = _FIRST.index(run["method"]) if run["method"] in _FIRST else len(_FIRST)
     rate = -1.0 if run["request_rate"] is None else run["request_rate"]
     return rank, run["method"], run["sparsity"], rate, run["seed"]
-
-
-def _paths(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*_seed*.json"))

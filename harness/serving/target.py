@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,10 @@ from ..corpora import describe
 from ..errors import UsageError
 from ..models import recorded_name, resolve_model
 from ..tokens import load_tokenizer, tokenize
+from .answer import MALFORMED
 
 _TIMEOUT_S = 30.0
+_KEY = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -34,35 +37,103 @@ class Target:
         }
 
 
-async def find_target(base_url: str, model: str | None) -> Target:
+async def find_target(base_url: str, model: str | None, api_key: str | None = None) -> Target:
     """Ask ``/v1/models`` (and ``/version``, which other servers may lack).
 
+    Args:
+        base_url: of the server, without ``/v1``.
+        model: one that it must serve; None: its first.
+        api_key: bearer token.
+
     Raises:
-        UsageError: nobody answers, or the server does not serve ``model``.
+        UsageError: nobody answers, the key is refused, the answer is no list of models, or the
+            server does not serve ``model``.
 
     """
     base_url = base_url.rstrip("/")
-    timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
     try:
-        async with aiohttp.ClientSession(timeout=timeout) as session:
-            async with session.get(f"{base_url}/v1/models") as response:
-                response.raise_for_status()
-                models = (await response.json())["data"]
-            async with session.get(f"{base_url}/version") as response:
-                version = (await response.json())["version"] if response.ok else None
-    except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError) as error:
-        reason = str(error) or type(error).__name__
+        async with aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S), headers=authorization(api_key)
+        ) as session:
+            status, text = await _get(session, f"{base_url}/v1/models")
+            version = await _version(session, base_url)
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        raise _no_server(base_url, str(error) or type(error).__name__) from None
+    if status in (401, 403):
         raise UsageError(
-            f"no OpenAI server answers at {base_url} ({reason}); give its address as --base-url, "
-            "like http://localhost:8000"
-        ) from None
-    names = [entry["id"] for entry in models]
-    if not names or (model is not None and model not in names):
+            f"{base_url} "
+            + (f"refuses the API key in {_KEY}" if api_key else "asks for an API key")
+            + f" (HTTP {status}); set {_KEY} to the key that the server was started with"
+        )
+    if status != 200:
+        raise _no_server(base_url, f"HTTP {status} for {base_url}/v1/models")
+    entries = _entries(base_url, text)
+    names = [entry["id"] for entry in entries]
+    if not names:
+        raise UsageError(f"{base_url} serves no model: its /v1/models names none")
+    if model is not None and model not in names:
         raise UsageError(f"{base_url} does not serve {model}; it serves: {', '.join(names)}")
-    entry = models[names.index(model) if model is not None else 0]
+    entry = entries[names.index(model) if model is not None else 0]
+    root, length = entry.get("root"), entry.get("max_model_len")
     return Target(
-        base_url, entry["id"], entry.get("root") or entry["id"], entry.get("max_model_len"), version
+        base_url,
+        entry["id"],
+        root if root and isinstance(root, str) else entry["id"],
+        length if type(length) is int and length > 0 else None,
+        version,
     )
+
+
+def authorization(api_key: str | None) -> dict[str, str]:
+    """The header that carries an API key; none without a key.
+
+    Raises:
+        UsageError: it holds what no header can.
+
+    """
+    if not api_key:
+        return {}
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise UsageError(
+            f"{_KEY} holds line ends or characters that no HTTP header can carry; set it to the "
+            "key alone"
+        )
+    return {"Authorization": f"Bearer {api_key}"}
+
+
+async def _get(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
+    async with session.get(url) as response:
+        return response.status, await response.text(errors="replace")
+
+
+async def _version(session: aiohttp.ClientSession, base_url: str) -> str | None:
+    try:
+        status, text = await _get(session, f"{base_url}/version")
+        version = json.loads(text)["version"] if status == 200 else None
+    except (aiohttp.ClientError, OSError, TimeoutError, *MALFORMED):
+        return None
+    return version if isinstance(version, str) else None
+
+
+def _no_server(base_url: str, reason: str) -> UsageError:
+    hint = "leave /v1 out of" if base_url.endswith("/v1") else "give its address as"
+    return UsageError(
+        f"no OpenAI server answers at {base_url} ({reason}); {hint} --base-url, "
+        "like http://localhost:8000"
+    )
+
+
+def _entries(base_url: str, text: str) -> list[dict[str, Any]]:
+    """Models with a name; a server may list others."""
+    try:
+        entries = list(json.loads(text)["data"])
+    except MALFORMED:
+        shown = " ".join(text.split())[:80]
+        raise UsageError(
+            f"{base_url}/v1/models is no list of models ({shown!r}); give the address of an "
+            "OpenAI server as --base-url"
+        ) from None
+    return [e for e in entries if isinstance(e, dict) and e.get("id") and isinstance(e["id"], str)]
 
 
 class Texts:

@@ -136,23 +136,16 @@ def test_a_record_has_latency_memory_and_quality_on_one_clock(record):
     assert sum(record["output_tokens"]["tokens"]) == pytest.approx(16 * 48 + 4, abs=4)
 
 
-def test_perplexity_under_load_is_the_offline_figure(record, tmp_path):
+def test_perplexity_under_load_is_the_offline_figure(record, offline_figure):
     quality = record["quality"]
     assert quality["num_answered"] == 4
     assert quality["num_other_chunk"] == 0
-    assert main(
-        ["offline", "--methods", "h2o", "--sparsity", "0.6", "--context-length", "320",
-         "--num-samples", "4", "--seeds", "0", "--output-dir", str(tmp_path),
-         "--experiment-name", "e"]
-    ) == 0  # fmt: skip
-    (path,) = (tmp_path / "e").glob("h2o*_seed0.json")
-    offline = json.loads(path.read_text())
-    assert [w["start"] for w in offline["windows"]] == sorted(
+    assert [w["start"] for w in offline_figure["windows"]] == sorted(
         w["start"] for w in quality["windows"]
     )
-    assert quality["perplexity"] == pytest.approx(offline["perplexity"], rel=1e-4)
+    assert quality["perplexity"] == pytest.approx(offline_figure["perplexity"], rel=1e-4)
     assert quality["perplexity_after_eviction"] == pytest.approx(
-        offline["perplexity_after_eviction"], rel=1e-4
+        offline_figure["perplexity_after_eviction"], rel=1e-4
     )
 
 

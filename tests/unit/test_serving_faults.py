@@ -18,17 +18,7 @@ from harness.serving.server import free_port
 from harness.serving.specification import LoadSpecification
 from harness.serving.target import find_target
 
-from .serving_stub import running
-
-
-def load(address, folder, *arguments, requests=6):
-    output = folder / "record.json"
-    status = main(
-        ["load", "--base-url", address, "--output", str(output), "--num-requests", str(requests),
-         "--vocab-size", "100", "--input-length", "4", "--output-length", "5",
-         "--request-rate", "50", *arguments]
-    )  # fmt: skip
-    return status, json.loads(output.read_text()) if output.exists() else None
+from .serving_stub import load, running
 
 
 def test_a_good_server(tmp_path, capsys):
@@ -62,7 +52,8 @@ def test_a_good_server(tmp_path, capsys):
 )
 def test_each_fault_has_its_count_and_message(mode, kind, error, message, tmp_path, capsys):
     with running(mode, after=2) as (address, _):
-        status, record = load(address, tmp_path, "--timeout", "0.5")
+        timeout = "0.5" if mode == "hang" else "30"
+        status, record = load(address, tmp_path, "--timeout", timeout)
     assert status == 1
     assert record["complete"]
     assert record["counts"] == {
@@ -181,7 +172,8 @@ def test_serve_refuses_a_port_that_is_taken(tmp_path, capsys):
         port = taken.getsockname()[1]
         arguments = ["serve", str(tmp_path), "--host", "127.0.0.1", "--port", str(port)]
         assert main(arguments) == 2
-    assert f"port {port} cannot be used (Address already in use)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"port {port} of 127.0.0.1 cannot be used (Address already in use)" in error
 
 
 def test_serve_refuses_a_model_path_that_is_wrong(capsys):

@@ -1,0 +1,70 @@
+"""What a model's ``config.json`` alone tells about eviction, before anything is imported.
+
+A first look, for models on this machine. The engine's own check
+(``vllm_plugins.checks.check_engine``) knows what vLLM makes of the configuration.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_plugins.checks import SENTENCES, check_layer_groups
+from vllm_plugins.config import EvictionConfigError
+
+from ..errors import UsageError
+
+
+def read_config(model: str) -> dict[str, Any] | None:
+    """The text part of a model's configuration; None where it is not on this machine.
+
+    Args:
+        model: a folder, or a hub id whose files may be in the cache.
+
+    Raises:
+        UsageError: the file is no JSON.
+
+    """
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        from huggingface_hub import try_to_load_from_cache
+
+        try:
+            cached = try_to_load_from_cache(model, "config.json")
+        except ValueError:  # no hub id
+            return None
+        if not isinstance(cached, str):
+            return None
+        path = Path(cached)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, dict) else config
+
+
+def check_config(
+    model: str, config: dict[str, Any], layer_groups: int, max_model_len: int | None
+) -> None:
+    """Refuse a model whose blocks cannot be evicted.
+
+    Args:
+        model: its name, for the sentence.
+        config: of ``read_config``.
+        layer_groups: that the server was asked for.
+        max_model_len: tokens, as given; None: the model's own.
+
+    Raises:
+        EvictionConfigError: what stands in the way.
+
+    """
+    if config.get("kv_lora_rank"):
+        raise EvictionConfigError(SENTENCES["mla"].format(model=model))
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    length = max_model_len or config.get("max_position_embeddings")
+    if isinstance(window, int) and isinstance(length, int) and 0 < window < length:
+        raise EvictionConfigError(SENTENCES["window"].format(model=model, window=window))
+    if isinstance(layers := config.get("num_hidden_layers"), int):
+        check_layer_groups(layers, layer_groups)

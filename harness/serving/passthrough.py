@@ -1,0 +1,160 @@
+"""Flags handed on to ``vllm serve``: what would undo eviction is refused before vLLM is imported.
+
+vLLM itself would find most of it out half a minute later, with the weights loaded, and the rest
+never. ``vllm_plugins.checks.check_engine`` is the full check, in the engine; these are its
+sentences. Flags are read as vLLM's parser reads them: ``--a_b`` is ``--a-b``, a unique beginning
+stands for the whole, ``--x.y V`` is part of ``--x``, and ``--config FILE`` holds more of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vllm_plugins.checks import SENTENCES
+from vllm_plugins.config import EvictionConfig, EvictionConfigError
+
+from ..errors import UsageError
+
+_ALIASES = {
+    "-pp": "--pipeline-parallel-size",
+    "-dcp": "--decode-context-parallel-size",
+    "-pcp": "--prefill-context-parallel-size",
+    "-sc": "--speculative-config",
+}
+_ALWAYS = {
+    "--enable-prefix-caching": SENTENCES["prefix_caching"],
+    "--kv-transfer-config": SENTENCES["connector"].format(connector="another one"),
+    "--kv-offloading-size": SENTENCES["connector"].format(connector="one that offloads"),
+    "--speculative-config": SENTENCES["speculative"],
+    "--spec-method": SENTENCES["speculative"],
+    "--spec-model": SENTENCES["speculative"],
+    "--spec-tokens": SENTENCES["speculative"],
+    "--enable-dbo": SENTENCES["ubatching"],
+    "--attention-backend": "--attention-backend would replace eviction's own; drop it",
+    "--worker-cls": "--worker-cls would replace eviction's own; drop it",
+    "--model": "the model is named twice; give it as the first argument only, without --model",
+}
+"""Refused whatever the value."""
+_ABOVE_ONE = {
+    "--pipeline-parallel-size": SENTENCES["pipeline"],
+    "--decode-context-parallel-size": SENTENCES["context_parallel"],
+    "--prefill-context-parallel-size": SENTENCES["context_parallel"],
+}
+_PLAIN_DTYPES = ("auto", "float16", "bfloat16")
+_REFUSED = (*_ALWAYS, *_ABOVE_ONE, "--kv-cache-dtype", "--disable-hybrid-kv-cache-manager")
+_SHORTEST = len("--kv-t")
+"""A shorter beginning of a flag stands for too many of vLLM's to be one of ours."""
+
+
+class Passthrough:
+    """The flags of a command line that are vLLM's, looked up by their whole names.
+
+    Args:
+        flags: as given, in order.
+
+    Raises:
+        UsageError: ``--config`` names no YAML file of settings.
+
+    """
+
+    def __init__(self, flags: Sequence[str]) -> None:
+        self.flags = list(flags)
+        self._values = dict(_pairs(self.flags))
+        if "--config" in self._values:
+            self._values = dict(_of_file(self._values["--config"])) | self._values
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def get(self, name: str, default: str | None = None) -> str | None:
+        """The value of ``name``; the last one counts. Empty for a flag without a value."""
+        return self._values.get(name, default)
+
+    def take(self, name: str) -> list[str]:
+        """Remove ``name`` with its values from the flags; the values."""
+        taken, kept, inside = [], [], False
+        for flag in self.flags:
+            if flag.startswith("-") and not _is_number(flag):
+                inside = _whole_name(flag) == name
+                if inside and "=" in flag:
+                    taken.append(flag.partition("=")[2])
+                elif not inside:
+                    kept.append(flag)
+            else:
+                (taken if inside else kept).append(flag)
+        self.flags = kept
+        self._values.pop(name, None)
+        return taken
+
+    def check(self, config: EvictionConfig, own_flags: Iterable[str]) -> None:
+        """Refuse what undoes eviction, and what is nearly a flag of ours.
+
+        Args:
+            config: eviction settings of the server.
+            own_flags: of ``kv-eviction serve``.
+
+        Raises:
+            EvictionConfigError: which flag, and what to do instead. ``UsageError``: a misspelt one.
+
+        """
+        own = list(own_flags)
+        for name, value in self._values.items():
+            if name in _ALWAYS:
+                raise EvictionConfigError(_ALWAYS[name])
+            if name in _ABOVE_ONE and value not in ("1", ""):
+                raise EvictionConfigError(_ABOVE_ONE[name])
+            if name == "--kv-cache-dtype" and value not in _PLAIN_DTYPES:
+                raise EvictionConfigError(SENTENCES["kv_cache_dtype"].format(dtype=value))
+            if name == "--disable-hybrid-kv-cache-manager" and config.layer_groups > 1:
+                groups = config.layer_groups
+                raise EvictionConfigError(SENTENCES["layer_groups_pool"].format(groups=groups))
+            if name not in own and (close := difflib.get_close_matches(name, own, 1, 0.85)):
+                raise UsageError(f"unknown flag {name}; did you mean {close[0]}?")
+
+
+def _pairs(flags: Sequence[str]) -> Iterable[tuple[str, str]]:
+    for index, flag in enumerate(flags):
+        if not flag.startswith("-") or _is_number(flag):
+            continue
+        _, equals, value = flag.partition("=")
+        if not equals and index + 1 < len(flags) and not flags[index + 1].startswith("--"):
+            value = flags[index + 1]
+        yield _whole_name(flag), value
+
+
+def _whole_name(flag: str) -> str:
+    name = flag.partition("=")[0].partition(".")[0]
+    if not name.startswith("--"):
+        return _ALIASES.get(name, name)
+    name = name.replace("_", "-")
+    begun = [whole for whole in _REFUSED if whole.startswith(name) and len(name) >= _SHORTEST]
+    return begun[0] if len(begun) == 1 else name
+
+
+def _of_file(path: str) -> Iterable[tuple[str, str]]:
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read --config {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, Mapping):
+        raise UsageError(f"--config {path} is no mapping of flags to values")
+    for name, value in settings.items():
+        if value is not False:  # a switch that is off
+            yield _whole_name(f"--{name}"), "" if value is True else _text(value)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else str(value)
+
+
+def _is_number(flag: str) -> bool:
+    try:
+        float(flag)
+    except ValueError:
+        return False
+    return True
