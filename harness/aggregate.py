@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from .perplexity import after_eviction, first_affected, perplexity, total
-from .specification import DENSE
+from .specification import DENSE, effective_sparsity
 from .statistics import disjoint, holm, paired_test, ratio_interval, summary
 
 METRICS = (
@@ -42,13 +42,14 @@ def aggregate(
 ) -> dict[str, Any]:
     """``{"h2o_s0.9": {"method", "sparsity", "num_runs", metric: {mean, std, min, max}}}``.
 
-    Standard deviations are over runs (seeds). ``avg_memory_mb`` is ``avg_cache_size`` in MiB: per
-    window, on average over its steps. Dense evicts nothing, so its
-    ``perplexity_after_eviction`` is null; ``dense_after_eviction`` of the other keys is its
-    perplexity on the very tokens theirs is over. ``throughput`` holds what the separate pass
-    measured, where it was run; its ``against_dense`` is the ratio of output tokens per second,
-    paired by load run: loads of one number follow each other closely, so that a machine that
-    becomes slower or faster over a sweep changes both.
+    ``effective_sparsity`` is what the asked sparsity or budget comes to (see
+    ``specification.effective_sparsity``). Standard deviations are over runs (seeds).
+    ``avg_memory_mb`` is ``avg_cache_size`` in MiB: per window, on average over its steps. Dense
+    evicts nothing, so its ``perplexity_after_eviction`` is null; ``dense_after_eviction`` of the
+    other keys is its perplexity on the very tokens theirs is over. ``throughput`` holds what the
+    separate pass measured, where it was run; its ``against_dense`` is the ratio of output tokens
+    per second, paired by load run: loads of one number follow each other closely, so that a
+    machine that becomes slower or faster over a sweep changes both.
     """
     results: dict[str, Any] = {}
     by_load = _by_key(loads)
@@ -56,6 +57,7 @@ def aggregate(
         entry: dict[str, Any] = {
             "method": runs[0]["method"],
             "sparsity": runs[0]["sparsity"],
+            "effective_sparsity": effective_sparsity(runs[0]["specification"]),
             "num_runs": len(runs),
             "num_windows": sum(len(run["windows"]) for run in runs),
         }

@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+from .dataset_rows import LOADERS, HubDataset, read_rows, split_of
 from .errors import UsageError
 from .packages import cache_folder, fetch_member
 from .specification import Text
 
 DEFAULT_DATASET = "canterbury"
 DOCUMENT_MODES = ("concatenate", "whole")
-MAX_CHARACTERS = 20_000_000
-"""Enough for any context here; a hub corpus is read no further."""
 
 _PACKAGE = "Brotli==1.1.0"
 _CANTERBURY = {
     "lcet10.txt": "5314ba1dbb03f471df88bec6cd120a938ef60d0fd3511c5c1dce61bf7463245f",
     "alice29.txt": "7467306ee0feed4971260f3c87421154a05be571d944e9cb021a5713700c38f0",
 }
-_FILES = {"text": None, "jsonl": "json", "parquet": "parquet"}
-"""Kinds of local files, and the loader of ``datasets`` for them."""
-
-
-@dataclass(frozen=True)
-class HubDataset:
-    """Where a corpus lies on the hub: arguments of ``datasets.load_dataset``, and the column.
-
-    ``revision``: a commit of the hub's repository; None: the newest, resolved when it is loaded
-    and recorded.
-    """
-
-    path: str
-    name: str | None
-    split: str | None
-    """None: its test split, or the only one it has."""
-    column: str
-    revision: str | None
-    separator: str = "\n\n"
+_FILES = ("text", *LOADERS)
+"""Kinds of local files."""
 
 
 HUB = {
@@ -94,6 +75,11 @@ def describe(dataset: str, column: str | None, document_mode: str) -> Text:
     )
 
 
+def has_rows(dataset: str) -> bool:
+    """Whether ``dataset`` consists of rows, with a column of text, as all but plain text does."""
+    return dataset != DEFAULT_DATASET and not dataset.startswith("text:")
+
+
 def _folder_sha256(folder: Path) -> str:
     """Over names and contents of a folder's visible files."""
     digest = hashlib.sha256()
@@ -106,6 +92,17 @@ def _folder_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+class Documents(NamedTuple):
+    """A text as it was read."""
+
+    texts: list[str]
+    """None of them empty."""
+    separator: str
+    """What joins them in document mode ``concatenate``."""
+    skipped_rows: int = 0
+    """Rows of a dataset that were null, or held white space alone."""
+
+
 def load_text(dataset: str) -> str:
     """The whole text that ``--dataset`` names, its documents joined.
 
@@ -113,12 +110,12 @@ def load_text(dataset: str) -> str:
         UsageError: the text cannot be had; the message says why.
 
     """
-    documents, separator = load_documents(describe(dataset, None, "concatenate"))
-    return separator.join(documents)
+    documents = load_documents(describe(dataset, None, "concatenate"))
+    return documents.separator.join(documents.texts)
 
 
-def load_documents(text: Text) -> tuple[list[str], str]:
-    """The documents of a text, and what joins them in document mode ``concatenate``.
+def load_documents(text: Text) -> Documents:
+    """The documents of a text.
 
     - ``canterbury``: the two English prose texts of the Canterbury corpus, paragraphs unwrapped:
       ``lcet10`` (proceedings of a Library of Congress workshop, 1992; public domain, and far
@@ -130,24 +127,45 @@ def load_documents(text: Text) -> tuple[list[str], str]:
     - ``wikitext``, ``pg19``, ``arxiv``, or any name or folder ``datasets`` can load; a document
       of WikiText is an article, of others a row.
 
+    Rows that hold no text (null, or white space alone) are no documents: they are left out and
+    counted. A row of another type is refused: it says that the column is another one.
+
     Raises:
-        UsageError: the text cannot be had; the message says why.
+        UsageError: the text cannot be had, or holds nothing but white space; the message says
+            why.
 
     """
+    documents = _read(text)
+    if not any(document.strip() for document in documents.texts):
+        rows = f" in its {documents.skipped_rows} rows" if documents.skipped_rows else ""
+        raise UsageError(f"{text.dataset} holds no text but white space{rows}; give another text")
+    return documents
+
+
+def skipped_note(text: Text, skipped_rows: int) -> str:
+    """What a user is told where rows were left out."""
+    return f"{text.dataset}: {skipped_rows} row(s) without text in {text.column!r} are left out"
+
+
+def _read(text: Text) -> Documents:
     kind = text.dataset.partition(":")[0]
     if text.dataset == DEFAULT_DATASET:
-        return [_unwrap(_canterbury(name, _CANTERBURY[name])) for name in _CANTERBURY], "\n\n"
+        files = [_unwrap(_canterbury(name, _CANTERBURY[name])) for name in _CANTERBURY]
+        return Documents(files, "\n\n")
     if kind == "text" and text.dataset_path:
         path = Path(text.dataset_path)
         try:
-            return [path.read_text(encoding="utf-8")], ""
+            return Documents([path.read_text(encoding="utf-8")], "")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read {path} as UTF-8 text: {error}") from None
     known = None if text.dataset_path else HUB.get(text.dataset)  # a folder may bear the name
-    documents = _from_datasets(text, known)
+    rows = read_rows(text, known, others=(DEFAULT_DATASET, *HUB))
     if known is not None and not known.separator:
-        return [article for article in _ARTICLE.split("".join(documents)) if article.strip()], ""
-    return documents, "\n\n"
+        # Rows are lines here, and an empty line is a part of the text.
+        articles = _ARTICLE.split("".join(row or "" for row in rows))
+        return Documents([article for article in articles if article.strip()], "")
+    filled = [row for row in rows if row is not None and row.strip()]
+    return Documents(filled, "\n\n", len(rows) - len(filled))
 
 
 def resolved_revision(text: Text) -> str | None:
@@ -169,9 +187,7 @@ def resolved_split(text: Text) -> str | None:
     if text.split or text.dataset == DEFAULT_DATASET or text.dataset.partition(":")[0] in _FILES:
         return text.split
     try:
-        import datasets
-
-        return _split(datasets, text.dataset_path or text.dataset, None, None)
+        return split_of(text.dataset_path or text.dataset)
     except Exception:  # offline with a filled cache: what was read cannot be told
         return None
 
@@ -187,49 +203,3 @@ def _unwrap(text: str) -> str:
     """Hard-wrapped lines joined to paragraphs: line breaks are not prose."""
     paragraphs = re.split(r"\n\s*\n", text.replace("\r\n", "\n"))
     return "\n\n".join(filter(None, (" ".join(paragraph.split()) for paragraph in paragraphs)))
-
-
-def _from_datasets(text: Text, known: HubDataset | None) -> list[str]:
-    import datasets
-
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    name = known.path if known else text.dataset_path or text.dataset
-    try:
-        rows = _load(datasets, text, known, name)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"datasets cannot load {name}: {reason}; give text:FILE, jsonl:FILE, parquet:FILE, "
-            f"a dataset's name or folder, or one of: {', '.join((DEFAULT_DATASET, *HUB))}"
-        ) from None
-    if text.column not in rows.column_names:
-        raise UsageError(
-            f"{name} has no column {text.column!r}; "
-            f"name one with --text-column: {', '.join(rows.column_names)}"
-        )
-    documents: list[str] = []
-    size = 0
-    for row in rows:
-        documents.append(row[text.column])
-        size += len(documents[-1])
-        if size > MAX_CHARACTERS:
-            break
-    return documents
-
-
-def _load(datasets: Any, text: Text, known: HubDataset | None, name: str) -> Any:
-    kind = text.dataset.partition(":")[0]
-    if _FILES.get(kind) and text.dataset_path:
-        return datasets.load_dataset(_FILES[kind], data_files=text.dataset_path, split="train")
-    config, revision = (known.name, text.revision) if known else (None, None)
-    split = text.split or _split(datasets, name, config, revision)
-    return datasets.load_dataset(name, config, split=split, revision=revision)
-
-
-def _split(datasets: Any, name: str, config: str | None, revision: str | None) -> str:
-    """Its test split, or the only one it has."""
-    available = datasets.get_dataset_split_names(name, config, revision=revision)
-    if "test" not in available and len(available) > 1:
-        raise ValueError(f"it has no test split, but {', '.join(available)}")
-    return "test" if "test" in available else available[0]

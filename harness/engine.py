@@ -20,6 +20,10 @@ class UnfaithfulRun(RuntimeError):
     """The engine is well, but what it did is not what the specification says."""
 
 
+class NotFinite(RuntimeError):
+    """A log-prob is NaN or infinite. What made it so may lie in the KV cache still."""
+
+
 @dataclass(frozen=True)
 class ScoredWindow:
     """One window as the engine saw it.

@@ -35,13 +35,14 @@ def preflight(specification: EngineSpecification) -> Any:
     from vllm_plugins import EvictionConfigError
     from vllm_plugins.checks import check_engine
 
+    arguments = _arguments(specification)
     try:
-        config = EngineArgs(**_arguments(specification)).create_engine_config()
+        config = EngineArgs(**arguments).create_engine_config()
     except EvictionConfigError:
         raise
     except Exception as error:  # whatever Transformers and vLLM find wrong with a model
-        reason = " ".join(str(error).split())
-        raise UsageError(f"vLLM refuses {specification.model}: {reason}") from None
+        refusal = UsageError(f"vLLM refuses {specification.model}: {_reason(error)}")
+        config = _at_full_length(specification, arguments, refusal)
     check_engine(config)
     return config
 
@@ -60,7 +61,11 @@ def running(specification: EngineSpecification) -> Iterator[Engine]:
     config = preflight(specification)
     from vllm import LLM
 
-    llm = LLM(**_arguments(specification), kv_cache_memory_bytes=_pool_bytes(config, specification))
+    llm = LLM(
+        **_arguments(specification),
+        hf_overrides=config.model_config.hf_overrides,
+        kv_cache_memory_bytes=_pool_bytes(config, specification),
+    )
     try:
         yield Engine(llm, specification)
     finally:
@@ -81,6 +86,51 @@ def _quiet() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+def _at_full_length(
+    specification: EngineSpecification, arguments: dict[str, Any], refusal: UsageError
+) -> Any:
+    """The configuration of an engine whose windows are as long as the model can read.
+
+    vLLM wants room for one sampled token behind every prompt, so ``max_model_len`` is one above
+    the model's maximum then, which vLLM refuses unless the configuration allows it by a
+    ``model_max_length`` of its own. That token is never an input: no position beyond the model's
+    is computed.
+
+    Raises:
+        UsageError: windows are longer than that, or vLLM refused for another reason: ``refusal``.
+
+    """
+    from vllm import EngineArgs
+
+    try:
+        longest = EngineArgs(**{**arguments, "max_model_len": None}).create_model_config()
+    except Exception:
+        raise refusal from None
+    length, longest = specification.context_length, longest.max_model_len
+    if length > longest:
+        raise UsageError(
+            f"--context-length {length} is more than {specification.model} can read; "
+            f"give at most {longest}"
+        ) from None
+    if length < longest:
+        raise refusal from None
+    overrides = {"model_max_length": arguments["max_model_len"]}
+    try:
+        return EngineArgs(**arguments, hf_overrides=overrides).create_engine_config()
+    except Exception as error:
+        raise UsageError(f"vLLM refuses {specification.model}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without pydantic's count of errors, field names and link."""
+    errors = getattr(error, "errors", None)
+    if callable(errors):
+        found = [entry["msg"].removeprefix("Value error, ") for entry in errors()]
+    else:
+        found = [str(error) or type(error).__name__]
+    return " ".join(" ".join(found).split())
 
 
 def _arguments(specification: EngineSpecification) -> dict[str, Any]:

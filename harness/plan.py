@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,12 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vllm_plugins.config import EvictionConfig, parse_sparsity
+from vllm_plugins.config import EvictionConfig
 
 from .corpora import describe
 from .errors import UsageError
+from .levels import check_levels, levels_for
 from .models import fingerprint, recorded_name, resolve_model
-from .specification import DENSE, EngineSpecification, Load, Method, RunSpecification, Text
+from .specification import EngineSpecification, Load, RunSpecification, Text
 from .study import Study, short_name
 
 _EVICTION = ("layer_groups", "score", "score_half_life", "score_queries", "score_every",
@@ -76,70 +76,10 @@ def seeds_for(num_runs: int | None, seeds: Sequence[int] | None) -> tuple[int, .
         return tuple(range(num_runs if num_runs is not None else 1))
     if num_runs is not None and num_runs != len(seeds):
         raise UsageError(f"--num-runs is {num_runs} but --seeds names {len(seeds)}; drop one")
-    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+    whole = all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not seeds or not whole or len(set(seeds)) != len(seeds):
         raise UsageError("--seeds must be different whole numbers of at least 0")
     return tuple(seeds)
-
-
-def method_for(value: Any) -> Method:
-    """A method as given: a policy's name, or ``{policy, name, args}``.
-
-    Raises:
-        UsageError: neither; or a name that no file can bear.
-
-    """
-    if isinstance(value, str):
-        return Method(value, value)
-    if not isinstance(value, dict) or "policy" not in value:
-        raise UsageError(f"a method is {value!r}; give a policy's name or {{policy, name, args}}")
-    unknown = set(value) - {"policy", "name", "args"}
-    if unknown:
-        raise UsageError(f"a method has {sorted(unknown)}; it takes policy, name and args")
-    args = value.get("args") or {}
-    parts = "-".join(str(v) for v in args.values())
-    name = str(value.get("name") or (f"{value['policy']}-{parts}" if parts else value["policy"]))
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*(_[A-Za-z0-9.+-]+)*", name):
-        raise UsageError(f"a method's name is {name!r}; use letters, digits, '.', '+', '-' or '_'")
-    return Method(name, value["policy"], args)
-
-
-def levels_for(
-    methods: Sequence[Any], sparsities: Sequence[Any], budgets: Sequence[Any] = ()
-) -> list[tuple[Method, float, int | None]]:
-    """Every (method, sparsity, budget in tokens) of a comparison; ``dense`` once.
-
-    Raises:
-        UsageError: nothing to run, or two methods of one name. ``EvictionConfigError``: a
-        sparsity is out of range.
-
-    """
-    levels: list[tuple[Method, float, int | None]] = []
-    for method in map(method_for, methods):
-        if method.policy == DENSE:
-            wanted: list[tuple[float, int | None]] = [(0.0, None)]
-        else:
-            wanted = [(parse_sparsity("sparsity", s), None) for s in sparsities]
-            wanted += [(0.0, budget) for budget in budgets]
-        for sparsity, budget in wanted:
-            if (method, sparsity, budget) not in levels:
-                levels.append((method, sparsity, budget))
-    if len({(m.name, s, b) for m, s, b in levels}) < len(levels):
-        raise UsageError("two methods bear the same name; give them a name each")
-    if not levels:
-        raise UsageError("nothing to run; name at least one of --methods and one --sparsity")
-    return levels
-
-
-def check_levels(engine: EngineSpecification, runs: Sequence[RunSpecification]) -> None:
-    """Refuse what the plugin would refuse, before an engine starts.
-
-    Raises:
-        EvictionConfigError: a policy, parameter or budget is wrong.
-
-    """
-    config = EvictionConfig.parse(engine.eviction)
-    for settings in {json.dumps(run.settings): run.settings for run in runs}.values():
-        config.request_settings(settings, engine.block_size)
 
 
 def _shown(name: str, value: Any) -> Any:
@@ -160,6 +100,7 @@ def _runs(
     seeds = seeds_for(study.num_runs, study.seeds)
     levels = levels_for(study.methods, study.sparsity, study.budget_tokens)
     check_block_size(study.block_size)
+    _check_window(study)
     if study.protocol == "decode" and device != "cuda":
         raise UsageError(
             "--protocol decode forces tokens through vLLM's Model Runner V2, which only CUDA "
@@ -209,6 +150,25 @@ def _runs(
             if run.seed in seeds[: study.load_runs]
         ]
     return runs
+
+
+def _check_window(study: Study) -> None:
+    """Refuse lengths that do not fit into a window, of one point of a study."""
+    length = study.context_length
+    if study.min_context >= length:
+        raise UsageError(
+            f"--min-context {study.min_context} leaves no token of a window of "
+            f"{length} to score; lower it"
+        )
+    for flag, value in (
+        ("--prefill-chunk", study.prefill_chunk),
+        ("--block-size", study.block_size),
+    ):
+        if value > length:
+            raise UsageError(
+                f"{flag} {value} is longer than a window of --context-length {length}; "
+                "lower the one or raise the other"
+            )
 
 
 def _load(study: Study, engine: EngineSpecification) -> Load:

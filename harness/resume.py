@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import UnreadableFile, UsageError
 from .plan import Comparison
-from .records import SCHEMA_VERSION, identity, read_json
+from .records import SCHEMA_VERSION, identity
 from .specification import VARIED, RunSpecification, comparison
+from .stored import LOAD_RECORDS, PERPLEXITY_RECORDS, read_record
 
 
 def missing(
     comparisons: Sequence[Comparison], source: dict[str, Any], redo: bool
-) -> list[tuple[Path, RunSpecification]]:
+) -> tuple[list[tuple[Path, RunSpecification]], list[str]]:
     """The runs without a record of the same specification, code, versions and machine.
 
     Args:
@@ -22,32 +23,43 @@ def missing(
         source: ``records.provenance`` of this process.
         redo: measure again where a record differs, instead of refusing.
 
+    Returns:
+        The runs with the folders of their records; and a sentence for each of them whose record
+        is there but cannot be read.
+
     Raises:
         UsageError: a record differs (and ``redo`` is not given), or belongs to no run of the
             study and could not stand in a table with them.
 
     """
     here = identity({"schema_version": SCHEMA_VERSION, **source})
-    todo = []
+    todo, damaged = [], []
     for point in comparisons:
         wanted = {run.file_name: run for run in point.runs}
-        found = {
-            path.name: read_json(path)
-            for pattern in ("*_seed*.json", "*_load*.json")
-            for path in point.folder.glob(pattern)
-        }
         done = set()
-        for name, record in found.items():
-            reason = _difference(record, here, wanted.get(name), point.runs)
-            if reason and (name not in wanted or not redo):
+        for path in _records(point.folder):
+            run = wanted.get(path.name)
+            try:
+                reason = _difference(read_record(path), here, run, point.runs)
+            except UnreadableFile:
+                if run is None:  # no run of the study replaces it, and no report could be made
+                    raise
+                damaged.append(f"{path} cannot be read; its run is measured again")
+                continue
+            if reason and (run is None or not redo):
                 raise UsageError(
-                    f"{point.folder / name} {reason}; give another --experiment-name"
-                    + (", or --redo to measure it again" if name in wanted else "")
+                    f"{path} {reason}; give another --experiment-name"
+                    + (", or --redo to measure it again" if run is not None else "")
                 )
             if not reason:
-                done.add(name)
+                done.add(path.name)
         todo += [(point.folder, run) for run in point.runs if run.file_name not in done]
-    return todo
+    return todo, damaged
+
+
+def _records(folder: Path) -> list[Path]:
+    kinds = (PERPLEXITY_RECORDS, LOAD_RECORDS)
+    return [path for kind in kinds for path in sorted(folder.glob(kind))]
 
 
 def _difference(
@@ -61,10 +73,10 @@ def _difference(
     for name in here:
         if there[name] != here[name]:
             return f"was made by another {name} ({there[name]}, here {here[name]})"
-    if run is not None and record["specification_hash"] != run.hash:
+    if run is not None and record.get("specification_hash") != run.hash:
         return f"holds another specification ({_changes(record['specification'], run.to_dict())})"
     there_specification = record["specification"]
-    mates = [r for r in runs if (r.load is None) == (there_specification["load"] is None)]
+    mates = [r for r in runs if (r.load is None) == (there_specification.get("load") is None)]
     if run is None and mates and comparison(there_specification) != mates[0].comparison:
         ours = {k: v for k, v in mates[0].to_dict().items() if k not in VARIED}
         return f"belongs to another comparison ({_changes(there_specification, ours)})"

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from vllm_plugins.config import RequestSettings
 from vllm_plugins.policies import policy_names
 
 DENSE = "dense"
@@ -149,10 +150,32 @@ class RunSpecification:
         """Shared by runs that may stand in one table: all but method, level and seed."""
         return comparison(self.to_dict())
 
+    @property
+    def effective_sparsity(self) -> float:
+        """The share of a whole window's blocks that the run evicts; see the function."""
+        return effective_sparsity(self.to_dict())
+
 
 def comparison(specification: dict[str, Any]) -> str:
     """``RunSpecification.comparison`` of a record's specification."""
     return digest({k: v for k, v in specification.items() if k not in VARIED})
+
+
+def effective_sparsity(specification: dict[str, Any]) -> float:
+    """The sparsity that a run's settings come to, from the specification of its record.
+
+    The plugin's own (``RequestSettings.effective_sparsity``), at the end of a window. Blocks are
+    whole and at least ``min_blocks`` stay: 0.9 of 1,024 tokens in blocks of 32 is 0.875. A budget
+    in tokens comes to a sparsity the same way. Dense: 0.
+    """
+    engine = specification["engine"]
+    # A budget does not depend on the policy.
+    settings = RequestSettings(
+        DENSE, specification["sparsity"], specification.get("budget_tokens"), {}
+    )
+    return settings.effective_sparsity(
+        engine["context_length"], engine["block_size"], engine["eviction"]["min_blocks"]
+    )
 
 
 def digest(value: Any) -> str:

@@ -10,11 +10,13 @@ from typing import Any
 
 from vllm_plugins.config import EvictionConfig
 
-from .corpora import DEFAULT_DATASET, DOCUMENT_MODES
+from .corpora import DEFAULT_DATASET, DOCUMENT_MODES, has_rows
 from .errors import UsageError
 from .models import DEFAULT_MODEL, recorded_name
 from .specification import PROTOCOLS
 
+_MAX_NAME_BYTES = 200
+"""File systems allow 255; a partial file's name is longer than the file's."""
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 _NOT_VARIED = ("name", "vary")
 _DEFAULTS = EvictionConfig()
@@ -94,6 +96,8 @@ class Study:
         return study
 
     def _check(self) -> None:
+        if self.name is not None:
+            check_folder_name(self.name, "name")
         for name in ("num_samples", "context_length", "prefill_chunk", "max_num_seqs",
                      "min_context", "kv_pool_windows", "num_runs", "load_runs", "load_requests",
                      "load_output_tokens"):  # fmt: skip
@@ -102,11 +106,6 @@ class Study:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value!r}")
         if self.context_length < 2:
             raise UsageError("--context-length must be at least 2 tokens")
-        if self.min_context >= self.context_length:
-            raise UsageError(
-                f"--min-context {self.min_context} leaves no token of a window of "
-                f"{self.context_length} to score; lower it"
-            )
         if self.document_mode not in DOCUMENT_MODES:
             raise UsageError(f"--document-mode must be one of: {', '.join(DOCUMENT_MODES)}")
         if self.dtype not in (None, *DTYPES):
@@ -122,6 +121,23 @@ class Study:
                 raise UsageError(f"vary names {name!r}, which is no setting that can vary")
             if not isinstance(values, list) or not values:
                 raise UsageError(f"vary.{name} must be a list of values")
+
+    def without_effect(self) -> list[str]:
+        """Settings that were given and change nothing, a sentence each."""
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        given |= self.vary.keys()
+        texts = self.vary.get("dataset", [self.dataset])
+        needed = {
+            "score_half_life": ("--score decay", self.score == "decay" or "score" in self.vary),
+            "text_column": ("a --dataset of rows", any(map(has_rows, texts))),
+        }
+        for name in ("load_runs", "load_requests", "load_output_tokens"):
+            needed[name] = ("--throughput", self.throughput or "throughput" in self.vary)
+        return [
+            f"--{name.replace('_', '-')} has no effect without {what}"
+            for name, (what, there) in needed.items()
+            if name in given and not there
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as given, files without their folders."""
@@ -152,6 +168,31 @@ def read_study(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UsageError(f"{path} is no study; it must be a mapping of settings to values")
     return settings
+
+
+def check_folder_name(name: Any, setting: str) -> str:
+    """``name``, if it is that of one folder and leads nowhere else.
+
+    Args:
+        name: as given.
+        setting: what the user calls it.
+
+    Raises:
+        UsageError: empty, ``.`` or ``..``, a path, too long, or no text at all.
+
+    """
+    plain = (
+        isinstance(name, str)
+        and name.strip() not in ("", ".", "..")
+        and not any(c in "/\\" or not c.isprintable() for c in name)
+        and len(name.encode("utf-8", "replace")) <= _MAX_NAME_BYTES
+    )
+    if not plain:
+        raise UsageError(
+            f"{setting} is {name!r:.60}; give the plain name of a folder, without "
+            f"slashes and of at most {_MAX_NAME_BYTES} bytes (--output-dir says where it goes)"
+        )
+    return name
 
 
 def short_name(dataset: str) -> str:

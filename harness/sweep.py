@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from vllm_plugins.config import EvictionConfigError
 
-from .engine import Engine, UnfaithfulRun
-from .errors import UsageError
+from .engine import Engine, NotFinite, UnfaithfulRun
+from .errors import UnreadableFile, UnwritableFile, UsageError
 from .launch import device_type, preflight, running
 from .measure import measure_perplexity, measure_throughput, warm_up
 from .plan import Comparison, comparisons
@@ -21,57 +19,20 @@ from .records import (
     FAILED,
     SCHEMA_VERSION,
     provenance,
-    read_json,
     timestamp,
     write_json,
 )
 from .resume import missing
+from .session import Session
 from .specification import PERPLEXITY, EngineSpecification, RunSpecification
+from .stored import read_experiment
 from .study import Study
 from .texts import Texts
 
 Progress = Callable[[str, int], None]
 Job = tuple[Path, RunSpecification]
-
-
-@dataclass
-class Session:
-    """Where the time of one invocation goes, seconds."""
-
-    started: str = field(default_factory=timestamp)
-    clock: float = field(default_factory=time.perf_counter)
-    parts: dict[str, float] = field(default_factory=dict)
-    engine_starts: int = 0
-    runs_done: int = 0
-    runs_skipped: int = 0
-    runs_failed: int = 0
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Count the block's time under ``name``, also where it fails."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - started
-
-    def to_dict(self) -> dict[str, Any]:
-        wall = time.perf_counter() - self.clock
-        starts = self.parts.get("engine", 0.0) + self.parts.get("warm_up", 0.0)
-        measuring = self.parts.get("measuring", 0.0)
-        return {
-            "started": self.started,
-            "wall_seconds": round(wall, 3),
-            "engine_starts": self.engine_starts,
-            "engine_start_seconds": round(starts, 3),
-            "measuring_seconds": round(measuring, 3),
-            "harness_seconds": round(wall - starts - measuring, 3),
-            "overhead_share": round(1 - measuring / wall, 4),
-            "seconds_by_part": {name: round(value, 3) for name, value in self.parts.items()},
-            "runs_done": self.runs_done,
-            "runs_skipped": self.runs_skipped,
-            "runs_failed": self.runs_failed,
-        }
+_EXPECTED = (UnfaithfulRun, NotFinite, UsageError, EvictionConfigError)
+"""Errors whose message alone is the reason a reader needs."""
 
 
 class Sweep:
@@ -91,12 +52,16 @@ class Sweep:
         self.folder = folder
         self.study = study
         self.session = Session()
+        self.notes = study.without_effect()
+        """What the user should know of before anything runs, a sentence each."""
+        self.sessions = self._earlier_sessions()
         with self.session.part("import"):
             device = device_type()
             self.source = provenance(device)
         with self.session.part("plan"):
             self.comparisons: list[Comparison] = comparisons(study, folder, device)
-            self.jobs = missing(self.comparisons, self.source, redo)
+            self.jobs, damaged = missing(self.comparisons, self.source, redo)
+            self.notes += damaged
         self.failures: list[tuple[str, str]] = []
         total = sum(len(point.runs) for point in self.comparisons)
         self.session.runs_skipped = total - len(self.jobs)
@@ -111,6 +76,7 @@ class Sweep:
             self._preflight()
         with self.session.part("tokenize"):
             self.texts.check()
+        self.notes += self.texts.notes
 
     @property
     def total_windows(self) -> int:
@@ -123,20 +89,38 @@ class Sweep:
         A run that fails is recorded under ``failed/`` and the sweep goes on.
 
         Raises:
-            UsageError: the folder cannot be written.
+            UsageError: the folder cannot be written, or no longer; finished runs are kept.
 
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write_experiment(append=True)
+            for folder in {self.folder, *(point.folder for point in self.comparisons)}:
+                folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot write to {self.folder}: {error.strerror}") from None
+        self._write_experiment()
         try:
             for specification in self._engines():
                 jobs = [job for job in self.jobs if job[1].engine == specification]
                 self._run_engine(specification, jobs, progress)
-        finally:
             self._write_experiment()
+        except UnwritableFile as error:
+            raise UsageError(
+                f"{error}; finished runs are kept, --experiment-name {self.folder.name} goes on"
+            ) from None
+        except BaseException:
+            with suppress(UnwritableFile):
+                self._write_experiment()
+            raise
+
+    def _earlier_sessions(self) -> list[dict[str, Any]]:
+        path = self.folder / EXPERIMENT
+        if not path.exists():
+            return []
+        try:
+            return read_experiment(path)["sessions"]
+        except UnreadableFile:
+            self.notes.append(f"{path} is damaged: times of earlier sessions are lost, no run is")
+            return []
 
     def _preflight(self) -> None:
         for specification in self._engines():
@@ -188,11 +172,13 @@ class Sweep:
         try:
             with self.session.part("measuring"):
                 record = self._measure(engine, run, advance)
+            write_json(folder / run.file_name, {**record, **self.texts.source(run), **self.source})
+        except UnwritableFile:
+            raise
         except Exception as error:
             self._fail(job, error)
             progress(run.key, _size(run) - finished)
             return isinstance(error, UnfaithfulRun)
-        write_json(folder / run.file_name, {**record, **self.texts.source(run), **self.source})
         (folder / FAILED / run.file_name).unlink(missing_ok=True)
         self.session.runs_done += 1
         self._write_experiment()
@@ -209,8 +195,9 @@ class Sweep:
 
     def _fail(self, job: Job, error: Exception) -> None:
         folder, run = job
-        expected = isinstance(error, (UnfaithfulRun, UsageError, EvictionConfigError))
-        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        reason = str(error)
+        if not isinstance(error, _EXPECTED):
+            reason = f"{type(error).__name__}: {reason}"
         self.failures.append((run.file_name, reason))
         self.session.runs_failed += 1
         write_json(
@@ -229,12 +216,9 @@ class Sweep:
         )
         self._write_experiment()
 
-    def _write_experiment(self, append: bool = False) -> None:
-        path = self.folder / EXPERIMENT
-        sessions = read_json(path)["sessions"] if path.exists() else []
-        sessions = sessions if append or not sessions else sessions[:-1]
+    def _write_experiment(self) -> None:
         write_json(
-            path,
+            self.folder / EXPERIMENT,
             {
                 "schema_version": SCHEMA_VERSION,
                 "study": self.study.to_dict(),
@@ -242,7 +226,7 @@ class Sweep:
                     {"varied": point.varied, "folder": str(point.folder.relative_to(self.folder))}
                     for point in self.comparisons
                 ],
-                "sessions": [*sessions, self.session.to_dict()],
+                "sessions": [*self.sessions, self.session.to_dict()],
             },
         )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
-from .corpora import load_documents, resolved_revision, resolved_split
+from .corpora import load_documents, resolved_revision, resolved_split, skipped_note
 from .specification import RunSpecification, Text
 from .tokens import encode, load_tokenizer, scored_text
 from .workload import Window, draw_prompts, draw_windows
@@ -26,7 +27,8 @@ class Texts:
     def __init__(self, runs: Sequence[RunSpecification]) -> None:
         self._runs = runs
         self._tokenizer = cache(load_tokenizer)
-        self._source = cache(_source)
+        self._source = cache(self._read_source)
+        self._skipped: dict[Text, int] = {}
         self._sizes: dict[tuple[int, ...], dict[str, int]] = {}
         self._documents: dict[tuple[str, Text], Future[list[list[int]]]] = {}
         # One worker: a tokenizer must not be used by two threads.
@@ -34,10 +36,17 @@ class Texts:
         for run in runs:
             key = run.engine.model_path, run.text
             if key not in self._documents:
+                documents = load_documents(run.text)
+                self._skipped[run.text] = documents.skipped_rows
                 self._documents[key] = worker.submit(
-                    encode, self._tokenizer(key[0]), run.text.document_mode, *load_documents(key[1])
+                    encode, self._tokenizer(key[0]), run.text.document_mode, documents
                 )
         worker.shutdown(wait=False)
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence for each text of which rows were left out."""
+        return [skipped_note(text, count) for text, count in self._skipped.items() if count]
 
     def check(self) -> None:
         """Draw what every run reads.
@@ -74,8 +83,9 @@ class Texts:
             self._tokens(run), run.load.num_requests, run.load.prompt_tokens, run.seed
         )
 
-    def source(self, run: RunSpecification) -> dict[str, str | None]:
-        """Hub commit and split that the run's text was read from, where it has them."""
+    def source(self, run: RunSpecification) -> dict[str, Any]:
+        """What the run's text was read from: hub commit and split, where it has them, and how
+        many rows without text were left out."""
         return self._source(run.text)
 
     def any_window(self, run: RunSpecification) -> list[int]:
@@ -85,6 +95,9 @@ class Texts:
     def _tokens(self, run: RunSpecification) -> list[list[int]]:
         return self._documents[run.engine.model_path, run.text].result()
 
-
-def _source(text: Text) -> dict[str, str | None]:
-    return {"dataset_revision": resolved_revision(text), "dataset_split": resolved_split(text)}
+    def _read_source(self, text: Text) -> dict[str, Any]:
+        return {
+            "dataset_revision": resolved_revision(text),
+            "dataset_split": resolved_split(text),
+            "dataset_skipped_rows": self._skipped[text],
+        }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
-from .corpora import load_documents
+from .corpora import Documents, load_documents, skipped_note
 from .errors import UsageError
 from .specification import Text
+from .token_bytes import token_bytes
 
 
 def load_tokenizer(model_path: str) -> Any:
@@ -29,23 +31,27 @@ def load_tokenizer(model_path: str) -> Any:
 def tokenize(tokenizer: Any, text: Text) -> list[list[int]]:
     """Token ids by document, without special tokens; one document where they are joined.
 
+    Rows that are left out are told on standard error.
+
     Raises:
         UsageError: the text cannot be had.
 
     """
-    return encode(tokenizer, text.document_mode, *load_documents(text))
+    documents = load_documents(text)
+    if documents.skipped_rows:
+        print(f"kv-eviction: {skipped_note(text, documents.skipped_rows)}", file=sys.stderr)
+    return encode(tokenizer, text.document_mode, documents)
 
 
-def encode(
-    tokenizer: Any, document_mode: str, documents: list[str], separator: str
-) -> list[list[int]]:
+def encode(tokenizer: Any, document_mode: str, documents: Documents) -> list[list[int]]:
     """``tokenize`` of documents that are read already: no file, no network, no import."""
+    texts = documents.texts
     if document_mode == "concatenate":
-        documents = [separator.join(documents)]
+        texts = [documents.separator.join(texts)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tokenizer.model_max_length = 1 << 40  # no warning: windows are cut from this
-        return [tokenizer(d, add_special_tokens=False).input_ids for d in documents]
+        return [tokenizer(d, add_special_tokens=False).input_ids for d in texts]
 
 
 def scored_text(tokenizer: Any, window: list[int], min_context: int) -> dict[str, int]:
@@ -53,6 +59,29 @@ def scored_text(tokenizer: Any, window: list[int], min_context: int) -> dict[str
 
     Units that do not depend on the tokenizer, so that models of different tokenizers can be
     compared. A word is what white space separates; words cut at an edge count as one each.
+
+    Bytes are UTF-8. Where tokens are bytes, or fall back to bytes (see ``token_bytes``), they are
+    those that the scored tokens stand for, exactly, even if a window cuts a character in two.
+    With another tokenizer they are what the decoded window has more than its decoded first
+    ``min_context`` tokens, which is exact unless a token holds a part of a character.
+
+    Args:
+        tokenizer: of Transformers.
+        window: token ids, ``[n]``.
+        min_context: first token that is scored.
+
     """
-    text = tokenizer.decode(window[min_context:], clean_up_tokenization_spaces=False)
-    return {"scored_bytes": len(text.encode("utf-8")), "scored_words": len(text.split())}
+    scored = window[min_context:]
+    if (pieces := token_bytes(tokenizer, scored)) is not None:
+        size = sum(map(len, pieces))
+    else:
+        size = _decoded_size(tokenizer, window) - _decoded_size(tokenizer, window[:min_context])
+    return {"scored_bytes": size, "scored_words": len(_decoded(tokenizer, scored).split())}
+
+
+def _decoded(tokenizer: Any, tokens: list[int]) -> str:
+    return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+
+def _decoded_size(tokenizer: Any, tokens: list[int]) -> int:
+    return len(_decoded(tokenizer, tokens).encode("utf-8"))

@@ -57,6 +57,11 @@ def draw_windows(
 def _too_short(
     documents: Sequence[Sequence[int]], fitting: np.ndarray, num_samples: int, context_length: int
 ) -> str:
+    if len(documents) == 1 and not fitting.any():
+        return (
+            f"the text has {len(documents[0]):,} tokens, fewer than one window of "
+            f"{context_length:,}; lower --context-length or give a longer text"
+        )
     if len(documents) == 1:
         return (
             f"the text has {len(documents[0]):,} tokens, but {num_samples} windows of "

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from vllm_plugins.ledger import Ledger, LiveBlocks
 from vllm_plugins.policies import ATTENTION, KEY_NORM, get_policy, policy_names
 
 from ..records import SCHEMA_VERSION, provenance, timestamp, write_json
+from .output import output_file
 
 BLOCK_SIZE = 16
 WARM_UP = 5
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, nargs="+", default=[64, 512, 2048])
     parser.add_argument("--repeats", type=int, default=300)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=output_file, required=True)
     arguments = parser.parse_args()
     measured = []
     print(f"{'policy':16} {'blocks':>6} {'case':9} {'median us':>9} {'p95 us':>8}")

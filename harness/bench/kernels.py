@@ -8,10 +8,10 @@ Every case times FlashAttention on the same batch in the same process (CUDA even
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..records import SCHEMA_VERSION, provenance, timestamp, write_json
+from .output import output_file
 
 SHAPES = {
     "llama-3.1-8b": {"heads": 32, "kv_heads": 8, "head_size": 128},
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="all tile shapes, not the chosen one")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=output_file, required=True)
     arguments = parser.parse_args()
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e12:.2f} TB/s")

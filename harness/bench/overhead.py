@@ -12,7 +12,6 @@ after a warm-up batch.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 from ..models import DEFAULT_MODEL, resolve_model
 from ..records import SCHEMA_VERSION, provenance, read_json, timestamp, write_json
 from ..study import ALL_SCORES
+from .output import output_file
 
 ENGINE = {
     "dtype": "float32",
@@ -117,12 +117,12 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--rounds", type=int, default=2, help="engine starts per side")
     parser.add_argument("--repeats", type=int, default=3, help="measured batches per start")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=output_file)
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.engine:
         measured = run_engine(arguments.engine, arguments.model, arguments.repeats)
-        arguments.output.write_text(json.dumps(measured))
+        write_json(arguments.output, measured)
         sys.stdout.flush()
         os._exit(0)  # stock vLLM can abort while the interpreter exits; the answer is written
     model = resolve_model(arguments.model)

@@ -14,7 +14,7 @@ from vllm_plugins.policies import policy_names
 from ..corpora import DOCUMENT_MODES
 from ..errors import UsageError
 from ..specification import PROTOCOLS
-from ..study import DTYPES, Study, read_study
+from ..study import DTYPES, Study, check_folder_name, read_study
 from .eviction_flags import add_eviction_flags, eviction_settings
 from .interrupts import polite_ends
 
@@ -89,11 +89,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     given = vars(arguments)
     study = _study(arguments)
-    name = given.get("experiment_name") or study.name
-    folder = given.get("output_dir", Path("runs")) / (
-        name or datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    )
+    name = study.name or datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    if "experiment_name" in given:
+        name = check_folder_name(given["experiment_name"], "--experiment-name")
+    folder = given.get("output_dir", Path("runs")) / name
     sweep = Sweep(study, folder, redo=given.get("redo", False))
+    for note in sweep.notes:
+        print(f"kv-eviction: {note}", file=sys.stderr)
     if sweep.session.runs_skipped:
         print(f"{sweep.session.runs_skipped} run(s) are there already", file=sys.stderr)
     with tqdm(total=sweep.total_windows, unit="window", dynamic_ncols=True) as bar:

@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from .styles import DENSE_POINT, new_figure, save, shared_legend, styles
-from .tables import Row, change, level, level_order, level_title, spread
+from .tables import Row, change, differs, level, level_order, level_title, spread
 
 Point = tuple[str, dict[str, Any]]
 """What was varied, in words, and the point's ``aggregated_results.json``."""
 
 
-def ablation_rows(points: list[Point]) -> list[Row]:
-    """Header and rows: perplexity of each method and sparsity at every point."""
+def ablation_rows(points: list[Point], effective: bool = True) -> list[Row]:
+    """Header and rows: perplexity of each method and sparsity at every point.
+
+    Args:
+        points: of the study.
+        effective: add the effective sparsity, where it is another than was asked for.
+
+    """
     keys = list(dict.fromkeys(key for _, results in points for key in results))
     table: list[Row] = [("method", "sparsity", *(name for name, _ in points))]
     for key in keys:
@@ -28,6 +34,8 @@ def ablation_rows(points: list[Point]) -> list[Row]:
             text = spread(value, results[key]["num_runs"])
             if dense is not None and entry["method"] != "dense":
                 text += f" ({change(value['mean'], dense['perplexity']['mean'])})"
+            if effective and differs(results[key]):
+                text += f" at {results[key]['effective_sparsity']:.3g}"
             cells.append(text)
         sparsity = "-" if entry["method"] == "dense" else level(key, entry)
         table.append((entry["method"], sparsity, *cells))

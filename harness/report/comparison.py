@@ -7,17 +7,20 @@ from typing import Any
 
 from ..aggregate import aggregate, significance
 from ..curves import curves
-from ..records import FAILED, check_sources, read_json, read_load_records, read_records, write_json
+from ..records import FAILED, read_json, write_json
+from ..stored import check_sources, read_load_records, read_records
 from .expectations import expectation_rows
 from .figures import draw
 from .page import write_pages
 from .tables import (
+    EFFECTIVE,
     Row,
     caption,
+    differs,
     machine_line,
     markdown,
-    markdown_table,
     normalised_rows,
+    result_rows,
     test_rows,
     throughput_rows,
 )
@@ -31,7 +34,7 @@ def report_comparison(folder: Path, title: str, sessions: list[dict[str, Any]]) 
     """Write everything that follows from the records of ``folder``; the aggregated results.
 
     Raises:
-        ValueError: no record. ``UsageError``: records that must not be mixed.
+        UsageError: no record, one that cannot be read, or records that must not be mixed.
 
     """
     records, loads = read_records(folder), read_load_records(folder)
@@ -88,7 +91,8 @@ def _page(
         "## Results",
         "Mean and standard deviation over runs. *After eviction*: over the tokens predicted after "
         "the first block went, dense beside it on the same tokens.",
-        markdown_table(results),
+        markdown(result_rows(results)),
+        *([EFFECTIVE] if any(map(differs, results.values())) else []),
         *_shown(figures, lambda name: name not in _TIMED_FIGURES),
         "## Differences",
         "Second minus first, nats per token: positive means that the first is better. Unit: the "
@@ -151,6 +155,8 @@ def _text_line(record: dict[str, Any]) -> str:
         told.append(f"split {split}")
     if text.get("sha256"):
         told.append(f"sha256 {text['sha256'][:16]}...")
+    if skipped := record.get("dataset_skipped_rows"):
+        told.append(f"{skipped} rows without text left out")
     if "document_mode" in text:
         told.append(f"documents: {text['document_mode']}")
     if record["specification"].get("min_context", 1) > 1:

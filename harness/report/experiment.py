@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..records import EXPERIMENT, check_sources, read_json, read_records
+from ..records import EXPERIMENT
+from ..stored import PERPLEXITY_RECORDS, check_sources, read_experiment, read_records
 from .ablation import ablation_rows, draw_ablation
 from .comparison import TIMINGS, failures, report_comparison, time_rows
 from .page import write_pages
-from .tables import caption, machine_line, markdown
+from .tables import caption, differs, machine_line, markdown
+
+_AT = "; *at*: the effective sparsity, where blocks that always stay leave another than was asked"
 
 
 def report_experiment(folder: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -20,14 +23,16 @@ def report_experiment(folder: Path) -> list[tuple[str, dict[str, Any]]]:
         What was varied ("" for a plain comparison) and the aggregated results, by comparison.
 
     Raises:
-        UsageError: ``folder`` holds no records, or records that must not be mixed.
+        UsageError: ``folder`` holds no records, one that cannot be read, or records that must
+            not be mixed.
 
     """
-    experiment = read_json(folder / EXPERIMENT) if (folder / EXPERIMENT).is_file() else {}
-    sessions = experiment.get("sessions", [])
+    alone = {"sessions": [], "comparisons": [{"varied": {}, "folder": "."}]}
+    path = folder / EXPERIMENT
+    experiment = read_experiment(path) if path.is_file() else alone
+    sessions, points = experiment["sessions"], experiment["comparisons"]
     name = folder.resolve().name
-    points = experiment.get("comparisons") or [{"varied": {}, "folder": "."}]
-    there = [p for p in points if any((folder / p["folder"]).glob("*_seed*.json"))]
+    there = [p for p in points if any((folder / p["folder"]).glob(PERPLEXITY_RECORDS))]
     if not there:
         raise UsageError(f"{folder} holds no run record; name the folder of an experiment")
     if there == points[:1] and not points[0]["varied"]:
@@ -76,7 +81,8 @@ def _overview(
         f"Varied: {varied}. First point: {caption(first)}.",
         f"{machine_line(first)}; code {first.get('code', 'unknown')}.",
         "## Perplexity",
-        "Mean and standard deviation over runs; in brackets against dense at the same point.",
+        "Mean and standard deviation over runs; in brackets against dense at the same point"
+        f"{_AT if any(differs(e) for _, r in reported for e in r.values()) else ''}.",
         markdown(ablation_rows(reported)),
         "![Perplexity at every point](ablation.png)",
         "## Reports",

@@ -12,7 +12,10 @@ from .styles import DENSE_POINT, new_figure, save, shared_legend, styles
 from .tables import level, level_order, level_shown, level_title
 
 _LEVELS = {False: "sparsity", True: "budget"}
-_UNITS = {False: "share of KV blocks evicted", True: "tokens that a request keeps"}
+_AXES = {
+    False: "effective sparsity (share of a window's KV blocks evicted)",
+    True: "budget (tokens that a request keeps)",
+}
 
 
 def draw(
@@ -95,16 +98,19 @@ def _against_level(
     label: str,
     from_zero: bool = False,
 ) -> Any:
-    """A panel for sparsities, one for budgets."""
+    """A panel for sparsities, where points stand at the effective one, and one for budgets."""
     kinds = _kinds(results)
     figure, grid = new_figure(6.4 if len(kinds) == 1 else 9.6, ncols=len(kinds), sharey=True,
                               squeeze=False)  # fmt: skip
     methods = _methods(results)
     looks = styles(list(methods))
     for axes, budgets in zip(grid[0], kinds, strict=True):
-        places = {key: level_order(level(key, entry))[1] for key, entry in results.items()
-                  if entry["method"] != DENSE
-                  and level_order(level(key, entry))[0] == budgets}  # fmt: skip
+        places = {
+            key: tokens if budgets else entry["effective_sparsity"]
+            for key, entry in results.items()
+            for is_budget, tokens in [level_order(level(key, entry))]
+            if entry["method"] != DENSE and is_budget == budgets
+        }
         width = 1.1 * max(places.values()) if budgets else 1.0
         for i, (method, pairs) in enumerate(methods.items()):
             look = looks[method]
@@ -126,7 +132,7 @@ def _against_level(
                 label=method,
                 **look,
             )
-        axes.set(xlabel=f"{_LEVELS[budgets]} ({_UNITS[budgets]})", xlim=(0, width))
+        axes.set(xlabel=_AXES[budgets], xlim=(0, width))
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel(label)
     if from_zero:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..records import replacing
+
 DENSE_POINT = "h"
 """Dense's marker where no line shows it."""
 DENSE_STYLE = {"color": "black", "marker": "none", "linestyle": "--"}
@@ -36,18 +38,27 @@ def styles(methods: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def save(figure: Any, path: Path) -> list[str]:
-    """Write ``figure`` as PNG and SVG next to each other; the files' names. Both are the same
-    bytes for the same figure."""
+def save(figure: Any, path: Path) -> None:
+    """Write ``figure`` as PNG and SVG next to each other, each the same bytes for the same figure.
+
+    Raises:
+        UnwritableFile: see ``records.replacing``.
+
+    """
     from matplotlib import pyplot as plt
     from matplotlib import rc_context
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context({"svg.hashsalt": "kv-eviction"}):
-        figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None})
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)
-    return [path.with_suffix(".png").name, path.with_suffix(".svg").name]
+    files = {
+        "png": {"dpi": 150, "metadata": {"Software": None}},
+        "svg": {"metadata": {"Date": None}},
+    }
+    try:
+        with rc_context({"svg.hashsalt": "kv-eviction"}):
+            for kind, options in files.items():
+                with replacing(path.with_suffix(f".{kind}")) as partial:
+                    figure.savefig(partial, format=kind, **options)
+    finally:
+        plt.close(figure)
 
 
 def new_figure(width: float = 6.4, height: float = 4.2, **options: Any) -> tuple[Any, Any]:

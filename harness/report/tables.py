@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-HEADER = (
-    "method",
-    "sparsity",
+Row = tuple[str, ...]
+_MEASURED = (
     "perplexity",
     "vs dense",
     "after eviction",
@@ -16,23 +15,32 @@ HEADER = (
     "KV peak MiB",
     "blocks/window",
 )
-Row = tuple[str, ...]
+EFFECTIVE = (
+    "*Effective*: the sparsity that is left of what was asked, as blocks are whole and at least "
+    "`min_blocks` of them stay."
+)
 
 
-def rows(results: dict[str, Any]) -> list[Row]:
-    """The main table's rows, in the order of ``results``."""
+def result_rows(results: dict[str, Any], effective: bool = True) -> list[Row]:
+    """Header and rows of the main table, in the order of ``results``.
+
+    Args:
+        results: ``aggregated_results.json``.
+        effective: show the effective sparsity, where a row's is another than was asked for.
+
+    """
+    effective = effective and any(map(differs, results.values()))
     dense = next(
         (e["perplexity"]["mean"] for e in results.values() if e["method"] == "dense"), None
     )
-    table = []
+    table: list[Row] = [(*_head(effective), *_MEASURED)]
     for key, entry in results.items():
         ppl, after = entry["perplexity"]["mean"], entry["perplexity_after_eviction"]
         base = entry.get("dense_after_eviction")
         is_dense = entry["method"] == "dense"
         table.append(
             (
-                entry["method"],
-                "-" if is_dense else level(key, entry),
+                *_asked(key, entry, effective),
                 spread(entry["perplexity"], entry["num_runs"]),
                 "-" if is_dense or dense is None else change(ppl, dense),
                 "-" if after is None else spread(after, entry["num_runs"]),
@@ -46,8 +54,9 @@ def rows(results: dict[str, Any]) -> list[Row]:
 
 def throughput_rows(results: dict[str, Any]) -> list[Row]:
     """Header and rows of the throughput pass; only the keys it was run for."""
+    effective = any(map(differs, results.values()))
     table: list[Row] = [
-        ("method", "sparsity", "prefill tok/s", "decode tok/s", "output tok/s", "vs dense",
+        (*_head(effective), "prefill tok/s", "decode tok/s", "output tok/s", "vs dense",
          "KV peak MiB", "preemptions", "blocks evicted", "decisions s"),
     ]  # fmt: skip
     for key, entry in results.items():
@@ -57,8 +66,7 @@ def throughput_rows(results: dict[str, Any]) -> list[Row]:
         runs = load["num_runs"]
         table.append(
             (
-                entry["method"],
-                "-" if entry["method"] == "dense" else level(key, entry),
+                *_asked(key, entry, effective),
                 spread(load["prefill_tokens_per_second"], runs, 0),
                 spread(load["decode_tokens_per_second"], runs, 0),
                 spread(load["output_tokens_per_second"], runs, 0),
@@ -74,15 +82,15 @@ def throughput_rows(results: dict[str, Any]) -> list[Row]:
 
 def normalised_rows(results: dict[str, Any]) -> list[Row]:
     """Header and rows of the measures that do not depend on the tokenizer."""
-    table: list[Row] = [("method", "sparsity", "word perplexity", "byte perplexity", "bits/byte")]
+    effective = any(map(differs, results.values()))
+    table: list[Row] = [(*_head(effective), "word perplexity", "byte perplexity", "bits/byte")]
     for key, entry in results.items():
         if entry.get("bits_per_byte") is None:
             continue
         runs = entry["num_runs"]
         table.append(
             (
-                entry["method"],
-                "-" if entry["method"] == "dense" else level(key, entry),
+                *_asked(key, entry, effective),
                 spread(entry["word_perplexity"], runs),
                 spread(entry["byte_perplexity"], runs, 4),
                 spread(entry["bits_per_byte"], runs, 4),
@@ -122,13 +130,13 @@ def test_rows(tests: dict[str, Any], part: str) -> list[Row]:
 def text_table(results: dict[str, Any]) -> str:
     """The main table for a terminal, and that of the throughput pass if there was one."""
     load = throughput_rows(results)
-    parts = [[HEADER, *rows(results)], *([load] if len(load) > 1 else [])]
+    parts = [result_rows(results), *([load] if len(load) > 1 else [])]
     return "\n\n".join(map(aligned, parts))
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """The main table for a README."""
-    return markdown([HEADER, *rows(results)])
+    """The main table for a README, by the sparsities that were asked for."""
+    return markdown(result_rows(results, effective=False))
 
 
 def aligned(table: Sequence[Row]) -> str:
@@ -182,6 +190,27 @@ def machine_line(record: dict[str, Any]) -> str:
     if "gpu" in hardware:
         machine = f"{hardware['gpu']} (driver {hardware['driver']}, CUDA {hardware['cuda']})"
     return f"{machine}, {vllm}, torch {versions['torch']}"
+
+
+def differs(entry: dict[str, Any]) -> bool:
+    """Whether a reader must be told the effective sparsity of an entry of aggregated results.
+
+    A budget in tokens is told as such: it names no sparsity that could be another.
+    """
+    asked = entry["sparsity"]
+    return asked > 0 and f"{entry['effective_sparsity']:.3f}" != f"{asked:.3f}"
+
+
+def _head(effective: bool) -> Row:
+    return ("method", "sparsity", "effective") if effective else ("method", "sparsity")
+
+
+def _asked(key: str, entry: dict[str, Any], effective: bool) -> Row:
+    """The cells that say what a row is, as ``_head`` has them."""
+    if entry["method"] == "dense":
+        return (entry["method"], "-", "-") if effective else (entry["method"], "-")
+    shown = (entry["method"], level(key, entry))
+    return (*shown, f"{entry['effective_sparsity']:.3g}") if effective else shown
 
 
 def level(key: str, entry: dict[str, Any]) -> str:

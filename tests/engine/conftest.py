@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -49,6 +52,25 @@ def smollm2_engine(smollm2):
     )
     yield llm
     end(llm)
+
+
+@pytest.fixture(scope="session")
+def offline_figure(smollm2, canterbury, tmp_path_factory):
+    """What ``kv-eviction offline`` records of H2O at 0.6: four windows of 320, chunks of 64."""
+    folder = tmp_path_factory.mktemp("figure")
+    done = offline(folder, "--methods", "h2o", "--sparsity", "0.6", "--num-samples", "4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = (folder / "e").glob("h2o*_seed0.json")
+    return json.loads(path.read_text())
+
+
+def offline(folder: Any, *arguments: str, **options: Any) -> Any:
+    """The command as a user runs it, in ``folder``, experiment ``e``, windows of 320 tokens."""
+    command = [sys.executable, "-m", "harness", "offline", "--context-length", "320"]
+    command += ["--num-samples", "3", "--output-dir", str(folder), "--experiment-name", "e"]
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, cwd=folder, check=False, **options
+    )
 
 
 TINY = {

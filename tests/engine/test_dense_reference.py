@@ -9,7 +9,7 @@ import torch
 from harness.perplexity import perplexity, total
 
 from ..conftest import ROOT
-from .test_offline import offline
+from .conftest import offline
 
 
 def test_dense_perplexity_equals_transformers(smollm2, canterbury, tmp_path):

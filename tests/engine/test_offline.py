@@ -12,19 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import offline
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 LOAD = ("--throughput", "--load-runs", "1", "--load-requests", "4", "--load-output-tokens", "8")
 FIGURES = ("perplexity", "throughput", "memory", "position", "cache", "differences")
-
-
-def offline(folder, *arguments, **options):
-    command = [sys.executable, "-m", "harness", "offline", "--context-length", "320"]
-    command += ["--num-samples", "3", "--output-dir", str(folder), "--experiment-name", "e"]
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, cwd=folder, check=False, **options
-    )
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +60,7 @@ def test_a_record_says_everything_about_its_run(experiment):
     assert [len(window["log_likelihoods"]) for window in record["windows"]] == [5] * 3
     assert record["specification"]["engine"]["prefill_chunk"] == 64
     assert record["specification"]["engine"]["eviction"]["score"] == "sum"
+    assert record["effective_sparsity"] == pytest.approx(0.6)
     assert len(record["specification_hash"]) == len(record["code"]) == 16
     assert {"vllm-kv-eviction", "torch", "python"} <= set(record["versions"])
     assert record["hardware"]["cpu"]

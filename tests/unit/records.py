@@ -61,10 +61,15 @@ def record(method, sparsity, seed, shift, first_eviction):
             "seed": seed,
             "engine": {
                 "model": "m",
-                "context_length": 21,
+                "context_length": 20,
                 "prefill_chunk": 4,
-                "block_size": 4,
-                "eviction": {"layer_groups": 1, "score": "sum", "score_queries": "all"},
+                "block_size": 1,
+                "eviction": {
+                    "layer_groups": 1,
+                    "score": "sum",
+                    "score_queries": "all",
+                    "min_blocks": 2,
+                },
             },
         },
     }

@@ -6,6 +6,7 @@ import pytest
 
 from harness.corpora import (
     HUB,
+    Documents,
     describe,
     load_documents,
     load_text,
@@ -14,7 +15,8 @@ from harness.corpora import (
 )
 from harness.errors import UsageError
 from harness.specification import Text
-from harness.tokens import scored_text, tokenize
+from harness.token_bytes import token_bytes
+from harness.tokens import encode, load_tokenizer, scored_text, tokenize
 from harness.workload import draw_prompts, draw_windows
 
 from .records import Characters
@@ -46,8 +48,8 @@ def test_local_files(files):
     assert load_text(f"text:{files}/a.txt") == "words"
     for name in (f"jsonl:{files}/a.jsonl", f"parquet:{files}/a.parquet", str(files / "corpus")):
         assert load_text(name) == "one\n\ntwo", name
-        bodies, _ = load_documents(describe(name, "body", "whole"))
-        assert bodies == ["1", "2"], name
+        bodies = load_documents(describe(name, "body", "whole"))
+        assert bodies.texts == ["1", "2"], name
 
 
 def test_a_folder_with_several_splits_and_no_test_is_refused(files):
@@ -70,7 +72,7 @@ def test_a_folder_is_known_by_its_content_whatever_its_name(files):
     folder = (files / "corpus").rename(files / "pg19")
     before = describe(str(folder), None, "whole")
     assert (before.dataset, before.revision) == ("pg19", None)
-    assert load_documents(before)[0] == ["one", "two"]
+    assert load_documents(before).texts == ["one", "two"]
     assert resolved_split(before) == "test"
     (folder / ".note").write_text("hidden")
     assert describe(str(folder), None, "whole") == before
@@ -98,6 +100,35 @@ def test_refusals(files):
         load_text(str(files / "nothing"))
 
 
+def test_rows_without_text_are_left_out_and_counted(files, capsys):
+    rows = [ROWS[0], {"text": None}, {"text": ""}, {"text": " \n"}, {"body": "3"}, ROWS[1]]
+    (files / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = describe(f"jsonl:{files}/a.jsonl", None, "whole")
+    assert load_documents(text) == (["one", "two"], "\n\n", 4)
+    assert tokenize(Characters(), text) == [[ord(c) for c in "one"], [ord(c) for c in "two"]]
+    assert "jsonl:a.jsonl: 4 row(s) without text in 'text' are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(3, "int 3"), ([1, 2], r"list \[1, 2\]"), (b"x", "bytes"), (1.5, "float")]
+)
+def test_a_column_of_another_type_is_refused_in_every_kind_of_file(files, value, kind):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = pa.Table.from_pylist([{"text": None, "body": "1"}, {"text": value, "body": "2"}])
+    parquet.write_table(rows, files / "a.parquet")
+    folder = files / "other"
+    folder.mkdir()
+    parquet.write_table(rows, folder / "test.parquet")
+    for name in (f"parquet:{files}/a.parquet", str(folder)):
+        with pytest.raises(
+            UsageError, match=rf"row 2 of .* holds {kind}.*--text-column: text, body"
+        ):
+            load_text(name)
+        assert load_documents(describe(name, "body", "whole")).texts == ["1", "2"]
+
+
 def test_documents_are_joined_or_kept(files):
     name = f"jsonl:{files}/a.jsonl"
     joined = tokenize(Characters(), describe(name, None, "concatenate"))
@@ -109,11 +140,11 @@ def test_documents_are_joined_or_kept(files):
 
 
 def test_wikitexts_documents_are_its_articles(monkeypatch):
-    rows = [" = First = \n", " == Part == \n", " Words . \n", " = Second = \n", " More . \n"]
-    monkeypatch.setattr("harness.corpora._from_datasets", lambda text, known: rows)
-    documents, separator = load_documents(Text("wikitext"))
-    assert documents == ["".join(rows[:3]), "".join(rows[3:])]
-    assert separator == ""
+    rows = [" = First = \n", " == Part == \n", " Words . \n", "", " = Second = \n", " More . \n"]
+    monkeypatch.setattr("harness.corpora.read_rows", lambda text, known, others: rows)
+    documents = load_documents(Text("wikitext"))
+    assert documents.texts == ["".join(rows[:4]), "".join(rows[4:])]
+    assert (documents.separator, documents.skipped_rows) == ("", 0)
 
 
 def test_windows_stay_within_documents():
@@ -141,6 +172,46 @@ def test_prompts_repeat_by_seed():
     assert all(p == list(range(p[0], p[0] + 30)) for p in prompts)
     with pytest.raises(UsageError, match="100 tokens, fewer than a prompt of 101"):
         draw_prompts(documents, 1, 101, seed=0)
+
+
+MANY_BYTES = "naïve café — 日本語のテキスト。👩‍🚀🎉 ﷽ Ελλάδα\n" * 40
+
+
+@pytest.mark.parametrize("length", [2, 3, 8, 64])
+def test_windows_count_the_bytes_of_their_tokens_and_of_no_character_twice(smollm2, length):
+    tokenizer = load_tokenizer(smollm2)
+    (tokens,) = encode(tokenizer, "whole", Documents([MANY_BYTES], ""))
+    # Windows whose scored tokens, in a row, are all of the text but its first token.
+    step = length - 1
+    windows = [tokens[at : at + length] for at in range(0, len(tokens) - 1, step)]
+    first = len(tokenizer.decode(tokens[:1]).encode())
+    sizes = [scored_text(tokenizer, window, 1)["scored_bytes"] for window in windows]
+    assert first + sum(sizes) == len(MANY_BYTES.encode())
+    naive = [len(tokenizer.decode(window[1:]).encode()) for window in windows]
+    assert sum(naive) > sum(sizes), "the text does cut characters"
+
+
+def test_bytes_that_a_sentencepiece_vocabulary_falls_back_to():
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    bytes_ = {f"<0x{value:02X}>": value for value in range(256)}
+    vocabulary = {**bytes_, "▁a": 256, "é": 257, "▁": 258, "a": 259}
+    made = Tokenizer(models.BPE(vocabulary, [("▁", "a")], byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    text = "a aé 日 a"
+    (tokens,) = encode(tokenizer, "whole", Documents([text], ""))
+    sizes = [scored_text(tokenizer, tokens[at : at + 2], 1)["scored_bytes"]
+             for at in range(len(tokens) - 1)]  # fmt: skip
+    assert sizes == [2, 2, 1, 1, 1, 1, 2], "' a', 'é', ' ', three bytes, ' a'"
+
+
+def test_a_tokenizer_of_whole_characters_needs_no_vocabulary():
+    assert token_bytes(Characters(), [233]) is None
 
 
 def test_the_scored_text_counts_bytes_and_words():

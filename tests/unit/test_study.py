@@ -9,7 +9,7 @@ from harness.errors import UsageError
 from harness.plan import comparisons
 from harness.specification import RunSpecification, order
 from harness.study import Study, read_study
-from vllm_plugins.config import EvictionConfigError
+from vllm_plugins.config import EvictionConfig, EvictionConfigError
 
 STUDIES = sorted((Path(__file__).resolve().parents[2] / "scripts" / "studies").glob("*.yaml"))
 
@@ -82,6 +82,30 @@ def test_a_specification_is_the_same_wherever_and_by_whatever_the_model_was_made
     assert runs({"model": str(model)})[0].hash == here
     (model / "config.json").write_text('{"hidden_size": 16}')
     assert runs({"model": str(model)})[0].hash != here
+
+
+@pytest.mark.parametrize(
+    ("settings", "effective"),
+    [
+        ({"sparsity": [0.9]}, 0.875),
+        ({"sparsity": [0.9], "context_length": 2048}, 1 - 7 / 64),
+        ({"sparsity": [0.5]}, 0.5),
+        ({"sparsity": [0.9], "context_length": 320}, 0.6),
+        ({"sparsity": [0.9], "context_length": 320, "min_blocks": 2}, 0.8),
+        ({"sparsity": [], "budget_tokens": [256]}, 0.75),
+        ({"sparsity": [], "budget_tokens": [100]}, 1 - 3 / 32),
+        ({"sparsity": [0.0]}, 0.0),
+    ],
+)
+def test_the_effective_sparsity_is_what_the_plugins_budget_leaves(model, settings, effective):
+    dense, h2o = runs({"model": str(model), "methods": ["dense", "h2o"], **settings})
+    assert h2o.effective_sparsity == pytest.approx(effective)
+    assert dense.effective_sparsity == 0.0
+    config = EvictionConfig.parse(h2o.engine.eviction)
+    asked = config.request_settings(h2o.settings, h2o.engine.block_size)
+    keep = asked.keep(h2o.engine.context_length, h2o.engine.block_size, config.min_blocks)
+    blocks = h2o.engine.context_length / h2o.engine.block_size
+    assert h2o.effective_sparsity == pytest.approx(max(0, 1 - keep / blocks))
 
 
 def test_devices_settle_what_is_left_open(model):

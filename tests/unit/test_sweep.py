@@ -3,116 +3,29 @@
 import json
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 
 import harness.sweep as sweep_module
 from harness.cli import main
-from harness.engine import Scored, ScoredWindow, UnfaithfulRun
+from harness.engine import UnfaithfulRun
 from harness.errors import UsageError
 from harness.records import read_json
 from harness.report.experiment import report_experiment
 from harness.study import Study
 from harness.sweep import Sweep
 
-from .records import Characters
-
-SETTINGS = {
-    "methods": ["dense", "h2o", "cab"],
-    "sparsity": [0.5],
-    "context_length": 128,
-    "num_samples": 6,
-    "num_runs": 2,
-    "throughput": True,
-    "load_requests": 4,
-}
-NUM_RUNS = 3 * 2 * 2
-
-
-class MadeUpEngine:
-    """Answers by the tokens and the settings alone; ``trouble(n)`` is called before run ``n``."""
-
-    device, dtype, num_layers, num_blocks, bytes_per_block = "cpu", "float32", 1, 99, 1 << 10
-
-    def __init__(self, specification, trouble):
-        self.specification = specification
-        self._trouble = trouble
-        self.num_calls = 0
-
-    def score(self, windows, settings, min_context=1, progress=lambda n: None):
-        if len(windows[0]) == self.specification.context_length:  # not the warm-up
-            self._trouble(self)
-        harm = {"dense": 0.0, "h2o": 0.2, "cab": 0.1}[settings["kv_policy"]]
-        scored = Scored(seconds=1.0, trace={"tokens": [64, 128], "blocks": [2.0, 3.0]})
-        for window in windows:
-            rng = np.random.default_rng(window)
-            values = -rng.random(len(window) - 1)
-            values[64:] -= harm * rng.random(len(values) - 64) if len(values) > 64 else 0.0
-            scored.windows.append(ScoredWindow(values.tolist(), record(harm)))
-            progress(1)
-        return scored
-
-    def load(self, prompts, output_tokens, settings, progress=lambda n: None):
-        progress(len(prompts))
-        return float(output_tokens), [record(0.1)] * len(prompts)
-
-    def peak_memory_mb(self, records):
-        return 1.5
-
-
-def record(harm):
-    return {
-        "first_eviction_tokens": 64 if harm else None,
-        "blocks_evicted": 2 if harm else 0,
-        "decisions": 1,
-        "decision_seconds": 0.01,
-        "preemptions": 0,
-        "average_blocks": 3.0,
-        "peak_blocks": 4.0,
-        "peak_pool_blocks": 30,
-    }
-
-
-class Engines:
-    """Starts made-up engines, counts them, and makes the trouble that a test asks for."""
-
-    def __init__(self):
-        self.started = 0
-        self.runs = 0
-        self.at_run = {}
-
-    @contextmanager
-    def running(self, specification):
-        self.started += 1
-        yield MadeUpEngine(specification, self._trouble)
-
-    def _trouble(self, engine):
-        self.runs += 1
-        if self.runs in self.at_run:
-            raise self.at_run[self.runs]
+from .made_up_engine import NUM_RUNS, SETTINGS, made_up_engines, made_up_text, run
 
 
 @pytest.fixture
-def engines(monkeypatch, smollm2):
-    made = Engines()
-    monkeypatch.setattr("harness.texts.load_tokenizer", lambda path: Characters())
-    monkeypatch.setattr(sweep_module, "running", made.running)
-    monkeypatch.setattr(sweep_module, "preflight", lambda specification: None)
-    monkeypatch.setattr(sweep_module, "device_type", lambda: "cpu")
-    return made
+def engines(smollm2):
+    with made_up_engines() as made:
+        yield made
 
 
 @pytest.fixture
 def settings(tmp_path):
-    text = tmp_path / "words.txt"
-    text.write_text(" ".join(f"word{i % 97} of {i}" for i in range(1500)))
-    return {**SETTINGS, "dataset": f"text:{text}"}
-
-
-def run(settings, folder, **options):
-    sweep = Sweep(Study.parse(settings), folder, **options)
-    sweep.run()
-    return sweep
+    return {**SETTINGS, "dataset": made_up_text(tmp_path)}
 
 
 def test_everything_runs_on_one_engine_and_is_skipped_the_second_time(engines, settings, tmp_path):
@@ -257,8 +170,8 @@ def test_results_have_the_documented_metrics(engines, settings, tmp_path):
     for metric in ("prefill_tokens_per_second", "decode_tokens_per_second",
                    "output_tokens_per_second", "preemptions"):  # fmt: skip
         assert set(entry["throughput"][metric]) == {"mean", "std", "min", "max"}, metric
-    # 4 requests of 112 + 16 tokens; the made-up engine takes a second an output token.
-    assert entry["throughput"]["prefill_tokens_per_second"]["mean"] == 4 * 112
+    # 4 requests of 224 + 32 tokens; the made-up engine takes a second an output token.
+    assert entry["throughput"]["prefill_tokens_per_second"]["mean"] == 4 * 224
     assert entry["throughput"]["decode_tokens_per_second"]["mean"] == 4
     tests = read_json(tmp_path / "e" / "significance_tests.json")
     assert set(tests) == {"h2o_vs_cab_s0.5", "dense_vs_h2o_s0.5", "dense_vs_cab_s0.5"}
@@ -270,8 +183,8 @@ def test_results_have_the_documented_metrics(engines, settings, tmp_path):
 
 def test_min_context_leaves_the_first_tokens_unscored(engines, settings, tmp_path):
     run({**settings, "min_context": 65}, tmp_path / "e")
-    made = read_json(tmp_path / "e" / "h2o_s0.5_ctx128_seed0.json")
-    assert made["total_tokens"] == 6 * (127 - 64)
+    made = read_json(tmp_path / "e" / "h2o_s0.5_ctx256_seed0.json")
+    assert made["total_tokens"] == 6 * (255 - 64)
     assert made["windows"][0]["log_likelihoods"][0] == 0.0
     assert made["perplexity"] == pytest.approx(made["perplexity_after_eviction"])
 
