@@ -30,7 +30,7 @@ def wiki_test() -> str:
 @pytest.fixture(scope="session")
 def canterbury() -> str:
     """The embedded text; ``scripts/test`` fetches it before the tests, which use no network."""
-    from harness.corpora import load_text
+    from harness.inputs.corpora import load_text
 
     return load_text("canterbury")
 
@@ -38,6 +38,6 @@ def canterbury() -> str:
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """Folder of SmolLM2-135M; ``scripts/test`` prepares it before the tests."""
-    from harness.models import prepare_smollm2
+    from harness.inputs.models import prepare_smollm2
 
     return str(prepare_smollm2())

@@ -18,7 +18,8 @@ from vllm_plugins.config import EvictionConfig
 from vllm_plugins.ledger import Ledger, LiveBlocks
 from vllm_plugins.policies import ATTENTION, KEY_NORM, get_policy, policy_names
 
-from ..records import SCHEMA_VERSION, provenance, timestamp, write_json
+from ..records.files import write_json
+from ..records.provenance import SCHEMA_VERSION, provenance, timestamp
 from .output import output_file
 
 BLOCK_SIZE = 16
@@ -104,7 +105,7 @@ def main() -> None:
         "timestamp": timestamp(),
         "benchmark": "decisions",
         "measured": measured,
-        **provenance(),
+        **provenance([__spec__.name]),
     }
     write_json(arguments.output, record)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..records import SCHEMA_VERSION, provenance, timestamp, write_json
+from ..records.files import write_json
+from ..records.provenance import SCHEMA_VERSION, provenance, timestamp
 from .output import output_file
 
 SHAPES = {
@@ -192,7 +193,7 @@ def main() -> None:
         "benchmark": "kernels",
         "copy_bandwidth_bytes_per_second": bandwidth,
         "measured": measured,
-        **provenance("cuda"),
+        **provenance([__spec__.name], "cuda"),
     }
     write_json(arguments.output, record)
 

@@ -6,7 +6,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 from ..errors import UsageError
-from ..serving.output import output_path
+from ..records.output import output_path
 
 
 def output_file(name: str) -> Path:

@@ -21,9 +21,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..models import DEFAULT_MODEL, resolve_model
-from ..records import SCHEMA_VERSION, provenance, read_json, timestamp, write_json
-from ..study import ALL_SCORES
+from ..inputs.models import DEFAULT_MODEL, resolve_model
+from ..records.files import read_json, write_json
+from ..records.provenance import SCHEMA_VERSION, provenance, timestamp
+from ..study.settings import ALL_SCORES
 from .output import output_file
 
 ENGINE = {
@@ -154,7 +155,7 @@ def main() -> None:
         "measured": measured,
         "median_output_tokens_per_second": speed,
         "ratio_to_stock": {side: value / speed["stock"] for side, value in speed.items()},
-        **provenance(),
+        **provenance([__spec__.name]),
     }
     if arguments.output:
         write_json(arguments.output, record)

@@ -23,8 +23,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..records import SCHEMA_VERSION, provenance, read_json, timestamp, write_json
-from ..study import ALL_SCORES
+from ..records.files import read_json, write_json
+from ..records.provenance import SCHEMA_VERSION, provenance, timestamp
+from ..study.settings import ALL_SCORES
 from .output import output_file
 from .roofline import Workload, roofline
 
@@ -270,7 +271,7 @@ def main() -> None:
         "sampling": sampling,
         "groups": [asdict(group) for group in chosen],
         "measured": [],
-        **provenance("cuda"),
+        **provenance([__spec__.name], "cuda"),
     }
     with tempfile.TemporaryDirectory() as folder:
         for group in chosen:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..perplexity import total
+from ..analysis.perplexity import total
+from ..analysis.statistics import mean_interval
 from ..report.tables import Row, level, markdown
-from ..statistics import mean_interval
 
 
 def bench_table(record: dict[str, Any]) -> str:

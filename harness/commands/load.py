@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..corpora import DEFAULT_DATASET
+from ..client.arrivals import PROCESSES
+from ..client.load_settings import PROMPTS, LoadSpecification, QualitySpecification
 from ..errors import UnwritableFile, UsageError
-from ..serving.arrivals import PROCESSES
-from ..serving.specification import PROMPTS, LoadSpecification, QualitySpecification
+from ..inputs.corpora import DEFAULT_DATASET
 
 _D = LoadSpecification(num_requests=100)
 _Q = QualitySpecification()
@@ -102,11 +102,11 @@ def _add_measures(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load, write the record, say what happened."""
-    from ..serving.load import run_load
-    from ..serving.output import RecordElsewhere, output_path, save_record
-    from ..serving.plan import make_plan
-    from ..serving.report import load_lines
-    from ..serving.target import Texts, find_target
+    from ..client.load_plan import make_plan
+    from ..client.target import Texts, find_target
+    from ..measure.load import run_load
+    from ..records.output import RecordElsewhere, output_path, save_record
+    from ..report.load_lines import load_lines
 
     specification = LoadSpecification.parse(_values(arguments))
     _check(arguments, specification)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..models import DEFAULT_MODEL
+from ..inputs.models import DEFAULT_MODEL
 
 
 def add_parser(commands: Any) -> None:
@@ -17,7 +17,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the folder, for ``vllm serve`` or ``vllm.LLM``."""
-    from ..models import resolve_model
+    from ..inputs.models import resolve_model
 
     print(resolve_model(arguments.name))
     return 0

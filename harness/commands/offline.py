@@ -11,10 +11,10 @@ from typing import Any
 
 from vllm_plugins.policies import policy_names
 
-from ..corpora import DOCUMENT_MODES
 from ..errors import UsageError
-from ..specification import PROTOCOLS
-from ..study import DTYPES, Study, check_folder_name, read_study
+from ..inputs.corpora import DOCUMENT_MODES
+from ..study.settings import DTYPES, Study, check_folder_name, read_study
+from ..study.specification import PROTOCOLS
 from .eviction_flags import add_eviction_flags, eviction_settings
 from .interrupts import polite_ends
 
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..report.experiment import report_experiment
     from ..report.tables import text_table
-    from ..sweep import Sweep
+    from ..sweep.offline import Sweep
 
     given = vars(arguments)
     study = _study(arguments)

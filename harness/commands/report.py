@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the report and say where it is."""
     from ..report.experiment import report_experiment
-    from ..serving.sweep_report import is_serving, report_serving
+    from ..report.serving import is_serving, report_serving
 
     if not arguments.folder.is_dir():
         raise UsageError(f"{arguments.folder} is no folder; name the folder of an experiment")

@@ -12,8 +12,8 @@ from vllm_plugins.engine_args import check_has_budget
 from vllm_plugins.policies import policy_names
 
 from ..errors import UsageError
-from ..models import DEFAULT_MODEL, resolve_model
-from ..serving.passthrough import Passthrough
+from ..inputs.models import DEFAULT_MODEL, resolve_model
+from ..resources.passthrough import Passthrough
 from .eviction_flags import add_eviction_flags, eviction_settings
 
 
@@ -60,9 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     What needs only the command line and the model's configuration is checked first: vLLM alone
     takes seconds to import.
     """
-    from ..serving.flags import shell_line
-    from ..serving.model_facts import check_config, read_config
-    from ..serving.server import check_port, parse_port, vllm_command
+    from ..resources.model_facts import check_config, read_config
+    from ..resources.serve_flags import shell_line
+    from ..resources.server import check_port, parse_port, vllm_command
 
     settings = _settings(arguments)
     config = EvictionConfig.parse(settings)
@@ -102,12 +102,11 @@ def _vllm_flags(
     arguments: argparse.Namespace, settings: dict[str, Any], flags: Passthrough, model: str
 ) -> tuple[list[str], list[str]]:
     """All flags of ``vllm serve``, and what to tell the user of those chosen here."""
-    from vllm.platforms import current_platform
-
     from vllm_plugins.checks import check_block_size
 
-    from ..serving.cpu_pool import cpu_pool_bytes, names_memory
-    from ..serving.launch import eviction_flags
+    from ..resources.cpu_pool import cpu_pool_bytes, names_memory
+    from ..resources.launch import device_type
+    from ..resources.serve_flags import eviction_flags
 
     check_block_size(arguments.block_size)
     processors = flags.take("--logits-processors")
@@ -115,7 +114,7 @@ def _vllm_flags(
     notes = []
     if arguments.model == DEFAULT_MODEL and "--served-model-name" not in flags:
         made += ["--served-model-name", DEFAULT_MODEL]
-    if current_platform.is_cpu() and not names_memory(flags):
+    if device_type() == "cpu" and not names_memory(flags):
         size = cpu_pool_bytes(model, float32=flags.get("--dtype") in ("float32", "float"))
         made += ["--kv-cache-memory-bytes", str(size)]
         notes.append(

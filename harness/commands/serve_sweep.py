@@ -30,9 +30,9 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the study and report on it."""
-    from ..serving.study import ServingStudy
-    from ..serving.sweep import run_sweep
-    from ..serving.sweep_report import report_serving
+    from ..report.serving import report_serving
+    from ..study.serving_study import ServingStudy
+    from ..sweep.serving import run_sweep
 
     study = ServingStudy.read(arguments.study)
     folder = arguments.output_dir / arguments.study.stem

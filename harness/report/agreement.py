@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from statistics import fmean
 from typing import Any
 
+from ..analysis.perplexity import mean_perplexity
 from ..errors import UsageError
-from ..perplexity import perplexity, total
-from ..specification import DENSE
+from ..records.specifications import DENSE
 from .tables import Row, change, level, markdown, provenance_line
 
 Records = list[dict[str, Any]]
@@ -86,7 +85,7 @@ def _by_key(records: Records) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 def _perplexity(runs: dict[int, dict[str, Any]]) -> float:
-    return fmean(perplexity(map(total, record["windows"])) for record in runs.values())
+    return mean_perplexity(runs.values())
 
 
 def _precision(record: dict[str, Any]) -> str:

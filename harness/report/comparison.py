@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..aggregate import aggregate, significance
-from ..curves import curves
-from ..records import FAILED, read_json, write_json
-from ..stored import check_sources, read_load_records, read_records
+from ..analysis.aggregate import aggregate, significance
+from ..analysis.curves import curves
+from ..records.files import read_json, write_json
+from ..records.stored import FAILED, check_sources, read_load_records, read_records
 from .expectations import expectation_rows
 from .figures import draw
 from .page import write_pages

@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..records import EXPERIMENT
-from ..stored import PERPLEXITY_RECORDS, check_sources, read_experiment, read_records
+from ..records.stored import (
+    EXPERIMENT,
+    PERPLEXITY_RECORDS,
+    check_sources,
+    read_experiment,
+    read_records,
+)
 from .ablation import ablation_rows, draw_ablation
 from .comparison import TIMINGS, failures, report_comparison, time_rows
 from .page import write_pages

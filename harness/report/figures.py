@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..specification import DENSE
+from ..records.specifications import DENSE
 from .styles import DENSE_POINT, new_figure, save, shared_legend, styles
 from .tables import level, level_order, level_shown, level_title
 

@@ -7,7 +7,7 @@ import html
 import re
 from pathlib import Path
 
-from ..records import write_text
+from ..records.files import write_text
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..records import replacing
+from ..records.files import replacing
 
 DENSE_POINT = "h"
 """Dense's marker where no line shows it."""

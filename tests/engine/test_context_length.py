@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from harness import launch
-from harness.specification import EngineSpecification
-from harness.study import ALL_SCORES
+from harness.resources import launch
+from harness.study.settings import ALL_SCORES
+from harness.study.specification import EngineSpecification
 from vllm_plugins.config import EvictionConfig
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from harness.perplexity import perplexity, total
+from harness.analysis.perplexity import perplexity, total
 
 from ..conftest import ROOT
 from .conftest import offline

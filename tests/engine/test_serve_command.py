@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 
-from harness.serving.server import free_port, serving
+from harness.resources.server import free_port, serving
 
 
 @pytest.fixture(scope="module")

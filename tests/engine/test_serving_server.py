@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from harness.cli import main
-from harness.serving.launch import eviction_flags
-from harness.serving.server import free_port, serving, vllm_command
-from harness.study import ALL_SCORES
+from harness.resources.serve_flags import eviction_flags
+from harness.resources.server import free_port, serving, vllm_command
+from harness.study.settings import ALL_SCORES
 
 ROOT = Path(__file__).resolve().parents[2]
 # Scores as `kv-eviction offline` gathers them: its perplexity is compared with.

@@ -132,11 +132,21 @@ def test_bad_request_is_refused_and_the_engine_lives(extra, sentence, smollm2_en
     assert generate(smollm2_engine, prompts[-1:], {}, max_tokens=1)[0].finished
 
 
-def test_what_the_front_end_cannot_know_falls_back_and_is_counted(smollm2_engine, prompts):
+def test_behind_a_front_end_without_the_validator_bad_settings_fall_back_and_are_counted(
+    smollm2_engine, prompts, monkeypatch
+):
     """A budget below the protected blocks depends on the engine's block size."""
+    from vllm.exceptions import VLLMValidationError
+
+    from vllm_plugins.validation import RequestValidator
+
     connector = connector_of(smollm2_engine)
     before = connector.ledger.totals["refused_settings"]
     extra = {"kv_policy": "h2o", "kv_budget_tokens": 40}
+    with pytest.raises(VLLMValidationError, match="give at least 64"):
+        generate(smollm2_engine, prompts[:1], extra, max_tokens=1)
+    nothing = classmethod(lambda cls, params: None)
+    monkeypatch.setattr(RequestValidator.__mro__[1], "validate_params", nothing)
     (record,) = records(generate(smollm2_engine, prompts[:1], extra, max_tokens=1))
     assert "give at least 64" in record["refused_settings"]
     assert record["policy"] == "dense"

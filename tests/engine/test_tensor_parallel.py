@@ -5,18 +5,19 @@ import json
 import numpy as np
 
 from ..child import child
-from .ranks import decisions
 
 
-def test_two_ranks_decide_as_one(tiny_engines, tiny_llama, tmp_path):
-    output = tmp_path / "two.json"
+def decided(model, ranks, output):
     with child(
-        "tests.engine.ranks", tiny_llama[0], "2", str(output),
+        "tests.engine.ranks", model, str(ranks), str(output),
         VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1",
     ) as process:  # fmt: skip
         assert process.wait(timeout=300) == 0
-    two = json.loads(output.read_text())
-    one = decisions(tiny_engines())
+    return json.loads(output.read_text())
+
+
+def test_two_ranks_decide_as_one(tiny_llama, tmp_path):
+    one, two = (decided(tiny_llama[0], n, tmp_path / f"{n}.json") for n in (1, 2))
     assert one.keys() == two.keys()
     for name in one:
         for (trace, tokens, log_probs), (trace_2, tokens_2, log_probs_2) in zip(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.study import ALL_SCORES
+from harness.study.settings import ALL_SCORES
 
 from .mass import mass_by_step
 

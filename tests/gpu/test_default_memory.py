@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness.cli import main
-from harness.serving.server import free_port, serving
+from harness.resources.server import free_port, serving
 
 from ..child import child
 from .models import make_llama

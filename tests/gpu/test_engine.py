@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.study import ALL_SCORES
+from harness.study.settings import ALL_SCORES
 
 from .mass import mass_by_step
 from .models import make_llama

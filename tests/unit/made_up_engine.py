@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-import harness.sweep as sweep_module
-from harness.engine import Scored, ScoredWindow
-from harness.study import Study
-from harness.sweep import Sweep
+import harness.sweep.offline as sweep_module
+from harness.resources.engine import Scored, ScoredWindow
+from harness.study.settings import Study
+from harness.sweep.offline import Sweep
 
 from .records import Characters
 
@@ -99,7 +99,7 @@ def made_up_engines():
     """Sweeps in the block run on made-up engines."""
     made = Engines()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harness.texts.load_tokenizer", lambda path: Characters())
+        patch.setattr("harness.sweep.texts.load_tokenizer", lambda path: Characters())
         patch.setattr(sweep_module, "running", made.running)
         patch.setattr(sweep_module, "preflight", lambda specification: None)
         patch.setattr(sweep_module, "device_type", lambda: "cpu")

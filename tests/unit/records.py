@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from harness.perplexity import after_eviction, by_chunk, first_affected, perplexity, total
-from harness.records import SCHEMA_VERSION
+from harness.analysis.perplexity import after_eviction, by_chunk, first_affected, perplexity, total
+from harness.records.provenance import SCHEMA_VERSION
 
 
 def record(method, sparsity, seed, shift, first_eviction):

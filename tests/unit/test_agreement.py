@@ -4,10 +4,10 @@ from statistics import fmean
 
 import pytest
 
+from harness.analysis.perplexity import perplexity, total
+from harness.bench.readme import fill, main
 from harness.errors import UsageError
-from harness.perplexity import perplexity, total
-from harness.readme import fill, main
-from harness.records import write_json
+from harness.records.files import write_json
 from harness.report.agreement import agreement_table
 
 from .records import experiment

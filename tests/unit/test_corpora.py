@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from harness.corpora import (
+from harness.errors import UsageError
+from harness.inputs.corpora import (
     HUB,
     Documents,
     describe,
@@ -13,11 +14,10 @@ from harness.corpora import (
     resolved_revision,
     resolved_split,
 )
-from harness.errors import UsageError
-from harness.specification import Text
-from harness.token_bytes import token_bytes
-from harness.tokens import encode, load_tokenizer, scored_text, tokenize
-from harness.workload import draw_prompts, draw_windows
+from harness.inputs.text import Text
+from harness.inputs.token_bytes import token_bytes
+from harness.inputs.tokens import encode, load_tokenizer, scored_text, tokenize
+from harness.inputs.windows import draw_prompts, draw_windows
 
 from .records import Characters
 
@@ -141,7 +141,7 @@ def test_documents_are_joined_or_kept(files):
 
 def test_wikitexts_documents_are_its_articles(monkeypatch):
     rows = [" = First = \n", " == Part == \n", " Words . \n", "", " = Second = \n", " More . \n"]
-    monkeypatch.setattr("harness.corpora.read_rows", lambda text, known, others: rows)
+    monkeypatch.setattr("harness.inputs.corpora.read_rows", lambda text, known, others: rows)
     documents = load_documents(Text("wikitext"))
     assert documents.texts == ["".join(rows[:4]), "".join(rows[4:])]
     assert (documents.separator, documents.skipped_rows) == ("", 0)

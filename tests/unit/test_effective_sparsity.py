@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from harness.aggregate import aggregate
-from harness.curves import curves
-from harness.records import read_json
+from harness.analysis.aggregate import aggregate
+from harness.analysis.curves import curves
+from harness.records.files import read_json
+from harness.records.specifications import effective_sparsity, order
+from harness.records.stored import read_records
 from harness.report import figures
 from harness.report.expectations import expectation_rows
 from harness.report.tables import markdown_table, text_table
-from harness.specification import effective_sparsity, order
-from harness.stored import read_records
 
 from .records import experiment, record
 

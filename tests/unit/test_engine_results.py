@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness.engine import Engine, UnfaithfulRun
-from harness.specification import EngineSpecification
+from harness.resources.engine import Engine, UnfaithfulRun
+from harness.study.specification import EngineSpecification
 
 SPECIFICATION = EngineSpecification(
     "m", "f", 100, 4, 4, 8, 8, True, eviction={"layer_groups": 1}, protocol="chunked"

@@ -7,11 +7,11 @@ from hashlib import sha256
 
 import pytest
 
-from harness import models, packages
 from harness.bench import decisions, overhead
 from harness.cli import main
 from harness.errors import UnreadableFile, UnwritableFile, UsageError
-from harness.records import read_json, replacing, write_json, write_text
+from harness.inputs import models, packages
+from harness.records.files import read_json, replacing, write_json, write_text
 
 
 def on_a_full_disk(path):

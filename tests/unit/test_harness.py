@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from harness.aggregate import aggregate, significance
+from harness.analysis.aggregate import aggregate, significance
+from harness.analysis.perplexity import after_eviction, by_chunk, perplexity, total
+from harness.bench.readme import fill
 from harness.errors import UsageError
-from harness.perplexity import after_eviction, by_chunk, perplexity, total
-from harness.plan import seeds_for
-from harness.readme import fill
-from harness.records import read_json, write_json
-from harness.workload import draw_windows
+from harness.inputs.windows import draw_windows
+from harness.records.files import read_json, write_json
+from harness.study.plan import seeds_for
 
 from .records import experiment
 

@@ -2,8 +2,10 @@
 
 import json
 
-from harness.machine import device_memory_mb, hardware, process_peak_memory_mb
-from harness.records import SCHEMA_VERSION, code_fingerprint, identity, provenance
+from harness.records.code import code_fingerprint
+from harness.records.machine import device_memory_mb, hardware, process_peak_memory_mb
+from harness.records.provenance import SCHEMA_VERSION, identity, provenance
+from harness.sweep.offline import MEASURING
 
 
 def test_hardware_of_a_cpu():
@@ -20,14 +22,14 @@ def test_memory():
 
 
 def test_provenance_names_versions_hardware_and_code():
-    source = provenance()
+    source = provenance(MEASURING)
     assert "torch" in source["versions"]
-    assert source["code"] == code_fingerprint()
+    assert source["code"] == code_fingerprint(MEASURING)
     json.dumps(source)
 
 
 def test_the_gpu_is_what_tells_machines_apart_where_there_is_one():
-    source = provenance()
+    source = provenance(MEASURING)
     record = {"schema_version": SCHEMA_VERSION, **source}
     assert identity(record)["hardware"] == source["hardware"]["cpu"]
     record["hardware"] = {**source["hardware"], "gpu": "a card"}

@@ -11,7 +11,7 @@ from harness.cli import main
 @pytest.fixture
 def refused(smollm2, tmp_path, capsys, monkeypatch):
     """Runs the command, which must refuse; returns its sentence. Nothing may be left behind."""
-    monkeypatch.setattr("harness.sweep.running", None)  # no engine is ever started
+    monkeypatch.setattr("harness.sweep.offline.running", None)  # no engine is ever started
     text = tmp_path / "text.txt"
     text.write_text("word " * 30_000)
     runs = tmp_path / "runs"
@@ -63,7 +63,7 @@ def test_a_run_that_would_evict_nothing(refused, flags, remedies, monkeypatch):
         raise Planned
 
     # Each remedy, by itself, leads on to the runs; text and engine do not matter here.
-    monkeypatch.setattr("harness.sweep.missing", stop)
+    monkeypatch.setattr("harness.sweep.offline.missing", stop)
     for flag, value in found:
         changed = [*flags, flag, value]
         if "--budget-tokens" in flags:

@@ -237,7 +237,8 @@ def test_dense_has_nothing_to_select():
 def test_policies_and_statistics_import_neither_vllm_nor_torch():
     code = (
         "import sys, vllm_plugins, vllm_plugins.policies, vllm_plugins.config,"
-        " vllm_plugins.ledger, harness.statistics, harness.perplexity, harness.cli;"
+        " vllm_plugins.ledger, harness.analysis.statistics, harness.analysis.perplexity,"
+        " harness.cli;"
         "bad = {'vllm', 'torch'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

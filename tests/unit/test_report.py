@@ -4,18 +4,18 @@ import re
 
 import pytest
 
-from harness.aggregate import aggregate, significance
-from harness.curves import curves, pareto
+from harness.analysis.aggregate import aggregate, significance
+from harness.analysis.curves import curves, pareto
+from harness.analysis.perplexity import by_chunk, counts, normalised, total
 from harness.errors import UsageError
-from harness.perplexity import by_chunk, counts, normalised, total
-from harness.records import write_json
+from harness.records.files import write_json
+from harness.records.specifications import order
 from harness.report import figures
 from harness.report.comparison import TIMINGS
 from harness.report.expectations import expectation_rows
 from harness.report.experiment import report_experiment
 from harness.report.styles import styles
 from harness.report.tables import markdown_table, test_rows, text_table, throughput_rows
-from harness.specification import order
 
 from .records import experiment, load_record, record
 

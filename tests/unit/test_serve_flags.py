@@ -9,7 +9,7 @@ import pytest
 
 from harness.cli import main
 from harness.errors import UsageError
-from harness.serving.passthrough import Passthrough
+from harness.resources.passthrough import Passthrough
 from vllm_plugins.config import EvictionConfig
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4,

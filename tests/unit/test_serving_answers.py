@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from harness.serving.load import run_load
-from harness.serving.plan import QUALITY, make_plan
-from harness.serving.record import load_record
-from harness.serving.result import SUCCEEDED, Result
-from harness.serving.sampling import Sampler
-from harness.serving.specification import LoadSpecification
-from harness.serving.target import Target
+from harness.client.load_plan import QUALITY, make_plan
+from harness.client.load_settings import LoadSpecification
+from harness.client.result import SUCCEEDED, Result
+from harness.client.sampling import Sampler
+from harness.client.target import Target
+from harness.measure.load import run_load
+from harness.measure.load_record import load_record
 
 from .serving_stub import load, running
 

@@ -12,11 +12,11 @@ import time
 import pytest
 
 from harness.cli import main
-from harness.serving.load import run_load
-from harness.serving.plan import make_plan
-from harness.serving.server import free_port
-from harness.serving.specification import LoadSpecification
-from harness.serving.target import find_target
+from harness.client.load_plan import make_plan
+from harness.client.load_settings import LoadSpecification
+from harness.client.target import find_target
+from harness.measure.load import run_load
+from harness.resources.server import free_port
 
 from .serving_stub import load, running
 
@@ -204,7 +204,7 @@ def test_more_requests_in_flight_than_a_process_may_open_files_by_default(tmp_pa
 
 
 def test_a_client_that_falls_behind_says_so(tmp_path, monkeypatch):
-    from harness.serving import loops
+    from harness.client import loops
 
     def launch(self, request, original=loops.LoadLoop._launch):
         time.sleep(0.02)  # the event loop is busy for twice the gap between requests

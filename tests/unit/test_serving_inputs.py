@@ -6,14 +6,15 @@ from datetime import datetime
 import pytest
 import yaml
 
+from harness.bench import client as bench_client
+from harness.bench import compare_clients
 from harness.cli import main
+from harness.client.lengths import Lengths
+from harness.client.load_plan import make_plan
+from harness.client.load_settings import LoadSpecification
+from harness.client.traces import read_trace
 from harness.errors import UsageError
-from harness.serving import bench_client, compare_clients
-from harness.serving.lengths import Lengths
-from harness.serving.plan import make_plan
-from harness.serving.specification import LoadSpecification
-from harness.serving.study import ServingStudy
-from harness.serving.traces import read_trace
+from harness.study.serving_study import ServingStudy
 
 from .serving_stub import load, running
 

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
+from harness.client.arrivals import constant, gamma, poisson, ramp, send_times
+from harness.client.lengths import Lengths
+from harness.client.load_plan import QUALITY, make_plan
+from harness.client.load_settings import LoadSpecification
+from harness.client.traces import read_trace, replay
 from harness.errors import UsageError
-from harness.serving.arrivals import constant, gamma, poisson, ramp, send_times
-from harness.serving.lengths import Lengths
-from harness.serving.plan import QUALITY, make_plan
-from harness.serving.specification import LoadSpecification
-from harness.serving.traces import read_trace, replay
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
@@ -160,7 +160,7 @@ def test_quality_requests_are_spread_and_cycle_their_windows():
 
 
 def test_quality_windows_are_those_of_the_offline_command():
-    from harness.workload import draw_windows
+    from harness.inputs.windows import draw_windows
 
     made = plan(quality={"share": 0.2, "context_length": 16, "num_windows": 4}, seed=3)
     assert made.windows == draw_windows([list(range(500))], 4, 16, 3)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from harness.cli import main
-from harness.serving import output
-from harness.serving.output import RecordElsewhere, save_record
+from harness.records import output
+from harness.records.output import RecordElsewhere, save_record
 
 from .serving_stub import load, running
 

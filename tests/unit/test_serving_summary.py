@@ -7,13 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.errors import UsageError
-from harness.serving.quality import kept_to_chunk
-from harness.serving.result import FAILED, NOT_SENT, SUCCEEDED, TIMED_OUT, Result
-from harness.serving.scrape import parse_cache_config, parse_metrics
-from harness.serving.slo import check_run_slo, holds, parse_slo
-from harness.serving.sse import EventParser
-from harness.serving.summary import (
+from harness.analysis.quality import kept_to_chunk
+from harness.analysis.serving_aggregate import (
+    against_baseline,
+    aggregate_sweep,
+    max_rates,
+    with_shared_perplexity,
+)
+from harness.client.result import FAILED, NOT_SENT, SUCCEEDED, TIMED_OUT, Result
+from harness.client.scrape import parse_cache_config, parse_metrics
+from harness.client.slo import check_run_slo, holds, parse_slo
+from harness.client.sse import EventParser
+from harness.client.summary import (
     counts,
     distribution,
     failures,
@@ -24,12 +29,7 @@ from harness.serving.summary import (
     summarize,
     token_timeline,
 )
-from harness.serving.sweep_aggregate import (
-    against_baseline,
-    aggregate_sweep,
-    max_rates,
-    with_shared_perplexity,
-)
+from harness.errors import UsageError
 
 STREAM = (
     b": ping\r\n\r\ndata: one\r\n\r\nevent: x\ndata: two\ndata: more\n\n"

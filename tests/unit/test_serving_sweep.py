@@ -14,12 +14,13 @@ import pytest
 
 from harness.cli import main
 from harness.errors import UsageError
-from harness.serving import sweep
-from harness.serving.flags import serve_flags
-from harness.serving.load import Outcome
-from harness.serving.provenance import measuring_modules
-from harness.serving.server import ServerError, free_port, last_error, serving
-from harness.serving.study import ServingStudy
+from harness.measure.load import Outcome
+from harness.measure.load_record import MEASURING
+from harness.records.code import import_closure
+from harness.resources.serve_flags import serve_flags
+from harness.resources.server import ServerError, free_port, last_error, serving
+from harness.study.serving_study import ServingStudy
+from harness.sweep import serving as sweep
 
 STUB = [sys.executable, "-m", "tests.unit.serving_stub"]
 STUDY = {
@@ -168,11 +169,11 @@ def test_a_study_reaches_servers_that_inherit_a_key(stub_servers, tmp_path, monk
 
 
 def edit(monkeypatch, module):
-    """As if a module of harness/serving had been edited."""
+    """As if a module of the harness had been edited."""
     original = Path.read_bytes
 
     def read_bytes(path):
-        edited = path.parts[-2:] == ("serving", module)
+        edited = path.as_posix().endswith(f"harness/{module}")
         return original(path) + b"# edited" * edited
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
@@ -184,26 +185,32 @@ def test_records_of_other_measuring_code_are_not_mixed_in(
     arguments = study(tmp_path, rates=[50], seeds=[0], methods=["dense"])
     assert main(arguments) == 0
     with monkeypatch.context() as patch:
-        edit(patch, "figures.py")
+        edit(patch, "report/serving_figures.py")
         assert main(arguments) == 0
     assert "1 runs were there already" in capsys.readouterr().out
-    edit(monkeypatch, "client.py")
+    edit(monkeypatch, "client/client.py")
     assert main(arguments) == 2
     assert "was measured with another code; give another" in capsys.readouterr().err
 
 
-def test_every_module_that_a_sweep_loads_is_in_the_fingerprint_of_its_records():
+def test_every_module_that_measures_is_in_the_fingerprint_of_a_record():
+    """The closure of imports, read from the sources, against what Python really loads."""
     code = (
-        "import sys, harness.serving.sweep; print(*[m.__file__ for n, m in sys.modules.items() "
-        "if n.startswith('harness.')], sep='\\n')"
+        f"import sys, importlib; [importlib.import_module(m) for m in {MEASURING}];"
+        "print(*[m.__file__ for n, m in sys.modules.items() if n[:8] == 'harness.'], sep='\\n')"
     )
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    counted = {str(path) for path in import_closure(MEASURING)}
+    assert {path for path in loaded if not path.endswith("__init__.py")} <= counted
     harness = Path(sweep.__file__).parents[1]
-    loaded = {Path(path).relative_to(harness).as_posix() for path in loaded}
-    # They find models and write records; the hash of a run is over what they give.
-    passive = {"errors.py", "machine.py", "models.py", "packages.py", "records.py"}
-    assert loaded - set(measuring_modules()) <= {*passive, "specification.py"}
-    assert not {"serving/figures.py", "serving/sweep_report.py"} & set(measuring_modules())
+    for name in (
+        "client/client.py",
+        "client/traces.py",
+        "inputs/corpora.py",
+        "resources/server.py",
+    ):
+        assert str(harness / name) in counted
+    assert not any("/report/" in path or "/commands/" in path for path in counted)
 
 
 def test_a_server_that_does_not_start_fails_its_runs_only(stub_servers, tmp_path, capsys):
@@ -274,7 +281,7 @@ def test_a_server_that_dies_is_replaced(stub_servers, tmp_path, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_a_sweep_leaves_no_process(number, tmp_path):
     code = (
-        "import sys; from harness.serving import sweep; from harness.cli import main; "
+        "import sys; from harness.sweep import serving as sweep; from harness.cli import main; "
         f"sweep.server_command = lambda *a: {[*STUB, 'slow']!r}; sys.exit(main(sys.argv[1:]))"
     )
     (tmp_path / "model").mkdir()

@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from harness.statistics import disjoint, holm, interval, mean_interval, paired_test, summary
-from harness.workload import draw_windows
+from harness.analysis.statistics import (
+    disjoint,
+    holm,
+    interval,
+    mean_interval,
+    paired_test,
+    summary,
+)
+from harness.inputs.windows import draw_windows
 
 NUM_SIMULATIONS = 2000
 SEEDS, WINDOWS = 3, 20

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UsageError
-from harness.plan import comparisons
-from harness.specification import RunSpecification, order
-from harness.study import Study, read_study
+from harness.records.specifications import order
+from harness.study.plan import comparisons
+from harness.study.settings import Study, read_study
+from harness.study.specification import RunSpecification
 from vllm_plugins.config import EvictionConfig, EvictionConfigError
 
 STUDIES = sorted((Path(__file__).resolve().parents[2] / "scripts" / "studies").glob("*.yaml"))

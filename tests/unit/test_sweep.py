@@ -5,14 +5,14 @@ from contextlib import contextmanager
 
 import pytest
 
-import harness.sweep as sweep_module
+import harness.sweep.offline as sweep_module
 from harness.cli import main
-from harness.engine import UnfaithfulRun
 from harness.errors import UsageError
-from harness.records import read_json
+from harness.records.files import read_json
 from harness.report.experiment import report_experiment
-from harness.study import Study
-from harness.sweep import Sweep
+from harness.resources.engine import UnfaithfulRun
+from harness.study.settings import Study
+from harness.sweep.offline import Sweep
 
 from .made_up_engine import NUM_RUNS, SETTINGS, made_up_engines, made_up_text, run
 
@@ -121,7 +121,7 @@ def test_other_code_is_never_mixed_in_unless_measured_again(
     engines, settings, tmp_path, monkeypatch
 ):
     run(settings, tmp_path / "e")
-    monkeypatch.setattr("harness.records.code_fingerprint", lambda modules: "0" * 16)
+    monkeypatch.setattr("harness.records.provenance.code_fingerprint", lambda modules: "0" * 16)
     with pytest.raises(UsageError, match=r"was made by another code .* --redo"):
         Sweep(Study.parse(settings), tmp_path / "e")
     assert run(settings, tmp_path / "e", redo=True).session.runs_done == NUM_RUNS

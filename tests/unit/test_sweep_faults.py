@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from harness.cli import main
-from harness.records import read_json
+from harness.records.files import read_json
 
 from .made_up_engine import SETTINGS, made_up_engines, made_up_text
 

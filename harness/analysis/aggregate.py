@@ -1,0 +1,192 @@
+"""From run records to ``aggregated_results.json`` and ``significance_tests.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from typing import Any
+
+from ..records.specifications import DENSE, effective_sparsity
+from .perplexity import after_eviction, first_affected, perplexity, total
+from .statistics import disjoint, holm, paired_test, ratio_interval, summary
+
+METRICS = (
+    "perplexity",
+    "perplexity_after_eviction",
+    "word_perplexity",
+    "byte_perplexity",
+    "bits_per_byte",
+    "tokens_per_second",
+    "peak_memory_mb",
+    "process_peak_memory_mb",
+    "device_memory_mb",
+    "avg_cache_size",
+    "peak_cache_size",
+    "blocks_evicted",
+    "decision_seconds",
+)
+LOAD_METRICS = (
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "output_tokens_per_second",
+    "peak_memory_mb",
+    "preemptions",
+    "blocks_evicted",
+    "decision_seconds",
+)
+TESTED = ("all_tokens", "after_eviction")
+
+
+def aggregate(
+    records: Sequence[dict[str, Any]], loads: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """``{"h2o_s0.9": {"method", "sparsity", "num_runs", metric: {mean, std, min, max}}}``.
+
+    ``effective_sparsity`` is what the asked sparsity or budget comes to (see
+    ``specification.effective_sparsity``). Standard deviations are over runs (seeds).
+    ``avg_memory_mb`` is ``avg_cache_size`` in MiB: per window, on average over its steps. Dense
+    evicts nothing, so its ``perplexity_after_eviction`` is null; ``dense_after_eviction`` of the
+    other keys is its perplexity on the very tokens theirs is over. ``throughput`` holds what the
+    separate pass measured, where it was run; its ``against_dense`` is the ratio of output tokens
+    per second, paired by load run: loads of one number follow each other closely, so that a
+    machine that becomes slower or faster over a sweep changes both.
+    """
+    results: dict[str, Any] = {}
+    by_load = _by_key(loads)
+    for key, runs in _by_key(records).items():
+        entry: dict[str, Any] = {
+            "method": runs[0]["method"],
+            "sparsity": runs[0]["sparsity"],
+            "effective_sparsity": effective_sparsity(runs[0]["specification"]),
+            "num_runs": len(runs),
+            "num_windows": sum(len(run["windows"]) for run in runs),
+        }
+        for metric in METRICS:
+            entry[metric] = summary([run.get(metric) for run in runs])
+        entry["avg_memory_mb"] = summary([_average_memory_mb(run) for run in runs])
+        dense = [_dense_on_the_same(run, records) for run in runs]
+        if not _is_dense(runs[0]) and all(value is not None for value in dense):
+            entry["dense_after_eviction"] = summary(dense)
+        if key in by_load:
+            entry["throughput"] = {
+                "num_runs": len(by_load[key]),
+                **{m: summary([run[m] for run in by_load[key]]) for m in LOAD_METRICS},
+                "against_dense": _against_dense(by_load[key], loads),
+            }
+        results[key] = entry
+    return results
+
+
+def significance(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """``{"h2o_vs_cab_s0.9": {...}}``: every pair at equal sparsity, and dense against each.
+
+    The unit is the window; windows are paired by seed and place. Windows of different seeds may
+    share text, and are no independent units then: of the windows of all seeds only as many are
+    tested as share no token. Two results a pair: over all tokens, and over those after the first
+    eviction. Each is a family of its own for Holm's correction: ``*_holm`` beside the p-values.
+    """
+    by_key = _by_key(records)
+    evicting = [runs for runs in by_key.values() if not _is_dense(runs[0])]
+    dense = next((runs for runs in by_key.values() if _is_dense(runs[0])), None)
+    pairs = [(a, b) for a, b in combinations(evicting, 2) if _level(a[0]) == _level(b[0])]
+    if dense is not None:
+        pairs += [(dense, runs) for runs in evicting]
+    # Runs may have failed, or be still to come: a pair without a common window is no pair yet.
+    pairs = [(a, b) for a, b in pairs if window_losses(a).keys() & window_losses(b).keys()]
+    tests = {_name(first, second): _compare(first, second) for first, second in pairs}
+    for part in TESTED:
+        family = [test[part] for test in tests.values() if test[part] is not None]
+        for name in ("paired_t_p", "wilcoxon_p"):
+            adjusted = holm([result[name] for result in family])
+            for result, value in zip(family, adjusted, strict=True):
+                result[f"{name}_holm"] = value
+                result["family_size"] = len(family)
+    return tests
+
+
+def window_losses(runs: Iterable[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:
+    """Windows of a method's runs by (seed, place)."""
+    return {(run["seed"], window["start"]): window for run in runs for window in run["windows"]}
+
+
+def independent(windows: Iterable[tuple[int, int]], length: int) -> list[tuple[int, int]]:
+    """Of windows (seed, place) of ``length`` tokens, those to test: no two share a token."""
+    ordered = sorted(windows)
+    return sorted(ordered[i] for i in disjoint([place for _, place in ordered], length))
+
+
+def _name(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> str:
+    return f"{first[0]['method']}_vs_{second[0]['method']}_{_level(second[0])}"
+
+
+def _compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, Any]:
+    a, b = window_losses(first), window_losses(second)
+    common = a.keys() & b.keys()
+    shared = independent(common, first[0]["specification"]["engine"]["context_length"])
+    seeds = [seed for seed, _ in shared]
+    result: dict[str, Any] = {
+        "test": "paired t-test and Wilcoxon signed-rank on mean NLL per window (nats per token), "
+        "Holm-corrected over all comparisons of the file, over windows that share no token",
+        "num_windows_left_out": len(common) - len(shared),
+        "all_tokens": paired_test(
+            [_nll(a[w]) for w in shared], [_nll(b[w]) for w in shared], seeds
+        ),
+        "after_eviction": None,
+    }
+    starts = [_earlier(first_affected(a[w]), first_affected(b[w])) for w in shared]
+    if all(s is not None and total(a[w], s)[1] for w, s in zip(shared, starts, strict=True)):
+        result["after_eviction"] = paired_test(
+            [_nll(a[w], start) for w, start in zip(shared, starts, strict=True)],
+            [_nll(b[w], start) for w, start in zip(shared, starts, strict=True)],
+            seeds,
+        )
+    return result
+
+
+def _earlier(a: int | None, b: int | None) -> int | None:
+    return min((place for place in (a, b) if place is not None), default=None)
+
+
+def _dense_on_the_same(run: dict[str, Any], records: Iterable[dict[str, Any]]) -> float | None:
+    for record in records:
+        if _is_dense(record) and record["seed"] == run["seed"]:
+            starts = [first_affected(window) for window in run["windows"]]
+            evicted = after_eviction(record["windows"], starts)
+            return perplexity(evicted) if evicted else None
+    return None
+
+
+def _against_dense(
+    runs: Sequence[dict[str, Any]], loads: Iterable[dict[str, Any]]
+) -> dict[str, Any] | None:
+    speed = "output_tokens_per_second"
+    dense = {load["seed"]: load[speed] for load in loads if _is_dense(load)}
+    pairs = [(run[speed], dense[run["seed"]]) for run in runs if run["seed"] in dense]
+    return ratio_interval(pairs) if pairs and not _is_dense(runs[0]) else None
+
+
+def _average_memory_mb(run: dict[str, Any]) -> float:
+    # Blocks are counted per layer group, and one group's block holds only that group's layers.
+    groups = run["specification"]["engine"]["eviction"]["layer_groups"]
+    return run["avg_cache_size"] * groups * run["engine"]["bytes_per_block"] / 2**20
+
+
+def _is_dense(record: dict[str, Any]) -> bool:
+    return record["method"] == DENSE
+
+
+def _level(record: dict[str, Any]) -> str:
+    """``s0.9`` or ``b256``: the key without the method."""
+    return record["key"].removeprefix(f"{record['method']}_")
+
+
+def _nll(window: dict[str, Any], start: int = 0) -> float:
+    log_likelihood, count = total(window, start)
+    return -log_likelihood / count
+
+
+def _by_key(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        grouped.setdefault(record["key"], []).append(record)
+    return grouped

@@ -1,0 +1,120 @@
+"""Writes the tables between ``<!-- KIND: NAME -->`` and ``<!-- end -->`` of a README.
+
+    python -m harness.report.readme README.md results
+
+NAME lies under ``results``. Kinds: ``table``, a folder of records or a benchmark's record;
+``ablation``, the folder of a study that varies something;
+``settings``, folders of records below one, a row for each way of scoring; ``sampled``, the same
+where scores are sampled; ``agreement``, two folders of records of one study, from two machines.
+Figures in a README are never typed in.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..analysis.aggregate import aggregate
+from ..errors import UsageError
+from ..records.files import read_json, write_text
+from ..records.stored import (
+    EXPERIMENT,
+    FAILED,
+    PERPLEXITY_RECORDS,
+    read_experiment,
+    read_load_records,
+    read_records,
+)
+from ..report.ablation import ablation_rows
+from ..report.agreement import agreement_table
+from ..report.experiment import point_name
+from ..report.tables import caption, markdown, markdown_table, provenance_line
+from .tables import bench_table, sampled_table, settings_table
+
+_MARKED = re.compile(
+    r"(<!-- (table|ablation|settings|sampled|agreement): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL
+)
+
+
+def fill(text: str, results: Path) -> str:
+    """``text`` with every marked table made anew from its records.
+
+    Raises:
+        UsageError: two folders to compare are not of the same windows, records must not be
+            mixed, or a file cannot be read.
+
+    """
+
+    def made(match: re.Match[str]) -> str:
+        table = _TABLES[match[2]](*(results / name for name in match[3].split()))
+        return f"{match[1]}\n{table}\n\n{match[4]}"
+
+    return _MARKED.sub(made, text)
+
+
+def _table(path: Path) -> str:
+    if path.suffix == ".json":
+        return bench_table(read_json(path))
+    records, loads = read_records(path), read_load_records(path)
+    current = aggregate(records, loads)
+    if not _follows(read_json(path / "aggregated_results.json"), current):
+        raise UsageError(
+            f"{path}/aggregated_results.json does not match its records; run kv-eviction report"
+        )
+    told = f"{caption(records[0])}, {len({r['seed'] for r in records})} runs."
+    return f"{told}\n{provenance_line(records[0])}\n\n{markdown_table(current)}"
+
+
+def _ablation(folder: Path) -> str:
+    points = read_experiment(folder / EXPERIMENT)["comparisons"]
+    records = [read_records(folder / point["folder"]) for point in points]
+    results = [(point_name(p), aggregate(r)) for p, r in zip(points, records, strict=True)]
+    first = records[0][0]
+    runs = len({record["seed"] for record in records[0]})
+    told = f"First column: {caption(first)}, {runs} runs. In brackets: against dense."
+    return (
+        f"{told}\n{provenance_line(first)}\n\n{markdown(ablation_rows(results, effective=False))}"
+    )
+
+
+def _follows(kept: Any, made: Any) -> bool:
+    """Whether everything that was kept is made anew, but for the last digits of numbers: exp and
+    log differ between processors there. A newer version may make more than was kept."""
+    if isinstance(kept, dict) and isinstance(made, dict):
+        return kept.keys() <= made.keys() and all(_follows(kept[key], made[key]) for key in kept)
+    if isinstance(kept, float) and isinstance(made, int | float):
+        return math.isclose(kept, made, rel_tol=1e-9)
+    return kept == made
+
+
+def _below(folder: Path) -> list[dict[str, Any]]:
+    """Records of all folders below, failed runs aside."""
+    paths = sorted(folder.rglob(PERPLEXITY_RECORDS))
+    return [read_json(path) for path in paths if path.parent.name != FAILED]
+
+
+_TABLES: dict[str, Callable[..., str]] = {
+    "table": _table,
+    "ablation": _ablation,
+    "settings": lambda folder: settings_table(_below(folder)),
+    "sampled": lambda folder: sampled_table(_below(folder)),
+    "agreement": lambda a, b: agreement_table(read_records(a), read_records(b)),
+}
+
+
+def main() -> None:
+    readme, results = map(Path, sys.argv[1:])
+    try:
+        text = fill(readme.read_text(encoding="utf-8"), results)
+    except UsageError as error:
+        print(f"readme: {error}", file=sys.stderr)
+        sys.exit(2)
+    write_text(readme, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""One run on a running engine: raw record out. Perplexity and throughput are separate passes,
+because log-probs slow an engine down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..analysis.perplexity import (
+    after_eviction,
+    by_chunk,
+    first_affected,
+    normalised,
+    perplexity,
+    total,
+)
+from ..inputs.windows import Window
+from ..records.machine import device_memory_mb, process_peak_memory_mb
+from ..records.provenance import SCHEMA_VERSION, timestamp
+from ..resources.engine import Engine, NotFinite, ScoredWindow
+from ..study.specification import RunSpecification
+
+Progress = Callable[[int], None]
+
+UNITS = {
+    "effective_sparsity": "share of a whole window's blocks that the budget lets go; at least "
+    "min_blocks stay, and blocks are whole",
+    "tokens_per_second": "tokens scored (log-probs on) per second, all windows in flight",
+    "peak_memory_mb": "MiB of KV blocks held at the peak, all requests in flight",
+    "process_peak_memory_mb": "MiB resident, whole process so far, pool reserved up front",
+    "device_memory_mb": "MiB in use on the GPU, pool reserved up front; null without a GPU",
+    "avg_cache_size": "KV blocks per window, mean over its steps and layer groups",
+    "peak_cache_size": "KV blocks per window, mean over layer groups",
+    "decision_seconds": "seconds the scheduler spent deciding, whole run",
+    "log_likelihoods": "nats, one sum per chunk of queries; query i predicts token i + 1",
+    "prefill_tokens_per_second": "prompt tokens per second, requests of one output token",
+    "output_tokens_per_second": "output tokens per second, prompts included in the time",
+    "decode_tokens_per_second": "output tokens after the first, per second that the load took "
+    "longer than its prompts alone",
+    "cache_trace": "blocks per window after so many tokens, first windows in flight",
+}
+
+
+def warm_up(engine: Engine, window: list[int]) -> None:
+    """The first steps of an engine are slow (thread pools, page faults, captured graphs); they
+    time nobody."""
+    specification = engine.specification
+    length = min(2 * specification.prefill_chunk, specification.context_length)
+    windows = [window[:length]] * specification.kv_pool_windows
+    engine.score(windows, {"kv_policy": "dense"})
+
+
+def measure_perplexity(
+    run: RunSpecification, engine: Engine, windows: Sequence[Window],
+    sizes: Sequence[dict[str, int]], progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Score a run's windows; ``sizes``: ``scored_text`` of each.
+
+    Raises:
+        NotFinite: a scored token has no finite log-prob, so there is no perplexity.
+            ``UnfaithfulRun``: see ``Engine.score``.
+
+    """
+    scored = engine.score([w for _, w in windows], run.settings, run.min_context, progress)
+    for (start, _), result in zip(windows, scored.windows, strict=True):
+        _check_finite(start, result, run.min_context)
+    chunk = run.engine.prefill_chunk
+    entries = [
+        {
+            "start": start,
+            "eviction": result.record,
+            **size,
+            **by_chunk(result.log_likelihoods, chunk, run.min_context),
+        }
+        for (start, _), size, result in zip(windows, sizes, scored.windows, strict=True)
+    ]
+    evicted = after_eviction(entries, map(first_affected, entries))
+    records = [entry["eviction"] for entry in entries]
+    total_tokens = sum(total(entry)[1] for entry in entries)
+    return {
+        **_head(run),
+        "perplexity": perplexity(map(total, entries)),
+        "perplexity_after_eviction": perplexity(evicted) if evicted else None,
+        **normalised(entries),
+        "tokens_per_second": total_tokens / scored.seconds,
+        **_memory(engine, records),
+        "avg_cache_size": float(np.mean([record["average_blocks"] for record in records])),
+        "peak_cache_size": max(record["peak_blocks"] for record in records),
+        "total_tokens": total_tokens,
+        "runtime_seconds": scored.seconds,
+        **_foot(run, engine),
+        "cache_trace": scored.trace,
+        "windows": entries,
+    }
+
+
+def measure_throughput(
+    run: RunSpecification, engine: Engine, prompts: Sequence[list[int]], progress: Progress
+) -> dict[str, Any]:
+    """Serve a run's load twice: its prompts alone, then with their outputs."""
+    assert run.load is not None
+    load = run.load
+    short = [p[: 2 * run.engine.prefill_chunk] for p in prompts[: run.engine.kv_pool_windows]]
+    engine.load(short, 4, run.settings)
+    prefill_seconds, _ = engine.load(prompts, 1, run.settings, progress)
+    seconds, records = engine.load(prompts, load.output_tokens, run.settings, progress)
+    decode_seconds = seconds - prefill_seconds
+    decoded = load.num_requests * (load.output_tokens - 1)
+    return {
+        **_head(run),
+        "prefill_tokens_per_second": load.num_requests * load.prompt_tokens / prefill_seconds,
+        "output_tokens_per_second": load.num_requests * load.output_tokens / seconds,
+        "decode_tokens_per_second": decoded / decode_seconds if decode_seconds > 0 else None,
+        **_memory(engine, records),
+        "runtime_seconds": prefill_seconds + seconds,
+        "prefill_seconds": prefill_seconds,
+        "load_seconds": seconds,
+        **_foot(run, engine),
+    }
+
+
+def _check_finite(start: int, result: ScoredWindow, min_context: int) -> None:
+    for i, value in enumerate(result.log_likelihoods[min_context - 1 :], min_context):
+        if not math.isfinite(value):
+            raise NotFinite(
+                f"the log-prob of token {i} of the window at {start} is {value}, so the run has no "
+                f"perplexity; another --dtype may help"
+            )
+
+
+def _head(run: RunSpecification) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "timestamp": timestamp(),
+        "key": run.key,
+        "method": run.method.name,
+        "level": run.level,
+        "sparsity": run.sparsity,
+        "effective_sparsity": run.effective_sparsity,
+        "seed": run.seed,
+    }
+
+
+def _memory(engine: Engine, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "peak_memory_mb": engine.peak_memory_mb(records),
+        "process_peak_memory_mb": process_peak_memory_mb(),
+        "device_memory_mb": device_memory_mb(engine.device),
+        "blocks_evicted": sum(record["blocks_evicted"] for record in records),
+        "decisions": sum(record["decisions"] for record in records),
+        "decision_seconds": sum(record["decision_seconds"] for record in records),
+        "preemptions": sum(record["preemptions"] for record in records),
+    }
+
+
+def _foot(run: RunSpecification, engine: Engine) -> dict[str, Any]:
+    return {
+        "units": UNITS,
+        "specification_hash": run.hash,
+        "specification": run.to_dict(),
+        "engine": {
+            "dtype": engine.dtype,
+            "num_layers": engine.num_layers,
+            "num_blocks": engine.num_blocks,
+            "bytes_per_block": engine.bytes_per_block,
+        },
+    }

@@ -1,0 +1,51 @@
+"""The serving records of a folder: which can be read, and which cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import UnreadableFile
+from .files import read_json
+
+STUDY = "study.json"
+"""What a folder of serving records holds, whatever became of them."""
+_OF_A_RECORD = (
+    "kind", "run", "complete", "stop_reason", "specification", "counts", "failures", "warnings",
+    "summary", "quality", "memory", "samples", "schema_version", "versions", "hardware",
+)  # fmt: skip
+"""What a report or a resumed study takes from it."""
+
+
+def serving_paths(folder: Path) -> list[Path]:
+    """Where records are, in order of name."""
+    return sorted(folder.glob("*_seed*.json"))
+
+
+def read_serving_record(path: Path) -> dict[str, Any]:
+    """One run's record.
+
+    Raises:
+        UnreadableFile: it is none, or cut short.
+
+    """
+    record = read_json(path)
+    lacking = [n for n in _OF_A_RECORD if not isinstance(record, dict) or n not in record]
+    if lacking or record["kind"] != "serving" or not isinstance(record["run"], dict):
+        what = f"it has no {lacking[0]}" if lacking else f"its kind is {record['kind']!r}"
+        raise UnreadableFile(
+            f"{path} is no serving record ({what}); delete it, or move it elsewhere"
+        )
+    return record
+
+
+def read_serving_records(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The records that can be read; and of the others, by file name, a sentence that says why."""
+    records: list[dict[str, Any]] = []
+    unreadable: dict[str, str] = {}
+    for path in serving_paths(folder):
+        try:
+            records.append(read_serving_record(path))
+        except UnreadableFile as error:
+            unreadable[path.name] = str(error)
+    return records, unreadable

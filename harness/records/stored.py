@@ -1,0 +1,116 @@
+"""The run records of a folder: read whole, and refused where they must not be mixed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import UnreadableFile, UsageError
+from ..records.specifications import comparison, order
+from .files import read_json
+from .provenance import identity
+
+EXPERIMENT = "experiment.json"
+"""The study, and where its time went."""
+FAILED = "failed"
+"""Folder of runs that failed."""
+PERPLEXITY_RECORDS, LOAD_RECORDS = "*_seed*.json", "*_load*.json"
+"""What records of perplexity runs and of throughput runs are called."""
+_OF_A_RECORD = ("schema_version", "key", "method", "sparsity", "seed", "specification", "versions",
+                "hardware")  # fmt: skip
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a run, with every field that tells records apart.
+
+    Raises:
+        UnreadableFile: it is none.
+
+    """
+    record = read_json(path)
+    lacking = [n for n in _OF_A_RECORD if not isinstance(record, dict) or n not in record]
+    if lacking:
+        raise UnreadableFile(
+            f"{path} is no record of a run (no {lacking[0]}); delete it, or move it elsewhere"
+        )
+    return record
+
+
+def read_experiment(path: Path) -> dict[str, Any]:
+    """An experiment's ``comparisons`` and ``sessions``, as a sweep keeps them.
+
+    Raises:
+        UnreadableFile: the file is damaged, or another program's.
+
+    """
+    experiment = read_json(path)
+    if not isinstance(experiment, dict) or not isinstance(experiment.get("comparisons"), list):
+        raise UnreadableFile(
+            f"{path} is no experiment.json; delete it, and kv-eviction offline makes it anew"
+        )
+    return {"sessions": [], **experiment}
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Perplexity records of a comparison, in the order of tables.
+
+    Raises:
+        UsageError: no record, one that cannot be read, or records that must not be mixed.
+
+    """
+    records = _read(folder, PERPLEXITY_RECORDS)
+    if not records:
+        raise UsageError(f"{folder} holds no run record; name the folder of an experiment")
+    return records
+
+
+def read_load_records(folder: Path) -> list[dict[str, Any]]:
+    """Throughput records of a comparison, in the order of tables; none is no error.
+
+    Raises:
+        UsageError: one that cannot be read, or records that must not be mixed.
+
+    """
+    return _read(folder, LOAD_RECORDS)
+
+
+def _read(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    records = [read_record(path) for path in sorted(folder.glob(pattern))]
+    check_comparable(folder, records)
+    return sorted(records, key=order)
+
+
+def check_comparable(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Refuse records of different engines, texts, code, versions or machines.
+
+    Raises:
+        UsageError: which file differs from the first, in what.
+
+    """
+    check_sources(folder, records)
+    for record in records[1:]:
+        if comparison(record["specification"]) != comparison(records[0]["specification"]):
+            raise UsageError(_mixed(folder, ["specification"], record, records[0]))
+
+
+def check_sources(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Refuse records of different code, versions or machines, whatever they measure.
+
+    Raises:
+        UsageError: which file differs from the first, in what.
+
+    """
+    for record in records[1:]:
+        mine, others = identity(record), identity(records[0])
+        if differing := [name for name in mine if mine[name] != others[name]]:
+            raise UsageError(_mixed(folder, differing, record, records[0]))
+
+
+def _mixed(
+    folder: Path, differing: list[str], record: dict[str, Any], first: dict[str, Any]
+) -> str:
+    return (
+        f"{folder} mixes records of different {' and '.join(differing)} "
+        f"({record['key']} of seed {record['seed']} and {first['key']} of seed "
+        f"{first['seed']}); move one kind to a folder of its own"
+    )

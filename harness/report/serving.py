@@ -1,0 +1,249 @@
+"""The report of a serving study: tables and figures from its records."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..analysis.serving_aggregate import (
+    RATIOS,
+    against_baseline,
+    aggregate_sweep,
+    max_rates,
+    with_shared_perplexity,
+)
+from ..errors import UsageError
+from ..records.files import write_json
+from ..records.provenance import identity
+from ..records.serving import STUDY, read_serving_records
+from ..study.serving_study import DENSE, STOCK
+from .page import write_pages
+from .serving_figures import draw_serving, label
+from .tables import machine_line, markdown, times
+
+AGGREGATED = "aggregated_results.json"
+_TITLE = "# Serving: "
+_FIRST = (STOCK, DENSE)
+_COLUMNS = {
+    "output_throughput": "output tok/s",
+    "request_throughput": "requests/s",
+    "time_to_first_token_ms.p50": "TTFT p50, ms",
+    "time_to_first_token_ms.p99": "TTFT p99, ms",
+    "time_per_output_token_ms.p50": "TPOT p50, ms",
+    "time_per_output_token_ms.p95": "TPOT p95, ms",
+    "end_to_end_latency_ms.p50": "latency p50, ms",
+    "goodput": "goodput, 1/s",
+    "mean_concurrency": "in batch, mean",
+    "peak_concurrency": "in batch, peak",
+    "kv_usage_mean": "KV pool held, mean",
+    "kv_mib_per_request": "KV MiB/request",
+    "preemptions": "preemptions",
+    "perplexity": "perplexity",
+}
+
+
+def is_serving(folder: Path) -> bool:
+    """Whether ``folder`` holds records of a serving study."""
+    return (folder / STUDY).is_file() or bool(read_serving_records(folder)[0])
+
+
+def _say(line: str) -> None:
+    print(f"kv-eviction: {line}", file=sys.stderr)
+
+
+def report_serving(folder: Path, say: Callable[[str], None] = _say) -> list[dict[str, Any]]:
+    """Write tables, figures and pages of a folder of serving records; the aggregated entries.
+
+    Runs that ended early, and files that cannot be read, are named and in no figure.
+
+    Raises:
+        UsageError: no complete record.
+
+    """
+    everything, unreadable = read_serving_records(folder)
+    for reason in unreadable.values():
+        say(f"{reason}; the report leaves it out")
+    records = sorted((r for r in everything if r["complete"]), key=_order)
+    if not records:
+        raise UsageError(f"{folder} holds no complete serving record")
+    first = identity(records[0])
+    for record in records[1:]:
+        if differing := [name for name, value in identity(record).items() if value != first[name]]:
+            raise UsageError(
+                f"records of {folder} differ in {' and '.join(differing)} "
+                f"({record['run']['method']}, seed {record['run']['seed']}); "
+                "keep those that belong together"
+            )
+    records = with_shared_perplexity(records)
+    entries = aggregate_sweep(records)
+    rates = max_rates(entries)
+    baseline = records[0]["run"]["method"]
+    ratios = against_baseline(records, baseline) if baseline in _FIRST else []
+    write_json(
+        folder / AGGREGATED,
+        {"entries": entries, "max_rate_within_slo": rates, f"against_{baseline}": ratios},
+    )
+    figures = draw_serving(entries, records, folder)
+    parts = [*_page(entries, ratios, rates, records, figures), *_problems(everything, unreadable)]
+    write_pages(folder, "\n\n".join([_title(folder), *parts]) + "\n")
+    return entries
+
+
+def _title(folder: Path) -> str:
+    """That of the page which is there: a copy, or a folder of another name, is the same study.
+
+    A study's first page takes its folder's name.
+    """
+    try:
+        with (folder / "report.md").open(encoding="utf-8") as page:
+            first = page.readline().rstrip("\n")
+    except (OSError, UnicodeDecodeError):
+        first = ""
+    return first if first.startswith(_TITLE) else f"{_TITLE}{folder.resolve().name}"
+
+
+def _page(
+    entries: Sequence[Mapping[str, Any]],
+    ratios: Sequence[Mapping[str, Any]],
+    rates: Sequence[Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any]],
+    figures: Sequence[tuple[str, str]],
+) -> list[str]:
+    seeds = sorted({record["run"]["seed"] for record in records})
+    parts = [_conditions(records), machine_line(dict(records[0]))]
+    interval = " Intervals: 95%, t distribution over seeds." if len(seeds) > 1 else ""
+    parts.append(f"Seeds {', '.join(map(str, seeds))}; equal seeds are equal requests at equal "
+                 f"intended times for every method.{interval}")  # fmt: skip
+    parts.append(markdown(_rows(entries)))
+    if records[0]["quality"]:
+        counted = sum(r["shared_windows"] for r in records) / len(records)
+        parts.append(
+            "Perplexity is over windows whose chunk was kept without preemption under every "
+            f"method, {counted:.1f} a run on average; equal ones for all methods."
+        )
+    if ratios:
+        parts += [
+            f"## Times {label(records[0]['run'])}",
+            "Ratios at the same rate and seed, so under the same arrivals; geometric mean over "
+            "seeds [95% interval].",
+            markdown(_ratio_rows(ratios)),
+        ]
+    if rates:
+        parts += ["## Highest rate within the objectives", _slo_line(records[0]),
+                  markdown(_rate_rows(rates))]  # fmt: skip
+    for stem, title in figures:
+        parts += [f"## {title}", f"![{title}]({stem}.png)"]
+    return parts
+
+
+def _problems(everything: Sequence[Mapping[str, Any]], unreadable: Mapping[str, str]) -> list[str]:
+    problems = [
+        f"- `{name}` cannot be read and is left out; `kv-eviction serve-sweep` measures it again"
+        for name in unreadable
+    ]
+    broken = [record for record in everything if not record["complete"]]
+    problems += [f"- {_run(r['run'])}: {r['stop_reason']}" for r in broken]
+    problems += [f"- {_run(r['run'])}: {warning}" for r in everything for warning in r["warnings"]]
+    problems += [
+        f"- {_run(r['run'])}: {row['count']} x {row['error']} ({row['message']})"
+        for r in sorted(everything, key=_order)
+        if r["complete"]
+        for row in r["failures"]
+    ]
+    return ["## What did not go as planned", "\n".join(problems)] if problems else []
+
+
+def _run(run: Mapping[str, Any]) -> str:
+    rate = "" if run["request_rate"] is None else f", {run['request_rate']:g}/s"
+    return f"{label(run)}{rate}, seed {run['seed']}"
+
+
+def _rows(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    columns = {key: name for key, name in _COLUMNS.items() if any(e[key] for e in entries)}
+    with_rate = any(entry["request_rate"] is not None for entry in entries)
+    header = ("method", *(("rate, 1/s",) if with_rate else ()), *columns.values())
+    rows = [header]
+    for entry in entries:
+        rate = (f"{entry['request_rate']:g}",) if entry["request_rate"] is not None else ("-",)
+        rows.append(
+            (label(entry), *(rate if with_rate else ()), *(_cell(entry[key]) for key in columns))
+        )
+    return rows
+
+
+def _ratio_rows(ratios: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    columns = {
+        name: _COLUMNS[name].split(",")[0] for name in RATIOS if any(r[name] for r in ratios)
+    }
+    with_rate = any(row["request_rate"] is not None for row in ratios)
+    rows = [("method", *(("rate, 1/s",) if with_rate else ()), *columns.values())]
+    for row in ratios:
+        cells = [times(row[name]) for name in columns]
+        rate = "-" if row["request_rate"] is None else f"{row['request_rate']:g}"
+        rows.append((label(row), *((rate,) if with_rate else ()), *cells))
+    return rows
+
+
+def _rate_rows(rates: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    rows = [("method", "highest rate kept, 1/s", "next rate tested, broken")]
+    for row in rates:
+        rows.append(
+            (
+                label(row),
+                "none" if row["max_rate"] is None else f"{row['max_rate']:g}",
+                "-" if row["first_broken"] is None else f"{row['first_broken']:g}",
+            )
+        )
+    return rows
+
+
+def _conditions(records: Sequence[Mapping[str, Any]]) -> str:
+    record = records[0]
+    counts = sorted({r["specification"]["num_requests"] for r in records})
+    requests = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    run, load, memory = record["run"], record["specification"], record["memory"]
+    pool = memory.get("kv_cache_memory_bytes")
+    size = f", {pool / 2**20:.0f} MiB" if pool else ""
+    rate = "" if run["request_rate"] is None else " at the rates of the table"
+    quality = load["quality"]
+    share = (
+        f" {quality['share']:.0%} of the requests ask for prompt log-probs of known windows of "
+        f"{quality['context_length']} tokens of {quality['dataset']}."
+        if quality["share"]
+        else ""
+    )
+    return (
+        f"{run['model']}, KV pool of {memory.get('num_gpu_blocks', '?')} blocks of "
+        f"{run['block_size']} tokens{size}. Per run {requests} requests, "
+        f"{load['arrivals']} arrivals{rate}, prompts {load['input_length']} ({load['prompts']}), "
+        f"outputs {load['output_length']}."
+        f"{share} Latencies count from the intended send time."
+    )
+
+
+def _slo_line(record: Mapping[str, Any]) -> str:
+    limits = [
+        f"{statistic} {name} at most {limit:g}"
+        for name, statistics in record["run"]["slo"].items()
+        for statistic, limit in statistics.items()
+    ]
+    return f"Objectives: {'; '.join(limits)}; every request succeeds; in every seed."
+
+
+def _cell(value: Mapping[str, float] | None) -> str:
+    if value is None:
+        return "-"
+    digits = 0 if abs(value["mean"]) >= 100 else 1 if abs(value["mean"]) >= 10 else 2
+    text = f"{value['mean']:.{digits}f}"
+    if value["num_runs"] > 1:
+        text += f" ± {value['high'] - value['mean']:.{digits}f}"
+    return text
+
+
+def _order(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    run = record["run"]
+    rank = _FIRST.index(run["method"]) if run["method"] in _FIRST else len(_FIRST)
+    rate = -1.0 if run["request_rate"] is None else run["request_rate"]
+    return rank, run["method"], run["sparsity"], rate, run["seed"]

@@ -1,0 +1,266 @@
+"""Runs requests on a running engine: windows to score, loads to serve."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..study.specification import EngineSpecification
+
+Progress = Callable[[int], None]
+MAX_TRACE_POINTS = 64
+
+
+class UnfaithfulRun(RuntimeError):
+    """The engine is well, but what it did is not what the specification says."""
+
+
+class NotFinite(RuntimeError):
+    """A log-prob is NaN or infinite. What made it so may lie in the KV cache still."""
+
+
+@dataclass(frozen=True)
+class ScoredWindow:
+    """One window as the engine saw it.
+
+    ``log_likelihoods``: natural log of the probability of tokens 1 .. n-1, float ``[n - 1]``.
+    ``record``: the plugin's counters for the request.
+    """
+
+    log_likelihoods: list[float]
+    record: dict[str, Any]
+
+
+@dataclass
+class Scored:
+    """A run's windows, the seconds they took, and the pool while the first ones ran.
+
+    ``trace``: ``tokens`` processed per window, and KV ``blocks`` held per window, after each
+    step of the first windows in flight; at most ``MAX_TRACE_POINTS`` points.
+    """
+
+    windows: list[ScoredWindow] = field(default_factory=list)
+    seconds: float = 0.0
+    trace: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Engine:
+    """A running vLLM engine under one ``EngineSpecification``."""
+
+    def __init__(self, llm: Any, specification: EngineSpecification) -> None:
+        self._llm = llm
+        self.specification = specification
+        config = llm.llm_engine.vllm_config
+        self.dtype = str(config.model_config.dtype).removeprefix("torch.")
+        self.num_layers = config.model_config.get_num_layers(config.parallel_config)
+        self.num_blocks = config.cache_config.num_gpu_blocks
+        self.bytes_per_block = bytes_per_block(config, specification)
+        self.device = config.device_config.device_type
+
+    def score(
+        self,
+        windows: Sequence[list[int]],
+        settings: dict[str, Any],
+        min_context: int = 1,
+        progress: Progress = lambda finished: None,
+    ) -> Scored:
+        """Log-probs of ``windows`` under per-request ``settings``.
+
+        Windows run in waves of equal size, at most ``kv_pool_windows``. Protocol ``chunked``:
+        as prompts, in chunks of ``prefill_chunk`` tokens with evictions between chunks.
+        ``decode``: the first ``min_context`` tokens as prompt, the others forced one by one.
+
+        Raises:
+            UnfaithfulRun: vLLM did not keep to the chunk, or a policy failed: the result would
+                not be what the specification says.
+
+        """
+        scored = Scored()
+        started = time.perf_counter()
+        num_waves = -(-len(windows) // self.specification.kv_pool_windows)
+        for wave in np.array_split(np.arange(len(windows)), num_waves):
+            # vLLM gives a request that is alone the whole token budget, whatever the chunk
+            # (scheduler.py, long_prefill_token_threshold), so a lone window gets a companion.
+            companion = [windows[wave[0]]] if len(wave) == 1 else []
+            batch = [*(windows[i] for i in wave), *companion]
+            pool: list[tuple[int, int]] = []
+            outputs = self._run(
+                [self._scoring_request(window, settings, min_context) for window in batch],
+                progress,
+                pool,
+                len(wave),
+            )
+            if not scored.trace:
+                scored.trace = self._trace(pool, len(batch))
+            results = map(self._scored, batch, outputs)
+            scored.windows += list(results)[: len(wave)]
+        scored.seconds = time.perf_counter() - started
+        for window, result in zip(windows, scored.windows, strict=True):
+            self._verify(window, result.record, min_context)
+        return scored
+
+    def load(
+        self,
+        prompts: Sequence[list[int]],
+        output_tokens: int,
+        settings: dict[str, Any],
+        progress: Progress = lambda finished: None,
+    ) -> tuple[float, list[dict[str, Any]]]:
+        """Seconds to serve ``prompts`` that are all there at the start, each answered with
+        exactly ``output_tokens`` tokens, and the requests' records. No log-probs.
+
+        Raises:
+            UnfaithfulRun: a request was answered otherwise, or a policy failed.
+
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=output_tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=settings,
+        )
+        started = time.perf_counter()
+        outputs = self._run([(prompt, params) for prompt in prompts], progress)
+        seconds = time.perf_counter() - started
+        records = [_record(output) for output in outputs]
+        for output, record in zip(outputs, records, strict=True):
+            _check_policy(record)
+            made = len(output.outputs[0].token_ids)
+            if made != output_tokens:
+                raise UnfaithfulRun(f"a request made {made} tokens, not {output_tokens}")
+        return seconds, records
+
+    def peak_memory_mb(self, records: Sequence[dict[str, Any]]) -> float:
+        """KV-cache memory held at the peak of a run, MiB: pool blocks in use times their size."""
+        blocks = max(record["peak_pool_blocks"] for record in records)
+        return blocks * self.bytes_per_block / 2**20
+
+    def _scoring_request(
+        self, window: list[int], settings: dict[str, Any], min_context: int
+    ) -> tuple[list[int], Any]:
+        from vllm import SamplingParams
+
+        # Flat log-probs are plain lists; a dictionary per token would dominate at many windows.
+        common = {
+            "temperature": 0.0,
+            "detokenize": False,
+            "extra_args": settings,
+            "flat_logprobs": True,
+        }
+        if self.specification.protocol == "decode":
+            forced = window[min_context:]
+            return window[:min_context], SamplingParams(
+                max_tokens=len(forced),
+                logprobs=0,
+                ignore_eos=True,
+                trace_decode_token_ids=forced,
+                **common,
+            )
+        return window, SamplingParams(max_tokens=1, prompt_logprobs=0, **common)
+
+    def _run(
+        self,
+        requests: Sequence[tuple[list[int], Any]],
+        progress: Progress,
+        pool: list[tuple[int, int]] | None = None,
+        num_counted: int | None = None,
+    ) -> list[Any]:
+        """Outputs of ``requests``, in their order; ``pool`` gets, for each step before the first
+        request ends, tokens scheduled of a request and blocks in use; ``progress`` hears of the
+        first ``num_counted`` (None: all)."""
+        counted = len(requests) if num_counted is None else num_counted
+        engine = self._llm.llm_engine
+        names = [
+            engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+            for i, (prompt, params) in enumerate(requests)
+        ]
+        done: dict[int, Any] = {}
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        place = int(output.request_id)
+                        done[place] = output
+                        if place < counted:
+                            progress(1)
+                if pool is not None and not done:
+                    pool += self._pool_state()
+        except BaseException:
+            engine.abort_request(names, internal=True)
+            raise
+        return [done[i] for i in range(len(requests))]
+
+    def _pool_state(self) -> list[tuple[int, int]]:
+        scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
+        pool = scheduler.kv_cache_manager.block_pool
+        used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        return [(request.num_computed_tokens, used) for request in scheduler.running[:1]]
+
+    def _trace(self, pool: list[tuple[int, int]], num_windows: int) -> dict[str, list[float]]:
+        groups = self.specification.eviction["layer_groups"]
+        stride = -(-len(pool) // MAX_TRACE_POINTS) or 1
+        points = pool[stride - 1 :: stride]
+        return {
+            "tokens": [tokens for tokens, _ in points],
+            "blocks": [round(blocks / num_windows / groups, 3) for _, blocks in points],
+        }
+
+    def _scored(self, window: list[int], output: Any) -> ScoredWindow:
+        if self.specification.protocol == "decode":
+            values = _own(output.outputs[0].logprobs)
+            if list(output.outputs[0].token_ids) != window[len(output.prompt_token_ids) :]:
+                raise UnfaithfulRun("vLLM decoded other tokens than the window's")
+            values = [0.0] * (len(output.prompt_token_ids) - 1) + values
+        else:
+            values = _own(output.prompt_logprobs)[1:]  # nothing predicts the first token
+        if len(values) != len(window) - 1:
+            raise UnfaithfulRun(
+                f"vLLM gave {len(values)} log-probs for a window of {len(window)} tokens"
+            )
+        return ScoredWindow(values, _record(output))
+
+    def _verify(self, window: list[int], record: dict[str, Any], min_context: int) -> None:
+        _check_policy(record)
+        chunk = self.specification.prefill_chunk
+        if self.specification.protocol == "decode":
+            # The last forced token is never an input.
+            steps = -(-min_context // chunk) + len(window) - min_context - 1
+        else:
+            steps = -(-len(window) // chunk)
+        if record["num_steps"] != steps:
+            raise UnfaithfulRun(
+                f"a window of {len(window)} tokens took {record['num_steps']} steps, not the "
+                f"{steps} that a chunk of {chunk} makes ({record['preemptions']} preemptions)"
+            )
+
+
+def _own(flat: Any) -> list[float]:
+    """Log-prob of each position's own token: the first entry of ``FlatLogprobs`` there."""
+    values = [*flat.logprobs, math.nan]  # a position without entries may lie at the end
+    return [values[start] for start in flat.start_indices]
+
+
+def _record(output: Any) -> dict[str, Any]:
+    return (output.kv_transfer_params or {}).get("kv_eviction", {})
+
+
+def _check_policy(record: dict[str, Any]) -> None:
+    for failure in ("policy_error", "refused_settings"):
+        if failure in record:
+            raise UnfaithfulRun(f"{failure}: {record[failure]}")
+
+
+def bytes_per_block(config: Any, specification: EngineSpecification) -> int:
+    """Bytes of one physical block: keys and values of the layers of one layer group."""
+    model, parallel = config.model_config, config.parallel_config
+    layers = model.get_num_layers(parallel) // specification.eviction["layer_groups"]
+    width = 2 * model.get_num_kv_heads(parallel) * model.get_head_size()
+    return layers * width * specification.block_size * model.dtype.itemsize

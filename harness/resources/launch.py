@@ -1,0 +1,161 @@
+"""Starts vLLM engines under a specification, and ends them cleanly."""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import UsageError
+from ..study.specification import EngineSpecification
+from .engine import Engine, bytes_per_block
+
+
+def device_type() -> str:
+    """``cpu`` or ``cuda``, as vLLM sees it."""
+    _quiet()
+    from vllm.platforms import current_platform
+
+    return current_platform.device_type
+
+
+def preflight(specification: EngineSpecification) -> Any:
+    """vLLM's configuration of an engine, checked, without starting anything.
+
+    Raises:
+        UsageError: vLLM refuses model or settings. ``EvictionConfigError``: eviction does.
+
+    """
+    _quiet()
+    from vllm import EngineArgs
+
+    from vllm_plugins import EvictionConfigError
+    from vllm_plugins.checks import check_engine
+
+    arguments = _arguments(specification)
+    try:
+        config = EngineArgs(**arguments).create_engine_config()
+    except EvictionConfigError:
+        raise
+    except Exception as error:  # whatever Transformers and vLLM find wrong with a model
+        refusal = UsageError(f"vLLM refuses {specification.model}: {_reason(error)}")
+        config = _at_full_length(specification, arguments, refusal)
+    check_engine(config)
+    return config
+
+
+@contextmanager
+def running(specification: EngineSpecification) -> Iterator[Engine]:
+    """An engine for the duration of the block.
+
+    The pool holds every window in flight without eviction, so that no method is preempted while
+    it is scored and all are compared at the same concurrency.
+
+    Raises:
+        UsageError: vLLM refuses model or settings. ``EvictionConfigError``: eviction does.
+
+    """
+    config = preflight(specification)
+    from vllm import LLM
+
+    llm = LLM(
+        **_arguments(specification),
+        hf_overrides=config.model_config.hf_overrides,
+        kv_cache_memory_bytes=_pool_bytes(config, specification),
+    )
+    try:
+        yield Engine(llm, specification)
+    finally:
+        # Left to the interpreter's exit, vLLM's engine can abort there with status 134.
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        if config.device_config.device_type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+def _quiet() -> None:
+    # In one process all windows of a wave are in the queue before the first step, so they move
+    # in lockstep at the given chunk; and there is one peak memory to report.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+def _at_full_length(
+    specification: EngineSpecification, arguments: dict[str, Any], refusal: UsageError
+) -> Any:
+    """The configuration of an engine whose windows are as long as the model can read.
+
+    vLLM wants room for one sampled token behind every prompt, so ``max_model_len`` is one above
+    the model's maximum then, which vLLM refuses unless the configuration allows it by a
+    ``model_max_length`` of its own. That token is never an input: no position beyond the model's
+    is computed.
+
+    Raises:
+        UsageError: windows are longer than that, or vLLM refused for another reason: ``refusal``.
+
+    """
+    from vllm import EngineArgs
+
+    try:
+        longest = EngineArgs(**{**arguments, "max_model_len": None}).create_model_config()
+    except Exception:
+        raise refusal from None
+    length, longest = specification.context_length, longest.max_model_len
+    if length > longest:
+        raise UsageError(
+            f"--context-length {length} is more than {specification.model} can read; "
+            f"give at most {longest}"
+        ) from None
+    if length < longest:
+        raise refusal from None
+    overrides = {"model_max_length": arguments["max_model_len"]}
+    try:
+        return EngineArgs(**arguments, hf_overrides=overrides).create_engine_config()
+    except Exception as error:
+        raise UsageError(f"vLLM refuses {specification.model}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without pydantic's count of errors, field names and link."""
+    errors = getattr(error, "errors", None)
+    if callable(errors):
+        found = [entry["msg"].removeprefix("Value error, ") for entry in errors()]
+    else:
+        found = [str(error) or type(error).__name__]
+    return " ".join(" ".join(found).split())
+
+
+def _arguments(specification: EngineSpecification) -> dict[str, Any]:
+    from vllm_plugins import eviction_engine_args
+
+    return {
+        "model": specification.model_path,
+        "dtype": specification.dtype,
+        "max_model_len": specification.context_length + 1,
+        "max_num_seqs": specification.max_num_seqs,
+        "max_num_batched_tokens": specification.max_num_batched_tokens,
+        "long_prefill_token_threshold": specification.prefill_chunk,
+        "enforce_eager": specification.enforce_eager,
+        "enable_trace_replay": specification.protocol == "decode",
+        # With steps in flight a decision would come a chunk late, on some machines and not on
+        # others; a token late does not matter.
+        "async_scheduling": specification.protocol == "decode",
+        "use_tqdm_on_load": False,
+        "seed": 0,
+        **eviction_engine_args(block_size=specification.block_size, **specification.eviction),
+    }
+
+
+def _pool_bytes(config: Any, specification: EngineSpecification) -> int:
+    groups = specification.eviction["layer_groups"]
+    per_window = -(-config.model_config.max_model_len // specification.block_size) + 1
+    blocks = (specification.kv_pool_windows * per_window + 1) * groups
+    return (blocks + 1) * bytes_per_block(config, specification)

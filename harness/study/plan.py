@@ -1,0 +1,183 @@
+"""From a study's settings to the runs they make, completely specified."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vllm_plugins.config import EvictionConfig
+
+from ..errors import UsageError
+from ..inputs.corpora import describe
+from ..inputs.models import fingerprint, recorded_name, resolve_model
+from ..inputs.text import Text
+from .levels import check_levels, levels_for
+from .settings import Study, short_name
+from .specification import EngineSpecification, Load, RunSpecification
+
+_EVICTION = ("layer_groups", "score", "score_half_life", "score_queries", "score_every",
+             "score_layers", "sink_blocks",
+             "min_blocks", "policy_args")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One point of a study: runs that stand in one table, and where they go."""
+
+    varied: dict[str, Any]
+    folder: Path
+    runs: tuple[RunSpecification, ...]
+
+
+def comparisons(study: Study, folder: Path, device: str) -> list[Comparison]:
+    """The runs of a study, completely specified.
+
+    Args:
+        study: the settings.
+        folder: of the experiment; a study that varies something has a folder below per point.
+        device: ``cpu`` or ``cuda``; settles the defaults that differ.
+
+    Raises:
+        UsageError: a setting, model or text is wrong. ``EvictionConfigError``: of the plugin.
+
+    """
+    points = []
+    text_of = cache(describe)  # local files are read whole for their hash: once, not per point
+    for values in itertools.product(*study.vary.values()):
+        varied = dict(zip(study.vary, values, strict=True))
+        point = Study.parse({**_settings(replace(study, vary={})), **varied})
+        shown = {name: _shown(name, value) for name, value in varied.items()}
+        target = folder.joinpath(*(slug(f"{name}={value}") for name, value in shown.items()))
+        points.append(Comparison(shown, target, tuple(_runs(point, device, text_of))))
+    if len({point.folder for point in points}) < len(points):
+        raise UsageError("vary lists the same value twice; drop one")
+    return points
+
+
+def slug(text: str) -> str:
+    """``text`` as a file name."""
+    return re.sub(r"[^A-Za-z0-9.=+-]+", "-", text).strip("-")
+
+
+def seeds_for(num_runs: int | None, seeds: Sequence[int] | None) -> tuple[int, ...]:
+    """Seeds of the runs: as given, or 0, 1, ... for ``num_runs``.
+
+    Raises:
+        UsageError: the two contradict each other, or a seed is repeated or negative.
+
+    """
+    if seeds is None:
+        if num_runs is not None and num_runs < 1:
+            raise UsageError("--num-runs must be at least 1")
+        return tuple(range(num_runs if num_runs is not None else 1))
+    if num_runs is not None and num_runs != len(seeds):
+        raise UsageError(f"--num-runs is {num_runs} but --seeds names {len(seeds)}; drop one")
+    whole = all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not seeds or not whole or len(set(seeds)) != len(seeds):
+        raise UsageError("--seeds must be different whole numbers of at least 0")
+    return tuple(seeds)
+
+
+def _shown(name: str, value: Any) -> Any:
+    if name == "dataset":
+        return short_name(value)
+    return recorded_name(value) if name == "model" else value
+
+
+def _settings(study: Study) -> dict[str, Any]:
+    return {f.name: getattr(study, f.name) for f in fields(study)}
+
+
+def _runs(
+    study: Study, device: str, text_of: Callable[[str, str | None, str], Text]
+) -> list[RunSpecification]:
+    from vllm_plugins.checks import check_block_size
+
+    seeds = seeds_for(study.num_runs, study.seeds)
+    levels = levels_for(study.methods, study.sparsity, study.budget_tokens)
+    check_block_size(study.block_size)
+    _check_window(study)
+    if study.protocol == "decode" and device != "cuda":
+        raise UsageError(
+            "--protocol decode forces tokens through vLLM's Model Runner V2, which only CUDA "
+            "has; use --protocol chunked"
+        )
+    eviction = EvictionConfig.parse(
+        {"policy": "dense", **{name: getattr(study, name) for name in _EVICTION}}
+    )
+    path = resolve_model(study.model)
+    max_num_seqs = max(2, study.max_num_seqs)
+    pool = study.kv_pool_windows or max_num_seqs
+    engine = EngineSpecification(
+        model=recorded_name(study.model),
+        model_fingerprint=fingerprint(path),
+        context_length=study.context_length,
+        prefill_chunk=study.prefill_chunk,
+        block_size=study.block_size,
+        max_num_seqs=max(max_num_seqs, pool),
+        kv_pool_windows=max(2, pool),
+        enforce_eager=study.enforce_eager if study.enforce_eager is not None else device != "cuda",
+        dtype=study.dtype or ("auto" if device == "cuda" else "float32"),
+        protocol=study.protocol,
+        eviction=eviction.to_dict(),
+        model_path=path,
+    )
+    text = text_of(study.dataset, study.text_column, study.document_mode)
+    runs = [
+        RunSpecification(
+            engine,
+            method,
+            text,
+            seed,
+            sparsity,
+            budget,
+            num_samples=study.num_samples,
+            min_context=study.min_context,
+        )
+        for seed in seeds
+        for method, sparsity, budget in levels
+    ]
+    check_levels(engine, runs)
+    if study.throughput:
+        load = _load(study, engine)
+        runs += [
+            replace(run, num_samples=0, min_context=1, load=load)
+            for run in runs
+            if run.seed in seeds[: study.load_runs]
+        ]
+    return runs
+
+
+def _check_window(study: Study) -> None:
+    """Refuse lengths that do not fit into a window, of one point of a study."""
+    length = study.context_length
+    if study.min_context >= length:
+        raise UsageError(
+            f"--min-context {study.min_context} leaves no token of a window of "
+            f"{length} to score; lower it"
+        )
+    for flag, value in (
+        ("--prefill-chunk", study.prefill_chunk),
+        ("--block-size", study.block_size),
+    ):
+        if value > length:
+            raise UsageError(
+                f"{flag} {value} is longer than a window of --context-length {length}; "
+                "lower the one or raise the other"
+            )
+
+
+def _load(study: Study, engine: EngineSpecification) -> Load:
+    output = study.load_output_tokens or max(1, study.context_length // 8)
+    if output >= study.context_length:
+        raise UsageError(
+            f"--load-output-tokens {output} leaves no prompt in a context of "
+            f"{study.context_length}; lower it"
+        )
+    requests = study.load_requests or 2 * engine.max_num_seqs
+    return Load(requests, study.context_length - output, output)

@@ -1,0 +1,104 @@
+"""Windows and prompts of a sweep's runs, each text tokenized once per model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+from ..inputs.corpora import load_documents, resolved_revision, resolved_split, skipped_note
+from ..inputs.text import Text
+from ..inputs.tokens import encode, load_tokenizer, scored_text
+from ..inputs.windows import Window, draw_prompts, draw_windows
+from ..study.specification import RunSpecification
+
+
+class Texts:
+    """Everything ``runs`` read.
+
+    Tokenizing goes on in a thread after construction: it holds no lock of Python's, so the
+    caller's imports cost no time beside it. ``check`` waits for it.
+
+    Raises:
+        UsageError: a text or tokenizer cannot be had.
+
+    """
+
+    def __init__(self, runs: Sequence[RunSpecification]) -> None:
+        self._runs = runs
+        self._tokenizer = cache(load_tokenizer)
+        self._source = cache(self._read_source)
+        self._skipped: dict[Text, int] = {}
+        self._sizes: dict[tuple[int, ...], dict[str, int]] = {}
+        self._documents: dict[tuple[str, Text], Future[list[list[int]]]] = {}
+        # One worker: a tokenizer must not be used by two threads.
+        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
+        for run in runs:
+            key = run.engine.model_path, run.text
+            if key not in self._documents:
+                documents = load_documents(run.text)
+                self._skipped[run.text] = documents.skipped_rows
+                self._documents[key] = worker.submit(
+                    encode, self._tokenizer(key[0]), run.text.document_mode, documents
+                )
+        worker.shutdown(wait=False)
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence for each text of which rows were left out."""
+        return [skipped_note(text, count) for text, count in self._skipped.items() if count]
+
+    def check(self) -> None:
+        """Draw what every run reads.
+
+        Raises:
+            UsageError: a text is too short for a run.
+
+        """
+        for run in self._runs:
+            if run.load is None:
+                self.windows(run)
+            else:
+                self.prompts(run)
+
+    def windows(self, run: RunSpecification) -> list[Window]:
+        """Windows of a perplexity run."""
+        return draw_windows(self._tokens(run), run.num_samples, run.engine.context_length, run.seed)
+
+    def sizes(self, run: RunSpecification, windows: Sequence[Window]) -> list[dict[str, int]]:
+        """``scored_text`` of each of a run's windows, decoded once for all methods."""
+        tokenizer = self._tokenizer(run.engine.model_path)
+        sizes = []
+        for _, window in windows:
+            key = (run.min_context, *window)
+            if key not in self._sizes:
+                self._sizes[key] = scored_text(tokenizer, window, run.min_context)
+            sizes.append(self._sizes[key])
+        return sizes
+
+    def prompts(self, run: RunSpecification) -> list[list[int]]:
+        """Prompts of a throughput run."""
+        assert run.load is not None
+        return draw_prompts(
+            self._tokens(run), run.load.num_requests, run.load.prompt_tokens, run.seed
+        )
+
+    def source(self, run: RunSpecification) -> dict[str, Any]:
+        """What the run's text was read from: hub commit and split, where it has them, and how
+        many rows without text were left out."""
+        return self._source(run.text)
+
+    def any_window(self, run: RunSpecification) -> list[int]:
+        """Tokens to warm an engine up with."""
+        return draw_prompts(self._tokens(run), 1, run.engine.context_length // 2 + 1, 0)[0]
+
+    def _tokens(self, run: RunSpecification) -> list[list[int]]:
+        return self._documents[run.engine.model_path, run.text].result()
+
+    def _read_source(self, text: Text) -> dict[str, Any]:
+        return {
+            "dataset_revision": resolved_revision(text),
+            "dataset_split": resolved_split(text),
+            "dataset_skipped_rows": self._skipped[text],
+        }
