@@ -129,12 +129,13 @@ def aggregate_sweep(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for record in records:
         run = record["run"]
-        groups.setdefault((run["method"], run["sparsity"], run["request_rate"]), []).append(record)
+        groups.setdefault((*_level(run), run["request_rate"]), []).append(record)
     entries = []
-    for (method, sparsity, rate), group in groups.items():
+    for (method, sparsity, budget, rate), group in groups.items():
         entry: dict[str, Any] = {
             "method": method,
             "sparsity": sparsity,
+            "budget_tokens": budget,
             "request_rate": rate,
             "num_runs": len(group),
             "not_succeeded": sum(r["counts"]["planned"] - r["counts"]["succeeded"] for r in group),
@@ -172,11 +173,16 @@ def against_baseline(records: Sequence[Mapping[str, Any]], baseline: str) -> lis
     for key, record in zip(keys, records, strict=True):
         run = record["run"]
         if run["method"] != baseline and key in base:
-            group = run["method"], run["sparsity"], run["request_rate"]
+            group = *_level(run), run["request_rate"]
             groups.setdefault(group, []).append((record, base[key]))
     rows = []
-    for (method, sparsity, rate), pairs in groups.items():
-        row: dict[str, Any] = {"method": method, "sparsity": sparsity, "request_rate": rate}
+    for (method, sparsity, budget, rate), pairs in groups.items():
+        row: dict[str, Any] = {
+            "method": method,
+            "sparsity": sparsity,
+            "budget_tokens": budget,
+            "request_rate": rate,
+        }
         for name in RATIOS:
             read = METRICS[name]
             row[name] = ratio_interval([(read(record), read(other)) for record, other in pairs])
@@ -190,12 +196,12 @@ def max_rates(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ``first_broken`` is the next tested rate, None where all were kept: the true limit lies between
     the two. ``max_rate`` is None where the lowest rate broke them already.
     """
-    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for entry in entries:
         if entry["request_rate"] is not None and entry["within_slo"]:
-            groups.setdefault((entry["method"], entry["sparsity"]), []).append(entry)
+            groups.setdefault(_level(entry), []).append(entry)
     rows = []
-    for (method, sparsity), group in groups.items():
+    for (method, sparsity, budget), group in groups.items():
         best = broken = None
         for entry in sorted(group, key=lambda entry: entry["request_rate"]):
             if not all(entry["within_slo"]):
@@ -203,9 +209,19 @@ def max_rates(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 break
             best = entry["request_rate"]
         rows.append(
-            {"method": method, "sparsity": sparsity, "max_rate": best, "first_broken": broken}
+            {
+                "method": method,
+                "sparsity": sparsity,
+                "budget_tokens": budget,
+                "max_rate": best,
+                "first_broken": broken,
+            }
         )
     return rows
+
+
+def _level(run: Mapping[str, Any]) -> tuple[str, float, int | None]:
+    return run["method"], run["sparsity"], run.get("budget_tokens")
 
 
 def _memory(record: Mapping[str, Any], name: str, statistic: str) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_plugins.policies import policy_names
 
-from ..errors import UsageError
+from ..errors import UnwritableFile, UsageError
 from ..inputs.corpora import DOCUMENT_MODES
 from ..study.settings import DTYPES, Study, check_folder_name, read_study
 from ..study.specification import PROTOCOLS
@@ -80,9 +80,11 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run what is missing of the study, then report it; 1: some runs failed."""
+    """Run what is missing of the study, then report it; 1: some runs failed, or a record could not
+    be written."""
     from tqdm import tqdm
 
+    from ..records.output import RecordElsewhere
     from ..report.experiment import report_experiment
     from ..report.tables import text_table
     from ..sweep.offline import Sweep
@@ -98,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"kv-eviction: {note}", file=sys.stderr)
     if sweep.session.runs_skipped:
         print(f"{sweep.session.runs_skipped} run(s) are there already", file=sys.stderr)
-    with tqdm(total=sweep.total_windows, unit="window", dynamic_ncols=True) as bar:
+    with tqdm(total=sweep.total_size, unit="window", dynamic_ncols=True) as bar:
 
         def progress(label: str, finished: int) -> None:
             bar.set_description(label, refresh=finished == 0)
@@ -114,6 +116,14 @@ def run(arguments: argparse.Namespace) -> int:
             raise KeyboardInterrupt(
                 f"interrupted; finished runs are kept, --experiment-name {folder.name} goes on"
             ) from None
+        except (RecordElsewhere, UnwritableFile) as error:
+            bar.close()
+            print(
+                f"kv-eviction: {error}; finished runs are kept, --experiment-name {folder.name} "
+                "goes on",
+                file=sys.stderr,
+            )
+            return 1
     for file, reason in sweep.failures:
         print(f"failed: {file}: {reason}", file=sys.stderr)
     if sweep.failures and not (sweep.session.runs_done or sweep.session.runs_skipped):

@@ -21,11 +21,11 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the report and say where it is."""
     from ..report.experiment import report_experiment
-    from ..report.serving import is_serving, report_serving
+    from ..report.serving import is_serving, report_serving_study
 
     if not arguments.folder.is_dir():
         raise UsageError(f"{arguments.folder} is no folder; name the folder of an experiment")
-    make = report_serving if is_serving(arguments.folder) else report_experiment
+    make = report_serving_study if is_serving(arguments.folder) else report_experiment
     make(arguments.folder)
     print(f"{arguments.folder}/report.md, report.html")
     return 0

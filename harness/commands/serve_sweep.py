@@ -25,33 +25,48 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("study", type=Path, metavar="STUDY.yaml")
     parser.add_argument("--output-dir", type=Path, default=Path("runs"), metavar="DIR",
         help="the study's folder goes here, under the file's name [runs]")  # fmt: skip
+    parser.add_argument("--redo", action="store_true",
+        help="measure again what other code or settings measured")  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the study and report on it."""
-    from ..report.serving import report_serving
+    """Run the study and report on it; 1: some runs failed, or a record could not be written."""
+    from ..records.output import RecordElsewhere
+    from ..report.serving import report_serving_study
     from ..study.serving_study import ServingStudy
-    from ..sweep.serving import run_sweep
+    from ..sweep.serving import ServingSweep
 
     study = ServingStudy.read(arguments.study)
-    folder = arguments.output_dir / arguments.study.stem
+    sweep = ServingSweep(study, arguments.output_dir / arguments.study.stem, arguments.redo)
+    for note in sweep.notes:
+        print(f"kv-eviction: {note}", file=sys.stderr)
+    ended = None
     try:
         with polite_ends():
-            result = run_sweep(study, folder, lambda line: print(line, file=sys.stderr, flush=True))
+            sweep.run(_say)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_INTERRUPTED) from None
-    for key, reason in result.failed:
-        print(f"kv-eviction: {key}: {reason}", file=sys.stderr)
-    if result.finished or result.skipped:
+    except (RecordElsewhere, UnwritableFile) as error:
+        ended = str(error)
+    for name, reason in sweep.failures:
+        print(f"kv-eviction: {name}: {reason}", file=sys.stderr)
+    if ended:
+        print(f"kv-eviction: {ended}; finished runs are kept, the same command resumes",
+              file=sys.stderr)  # fmt: skip
+    if sweep.session.runs_done or sweep.session.runs_skipped:
         try:
-            report_serving(folder)
-            print(f"records, report.md and report.html: {folder}")
+            report_serving_study(sweep.folder)
+            print(f"records, report.md and report.html: {sweep.folder}")
         except UnwritableFile as error:  # a full disk: what was measured is kept or told above
             print(f"kv-eviction: {error}", file=sys.stderr)
             return 1
-    if result.skipped:
-        print(f"{len(result.skipped)} runs were there already")
-    if result.interrupted:
-        raise KeyboardInterrupt(_INTERRUPTED)
-    return 1 if result.failed else 0
+    if sweep.session.runs_skipped:
+        print(f"{sweep.session.runs_skipped} runs were there already")
+    return 1 if sweep.failures or ended else 0
+
+
+def _say(label: str, finished: int) -> None:
+    """Loads show a bar of their own; what begins is told in a line."""
+    if not finished:
+        print(label, file=sys.stderr, flush=True)

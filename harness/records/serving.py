@@ -8,8 +8,7 @@ from typing import Any
 from ..errors import UnreadableFile
 from .files import read_json
 
-STUDY = "study.json"
-"""What a folder of serving records holds, whatever became of them."""
+SERVING_RECORDS = "*_seed*.json"
 _OF_A_RECORD = (
     "kind", "run", "complete", "stop_reason", "specification", "counts", "failures", "warnings",
     "summary", "quality", "memory", "samples", "schema_version", "versions", "hardware",
@@ -19,7 +18,7 @@ _OF_A_RECORD = (
 
 def serving_paths(folder: Path) -> list[Path]:
     """Where records are, in order of name."""
-    return sorted(folder.glob("*_seed*.json"))
+    return sorted(folder.glob(SERVING_RECORDS))
 
 
 def read_serving_record(path: Path) -> dict[str, Any]:

@@ -14,6 +14,11 @@ VARIED = ("method", "sparsity", "budget_tokens", "seed")
 """What differs between the runs of one comparison."""
 
 
+def level(sparsity: float, budget_tokens: int | None) -> str:
+    """How names of files and keys tell a budget: ``s0.9``, ``s0.0``, or ``b256`` for tokens."""
+    return f"s{float(sparsity)}" if budget_tokens is None else f"b{budget_tokens}"
+
+
 def comparison(specification: dict[str, Any]) -> str:
     """``RunSpecification.comparison`` of a record's specification."""
     return digest({k: v for k, v in specification.items() if k not in VARIED})

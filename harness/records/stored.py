@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnreadableFile, UsageError
-from ..records.specifications import comparison, order
 from .files import read_json
 from .provenance import identity
+from .specifications import comparison, level, order
 
 EXPERIMENT = "experiment.json"
 """The study, and where its time went."""
@@ -33,7 +33,9 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UnreadableFile(
             f"{path} is no record of a run (no {lacking[0]}); delete it, or move it elsewhere"
         )
-    return record
+    budget = record["specification"].get("budget_tokens")
+    # What tables go by follows from the specification, whatever a record of another time says.
+    return {**record, "key": f"{record['method']}_{level(record['sparsity'], budget)}"}
 
 
 def read_experiment(path: Path) -> dict[str, Any]:

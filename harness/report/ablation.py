@@ -30,7 +30,7 @@ def ablation_rows(points: list[Point], effective: bool = True) -> list[Row]:
             if key not in results:
                 cells.append("-")
                 continue
-            value, dense = results[key]["perplexity"], results.get("dense_s0")
+            value, dense = results[key]["perplexity"], results.get("dense_s0.0")
             text = spread(value, results[key]["num_runs"])
             if dense is not None and entry["method"] != "dense":
                 text += f" ({change(value['mean'], dense['perplexity']['mean'])})"

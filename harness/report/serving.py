@@ -15,10 +15,12 @@ from ..analysis.serving_aggregate import (
     with_shared_perplexity,
 )
 from ..errors import UsageError
-from ..records.files import write_json
+from ..records.files import read_json, write_json
 from ..records.provenance import identity
-from ..records.serving import STUDY, read_serving_records
-from ..study.serving_study import DENSE, STOCK
+from ..records.serving import read_serving_records
+from ..records.specifications import DENSE
+from ..records.stored import EXPERIMENT, FAILED, read_experiment
+from ..study.serving_study import STOCK
 from .page import write_pages
 from .serving_figures import draw_serving, label
 from .tables import machine_line, markdown, times
@@ -44,13 +46,55 @@ _COLUMNS = {
 }
 
 
-def is_serving(folder: Path) -> bool:
-    """Whether ``folder`` holds records of a serving study."""
-    return (folder / STUDY).is_file() or bool(read_serving_records(folder)[0])
+_STUDY = "study.json"
+"""What committed serving studies have in place of ``experiment.json``."""
 
 
 def _say(line: str) -> None:
     print(f"kv-eviction: {line}", file=sys.stderr)
+
+
+def is_serving(folder: Path) -> bool:
+    """Whether ``folder`` holds a serving study, or records of one."""
+    return _of_a_serving_study(folder) or bool(read_serving_records(folder)[0])
+
+
+def report_serving_study(folder: Path, say: Callable[[str], None] = _say) -> None:
+    """The report of each point of a study; where it varies something, a page that lists them.
+
+    Raises:
+        UsageError: no complete record in any of them.
+
+    """
+    points = [(point["varied"], folder / point["folder"]) for point in _points(folder)]
+    if not any(varied for varied, _ in points):
+        report_serving(folder, say)
+        return
+    lines, empty = [], []
+    for varied, point in points:
+        name = ", ".join(f"{key} {value}" for key, value in varied.items())
+        try:
+            report_serving(point, say)
+        except UsageError as error:
+            empty.append(str(error))
+            say(str(error))
+        else:
+            lines.append(f"- [{name}]({point.relative_to(folder)}/report.md)")
+    if not lines:
+        raise UsageError(empty[0])
+    write_pages(folder, "\n\n".join([_title(folder), "\n".join(lines)]) + "\n")
+
+
+def _points(folder: Path) -> list[dict[str, Any]]:
+    path = folder / EXPERIMENT
+    return read_experiment(path)["comparisons"] if path.is_file() else []
+
+
+def _of_a_serving_study(folder: Path) -> bool:
+    if (folder / _STUDY).is_file():
+        return True
+    path = folder / EXPERIMENT
+    return path.is_file() and read_experiment(path)["study"].get("kind") == "serving"
 
 
 def report_serving(folder: Path, say: Callable[[str], None] = _say) -> list[dict[str, Any]]:
@@ -86,7 +130,10 @@ def report_serving(folder: Path, say: Callable[[str], None] = _say) -> list[dict
         {"entries": entries, "max_rate_within_slo": rates, f"against_{baseline}": ratios},
     )
     figures = draw_serving(entries, records, folder)
-    parts = [*_page(entries, ratios, rates, records, figures), *_problems(everything, unreadable)]
+    parts = [
+        *_page(entries, ratios, rates, records, figures),
+        *_problems(everything, unreadable, _failed(folder)),
+    ]
     write_pages(folder, "\n\n".join([_title(folder), *parts]) + "\n")
     return entries
 
@@ -138,8 +185,17 @@ def _page(
     return parts
 
 
-def _problems(everything: Sequence[Mapping[str, Any]], unreadable: Mapping[str, str]) -> list[str]:
-    problems = [
+def _failed(folder: Path) -> list[dict[str, Any]]:
+    return [read_json(path) for path in sorted((folder / FAILED).glob("*.json"))]
+
+
+def _problems(
+    everything: Sequence[Mapping[str, Any]],
+    unreadable: Mapping[str, str],
+    failed: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    problems = [f"- {f['key']}, seed {f['seed']}: {f['reason']}" for f in failed]
+    problems += [
         f"- `{name}` cannot be read and is left out; `kv-eviction serve-sweep` measures it again"
         for name in unreadable
     ]
@@ -246,4 +302,5 @@ def _order(record: Mapping[str, Any]) -> tuple[Any, ...]:
     run = record["run"]
     rank = _FIRST.index(run["method"]) if run["method"] in _FIRST else len(_FIRST)
     rate = -1.0 if run["request_rate"] is None else run["request_rate"]
-    return rank, run["method"], run["sparsity"], rate, run["seed"]
+    budget = run.get("budget_tokens") or 0
+    return rank, run["method"], run["sparsity"], budget, rate, run["seed"]

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..study.serving_study import DENSE, STOCK
+from ..records.specifications import DENSE
+from ..study.serving_study import STOCK
 from .styles import new_figure, save, shared_legend, styles
 
 Entry = Mapping[str, Any]
@@ -33,8 +34,10 @@ def draw_serving(
 
 
 def label(entry: Entry) -> str:
-    """How figures and tables name a method at its sparsity."""
+    """How figures and tables name a method at its sparsity or budget."""
     method = entry["method"]
+    if entry.get("budget_tokens") is not None:
+        return f"{method} {entry['budget_tokens']:,} tokens"
     return method if method in (DENSE, STOCK) else f"{method} {entry['sparsity']:g}"
 
 
@@ -155,7 +158,11 @@ def _common_rate(runs: Sequence[Mapping[str, Any]]) -> float | None:
 def _throughput(entries: Sequence[Entry], folder: Path) -> str:
     """At the highest rate that all have, where a server has most to do."""
     rate = _common_rate(entries)
-    chosen = [entry for entry in entries if entry["request_rate"] == rate]
+    chosen = [
+        entry
+        for entry in entries
+        if entry["request_rate"] == rate and entry.get("budget_tokens") is None
+    ]
     figure, axes = new_figure()
     look = styles([entry["method"] for entry in chosen])
     for method, style in look.items():

@@ -31,7 +31,8 @@ class Comparison:
 
     varied: dict[str, Any]
     folder: Path
-    runs: tuple[RunSpecification, ...]
+    runs: tuple[Any, ...]
+    """``RunSpecification`` or ``ServingRun``."""
 
 
 def comparisons(study: Study, folder: Path, device: str) -> list[Comparison]:

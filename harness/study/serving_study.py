@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vllm_plugins.config import EvictionConfig, parse_sparsity
+from vllm_plugins.config import EvictionConfig
 
 from ..client.checks import check_json, check_numbers
 from ..client.load_settings import LoadSpecification
@@ -21,14 +22,18 @@ from ..client.slo import check_run_slo
 from ..errors import UsageError
 from ..inputs.corpora import describe as describe_text
 from ..inputs.models import DEFAULT_MODEL, fingerprint, recorded_name, resolve_model
+from ..records.specifications import DENSE, digest, level
+from .levels import levels_for
+from .plan import Comparison, slug
+from .specification import Method
 
-DENSE = "dense"
 STOCK = "stock"
 """A server without the plugin: plain ``vllm serve`` under the same flags."""
-_WITHOUT_SPARSITY = (DENSE, STOCK)
+_OF_A_METHOD = ("sparsity", "budget_tokens", "rates", "seeds")
+"""What a method may have for itself, beside its policy, name and args."""
 _KINDS = {
-    **dict.fromkeys(("methods", "sparsity", "rates", "seeds"), list),
-    **dict.fromkeys(("eviction", "server", "environment", "load", "slo"), dict),
+    **dict.fromkeys(("methods", *_OF_A_METHOD), list),
+    **dict.fromkeys(("eviction", "server", "environment", "load", "slo", "vary"), dict),
 }
 _OF_THE_STUDY = ("kv_policy", "kv_sparsity", "kv_budget_tokens")
 _NAMES = {list: "list", dict: "mapping"}
@@ -40,9 +45,11 @@ class ServingStudy:
 
     model: str = DEFAULT_MODEL
     methods: tuple[Any, ...] = (DENSE, "h2o", "cab")
-    """Names, or ``{policy: h2o, sparsity: [0.5], rates: [4, 5], seeds: [0, 1]}`` where a method
-    has some of these for itself."""
+    """Names, or ``{policy: cab, name: cab-forman, args: {bridge_definition: forman}, sparsity:
+    [0.5], budget_tokens: [1024], rates: [4, 5], seeds: [0, 1]}`` with some of these."""
     sparsity: tuple[float, ...] = (0.9,)
+    budget_tokens: tuple[int, ...] = ()
+    """Absolute budgets, beside the sparsities."""
     rates: tuple[float, ...] = ()
     """Requests per second; empty for loads without one (closed loop, trace)."""
     seeds: tuple[int, ...] = (0,)
@@ -60,6 +67,8 @@ class ServingStudy:
     load: dict[str, Any] = field(default_factory=dict)
     slo: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of a run: ``{time_to_first_token_ms: {p99: 2000}}``."""
+    vary: dict[str, list[Any]] = field(default_factory=dict)
+    """Setting to values, like ``server.max_num_seqs``: each combination is a table of its own."""
 
     @classmethod
     def read(cls, path: Path) -> ServingStudy:
@@ -100,7 +109,7 @@ class ServingStudy:
     def _validate(self) -> None:
         if not self.methods or not self.seeds:
             raise UsageError("a serving study needs at least one of methods and one of seeds")
-        for name in ("policy", "sparsity"):
+        for name in ("policy", "sparsity", "budget_tokens", "request_policies"):
             if name in self.eviction:
                 raise UsageError(f"eviction.{name} is set by methods and sparsity; remove it")
         given = (
@@ -136,26 +145,50 @@ class ServingStudy:
             raise UsageError(f"methods name the run {twice.removesuffix('.json')} twice")
         for run in runs:
             _ = run.load  # a wrong one shows before the first server starts
-            if run.method != STOCK:
-                EvictionConfig.parse(self.settings(run.method, run.sparsity))
+            if run.method.policy != STOCK:
+                config = EvictionConfig.parse(self.settings(run))
+                config.check_budget(self.block_size)
+        for name, values in self.vary.items():
+            known = str(name).partition(".")[0] in _KINDS.keys() | {"block_size", "model"}
+            if not known or name in ("vary", "slo"):
+                raise UsageError(f"vary names {name!r}, which is no setting that can vary")
+            if not isinstance(values, list) or not values:
+                raise UsageError(f"vary.{name} must be a list of values")
 
-    def settings(self, method: str, sparsity: float) -> dict[str, Any]:
-        """Eviction settings of a server: one policy, and no request may ask for another."""
-        return {
-            **self.eviction,
-            "policy": method,
-            "sparsity": sparsity,
-            "request_policies": [],
-        }
+    def settings(self, run: ServingRun) -> dict[str, Any]:
+        """Eviction settings of a run's server: one policy, and no request may ask for another."""
+        policy = run.method.policy
+        args = {**self.eviction.get("policy_args", {}).get(policy, {}), **run.method.args}
+        budget = (
+            {"sparsity": run.sparsity}
+            if run.budget_tokens is None
+            else {"budget_tokens": run.budget_tokens}
+        )
+        settings = {**self.eviction, "policy": policy, **budget, "request_policies": []}
+        return settings | ({"policy_args": {policy: args}} if args else {})
+
+    def points(self, folder: Path) -> list[Comparison]:
+        """The runs of each point of ``vary``, and the folder of their records.
+
+        A name may be that of a setting, or of one inside it: ``server.max_num_seqs``.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "vary"}
+        found = []
+        for combination in itertools.product(*self.vary.values()):
+            varied = dict(zip(self.vary, combination, strict=True))
+            point = ServingStudy.parse(_with(values, varied))
+            target = folder.joinpath(*(slug(f"{name}={value}") for name, value in varied.items()))
+            found.append(Comparison(varied, target, tuple(point.runs())))
+        if len({point.folder for point in found}) < len(found):
+            raise UsageError("vary lists the same value twice; drop one")
+        return found
 
     def runs(self) -> list[ServingRun]:
-        """Every run, one server's after the other."""
+        """Every run, one server's after the other; those of ``vary`` apart."""
         found = []
         for entry in self.methods:
             own = self._own(entry)
-            method = own["policy"]
-            for sparsity in (0.0,) if method in _WITHOUT_SPARSITY else own["sparsity"]:
-                value = parse_sparsity("sparsity", sparsity)
+            for method, sparsity, budget in self._levels(own):
                 for rate in own["rates"] or (None,):
                     if rate is not None and not (
                         type(rate) in (int, float) and 0 < rate < math.inf
@@ -164,22 +197,46 @@ class ServingStudy:
                     for seed in own["seeds"]:
                         if type(seed) is not int or seed < 0:
                             raise UsageError(f"seeds has {seed!r}; give whole numbers from 0 on")
-                        found.append(ServingRun(self, method, value, rate, seed))
+                        found.append(ServingRun(self, method, sparsity, budget, rate, seed))
         return found
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as given, files without their folders."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "model": recorded_name(self.model)}
+
     def _own(self, entry: Any) -> dict[str, Any]:
-        """A method's policy, sparsities, rates and seeds; the study's where it names none."""
-        values = {name: getattr(self, name) for name in ("sparsity", "rates", "seeds")}
+        """A method with its budgets, rates and seeds; the study's where it names none."""
+        values = {name: getattr(self, name) for name in _OF_A_METHOD}
         if not isinstance(entry, Mapping):
-            return {"policy": entry, **values}
-        if "policy" not in entry or not entry.keys() <= {"policy", *values}:
-            raise UsageError(
-                f"method {dict(entry)} needs policy, and has sparsity, rates and seeds at most"
-            )
-        for name in values:
+            return {"method": entry, **values}
+        for name in _OF_A_METHOD:
             if not isinstance(entry.get(name, []), list):
                 raise UsageError(f"{name} of method {dict(entry)} must be a list")
-        return {**values, **entry}
+        if "budget_tokens" in entry and "sparsity" not in entry:
+            values["sparsity"] = ()
+        own = {name: entry[name] for name in _OF_A_METHOD if name in entry}
+        return {"method": {k: v for k, v in entry.items() if k not in own}, **values, **own}
+
+    def _levels(self, own: Mapping[str, Any]) -> list[tuple[Method, float, int | None]]:
+        method = own["method"]
+        if method in (STOCK, {"policy": STOCK}):
+            return [(Method(STOCK, STOCK), 0.0, None)]
+        return levels_for([method], own["sparsity"], own["budget_tokens"])
+
+
+def _with(values: Mapping[str, Any], varied: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with each setting of ``varied`` in its place."""
+    made = {**values}
+    for name, value in varied.items():
+        outer, dot, inner = str(name).partition(".")
+        if not dot:
+            made[outer] = list(value) if isinstance(value, tuple) else value
+            continue
+        if not isinstance(made.get(outer), Mapping):
+            raise UsageError(f"vary names {name!r}, but {outer} holds no settings")
+        made[outer] = {**made[outer], inner: value}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in made.items()}
 
 
 @dataclass(frozen=True)
@@ -187,15 +244,16 @@ class ServingRun:
     """One load on one server."""
 
     study: ServingStudy
-    method: str
+    method: Method
     sparsity: float
+    budget_tokens: int | None
     rate: float | None
     seed: int
 
     @property
     def server_key(self) -> str:
-        """Runs that share it share a server."""
-        return f"{self.method}_s{self.sparsity:g}"
+        """Runs of a study that share it share a server."""
+        return f"{self.method.name}_{level(self.sparsity, self.budget_tokens)}"
 
     @property
     def key(self) -> str:
@@ -204,6 +262,7 @@ class ServingRun:
 
     @property
     def file_name(self) -> str:
+        """Name of the run's record."""
         return f"{self.key}_seed{self.seed}.json"
 
     @property
@@ -212,12 +271,16 @@ class ServingRun:
         own = {"seed": self.seed} | ({} if self.rate is None else {"request_rate": self.rate})
         return LoadSpecification.parse({**self.study.load, **own})
 
-    def describe(self) -> dict[str, Any]:
-        """What a record says about its run, with a hash that tells two apart."""
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """What a record says about its run, but for the load."""
         study = self.study
         values = {
-            "method": self.method,
+            "method": self.method.name,
+            "policy": self.method.policy,
+            "args": self.method.args,
             "sparsity": self.sparsity,
+            "budget_tokens": self.budget_tokens,
             "request_rate": self.rate,
             "seed": self.seed,
             "model": recorded_name(study.model),
@@ -231,8 +294,16 @@ class ServingRun:
         }
         if files := self._files():
             values["files"] = files
-        text = json.dumps([values, self.load.to_dict()], sort_keys=True)
-        return values | {"hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
+        return values
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that the run's figures depend on, as plain JSON values."""
+        return {**self.described, "load": self.load.to_dict()}
+
+    @property
+    def hash(self) -> str:
+        """The same for the same run on every machine."""
+        return digest(self.to_dict())
 
     def _files(self) -> dict[str, str]:
         """SHA-256 of each local file the load reads: a name alone would not tell two apart."""

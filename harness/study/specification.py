@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..inputs.text import Text
-from ..records.specifications import DENSE, comparison, digest, effective_sparsity
+from ..records.specifications import DENSE, comparison, digest, effective_sparsity, level
 
 PERPLEXITY, THROUGHPUT = "perplexity", "throughput"
 PROTOCOLS = ("chunked", "decode")
@@ -85,9 +85,7 @@ class RunSpecification:
     @property
     def level(self) -> str:
         """Runs of equal level are compared: ``s0.9``, or ``b256`` for a budget in tokens."""
-        if self.budget_tokens is not None:
-            return f"b{self.budget_tokens}"
-        return f"s{self.sparsity:g}"
+        return level(self.sparsity, self.budget_tokens)
 
     @property
     def key(self) -> str:

@@ -1,124 +1,194 @@
-"""Runs a serving study: servers come and go, every run leaves a record, a second call resumes."""
+"""Serving studies: loads over HTTP on servers that come and go."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from itertools import groupby
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 from ..client.load_plan import Plan, make_plan
 from ..client.load_settings import LoadSpecification, QualitySpecification
 from ..client.target import Target, Texts, find_target
-from ..errors import UnreadableFile, UnwritableFile, UsageError
+from ..errors import UsageError
 from ..inputs.models import resolve_model
 from ..measure.load import run_load
 from ..measure.load_record import SCHEMA_VERSION, load_provenance
-from ..records.files import write_json
-from ..records.output import RecordElsewhere, output_path, save_record
-from ..records.provenance import identity
-from ..records.serving import STUDY, read_serving_record
+from ..records.serving import SERVING_RECORDS, read_serving_record
 from ..resources.serve_flags import eviction_flags, serve_flags
 from ..resources.server import Server, ServerError, free_port, serving, vllm_command
 from ..study.serving_study import STOCK, ServingRun, ServingStudy
+from .loop import BrokenOff, Job, Sweep
+from .resume import Records, missing
 
 LOGS = "logs"
 
 
-@dataclass
-class SweepResult:
-    """What a sweep did. ``failed``: run or server key, and why."""
+@dataclass(frozen=True)
+class Serving:
+    """A server that answers, and what it says about itself."""
 
-    finished: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    failed: list[tuple[str, str]] = field(default_factory=list)
-    interrupted: bool = False
+    server: Server
+    target: Target
 
 
-def run_sweep(study: ServingStudy, folder: Path, say: Callable[[str], None] = print) -> SweepResult:
-    """Run what is not there yet.
+class ServingSweep(Sweep):
+    """One invocation of a serving study.
 
-    A server that does not start, or dies, fails its run and the sweep goes on with a new one; an
-    interruption ends the sweep, and so does a record that cannot be written where it belongs.
-    Every record is written as soon as its run ends. A record that cannot be read is measured again
-    and replaced then.
+    A server that does not start fails all runs that need it; one that dies fails the run it died
+    in, and the next run gets a new one.
+
+    Args:
+        study: its settings.
+        folder: of the experiment.
+        redo: measure again what other code or another specification measured.
 
     Raises:
         UsageError: the folder holds runs of another study, or the study cannot be run.
 
     """
-    result = SweepResult()
-    texts = Texts(study.model)
-    pending = []
-    for run in study.runs():
-        if _is_done(run, folder, say):
-            result.skipped.append(run.key)
-        else:
-            pending.append(run)
-    if not pending:
-        return result
-    model = resolve_model(study.model)
-    _check_plans(study, pending, texts)
-    write_json(output_path(folder / STUDY), {"slo": study.slo, "runs": len(study.runs())})
-    for server_key, runs in groupby(pending, key=lambda run: run.server_key):
-        queue = list(runs)
-        while queue and not result.interrupted:
-            before = len(queue)
-            try:
-                _serve(study, model, server_key, queue, texts, folder, result, say)
-            except ServerError as error:
-                say(f"{server_key}: {error}")
-                result.failed.append((server_key, str(error)))
-                if len(queue) == before:  # not one run: starting it again would not help
-                    break
-            except (RecordElsewhere, UnwritableFile) as error:
-                result.failed.append((server_key, str(error)))
-                return result
-        if result.interrupted:
-            break
-    return result
+
+    expected: ClassVar = (*Sweep.expected, ServerError)
+
+    def __init__(self, study: ServingStudy, folder: Path, redo: bool = False) -> None:
+        super().__init__(folder, {"kind": "serving", **study.to_dict()})
+        self.source = {"schema_version": SCHEMA_VERSION, **load_provenance()}
+        with self.session.part("plan"):
+            self.points = study.points(folder)
+            self.jobs, damaged = missing(
+                self.points, _Stored(), SCHEMA_VERSION, self.source, redo, "--output-dir"
+            )
+            self.notes += damaged
+        self.session.runs_skipped = sum(len(p.runs) for p in self.points) - len(self.jobs)
+        self._texts: dict[str, Texts] = {}
+        with self.session.part("read"):
+            self._check_plans()
+
+    def resource_of(self, run: ServingRun) -> Hashable:
+        # Runs of one point share its study object; another point's server is another.
+        return id(run.study), run.server_key
+
+    @contextmanager
+    def started(self, job: Job) -> Iterator[Serving]:
+        """A server that has answered a few requests."""
+        run, study = job.run, job.run.study
+        with ExitStack() as stack:
+            with self.session.part("engine"):
+                server = stack.enter_context(
+                    serving(
+                        server_command(study, resolve_model(study.model), run),
+                        free_port(),
+                        _new_log(job.folder / LOGS, run.server_key),
+                        startup_timeout_s=study.startup_timeout_s,
+                        environment={k: str(v) for k, v in study.environment.items()},
+                    )
+                )
+                target = _target(server)
+            with self.session.part("warm_up"):
+                self._warm_up(run, target, server)
+            yield Serving(server, target)
+
+    def measure(
+        self, resource: Serving, job: Job, advance: Callable[[int], None]
+    ) -> dict[str, Any]:
+        run, server = job.run, resource.server
+        plan = self._plan(run.study, run.load, resource.target.max_model_len)
+        outcome = run_load(
+            run.load,
+            plan,
+            resource.target,
+            server_pid=server.pid,
+            watch=server.died,
+            api_key=_api_key(),
+        )
+        record = {
+            **outcome.record,
+            "kind": "serving",
+            "key": run.key,
+            "seed": run.seed,
+            "specification_hash": run.hash,
+            "run": run.described,
+        }
+        record["target"].pop("base_url")  # a port chosen free says nothing
+        if (reason := server.died()) and record["complete"]:
+            record |= {"complete": False, "stop_reason": reason}
+        if not record["complete"]:
+            raise BrokenOff(record["stop_reason"], record, outcome.interrupted)
+        advance(self.size(run))
+        return record
+
+    def size(self, run: ServingRun) -> int:
+        return run.load.num_requests
+
+    def healthy_after(self, error: Exception) -> bool:
+        return False
+
+    def _check_plans(self) -> None:
+        """What is wrong with any load shows before a server starts."""
+        checked = set()
+        for job in self.jobs:
+            study, load = job.run.study, job.run.load
+            key = id(study), json.dumps(load.to_dict(), sort_keys=True)
+            if key not in checked:
+                checked.add(key)
+                length = study.server.get("max_model_len")
+                self._plan(study, load, length if type(length) is int else None)
+
+    def _plan(
+        self, study: ServingStudy, load: LoadSpecification, max_model_len: int | None
+    ) -> Plan:
+        texts = self._texts.setdefault(study.model, Texts(study.model))
+        size = study.vocabulary_size or texts.vocabulary_size
+        return make_plan(load, size, texts.tokens_of, max_model_len)
+
+    def _warm_up(self, run: ServingRun, target: Target, server: Server) -> None:
+        count = run.study.warm_up_requests
+        if not count:
+            return
+        load = replace(
+            run.load,
+            num_requests=count,
+            arrivals="closed",
+            max_concurrency=count,
+            trace=None,
+            prompts="random" if run.load.prompts == "trace" else run.load.prompts,
+            quality=QualitySpecification(),
+            warm_up_s=0.0,
+            cool_down_s=0.0,
+            seed=run.seed + 1_000_000,
+        )
+        plan = self._plan(run.study, load, target.max_model_len)
+        outcome = run_load(
+            load, plan, target, watch=server.died, progress=False, api_key=_api_key()
+        )
+        if outcome.interrupted:
+            raise KeyboardInterrupt
+
+
+class _Stored(Records):
+    patterns = (SERVING_RECORDS,)
+
+    def read(self, path: Path) -> dict[str, Any]:
+        return read_serving_record(path)
+
+    def specification(self, record: dict[str, Any]) -> dict[str, Any]:
+        return {**record["run"], "load": record["specification"]}
+
+    def stray(self, record: dict[str, Any], runs: Sequence[ServingRun]) -> str | None:
+        return None  # other rates and methods may stand beside those of the study
 
 
 def server_command(study: ServingStudy, model: str, run: ServingRun) -> list[str]:
     """The command of a run's server, without host and port."""
-    flags = serve_flags({"served_model_name": _served_name(study), **study.server})
-    if run.method == STOCK:
+    flags = serve_flags({"served_model_name": Path(study.model).name, **study.server})
+    if run.method.policy == STOCK:
         plain = {"block_size": study.block_size, "enable_prefix_caching": False}
         return vllm_command(model, [*serve_flags(plain), *flags])
-    settings = study.settings(run.method, run.sparsity)
-    return vllm_command(model, [*eviction_flags(study.block_size, settings), *flags])
-
-
-def _serve(
-    study: ServingStudy,
-    model: str,
-    key: str,
-    queue: list[ServingRun],
-    texts: Texts,
-    folder: Path,
-    result: SweepResult,
-    say: Callable[[str], None],
-) -> None:
-    """One server, for as many runs of the queue as it lives through."""
-    say(f"{key}: server starts")
-    command = server_command(study, model, queue[0])
-    log = _new_log(folder / LOGS, key)
-    with serving(
-        command,
-        free_port(),
-        log,
-        startup_timeout_s=study.startup_timeout_s,
-        environment={k: str(v) for k, v in study.environment.items()},
-    ) as server:
-        target = _target(server)
-        result.interrupted = _warm_up(queue[0], texts, target, server)
-        while queue and not result.interrupted:
-            run = queue.pop(0)
-            if not _one(run, texts, target, server, folder, result, say):
-                return
+    return vllm_command(model, [*eviction_flags(study.block_size, study.settings(run)), *flags])
 
 
 def _target(server: Server) -> Target:
@@ -128,97 +198,9 @@ def _target(server: Server) -> Target:
         raise ServerError(server.died() or str(error)) from None
 
 
-def _one(
-    run: ServingRun,
-    texts: Texts,
-    target: Target,
-    server: Server,
-    folder: Path,
-    result: SweepResult,
-    say: Callable[[str], None],
-) -> bool:
-    """One run; whether the server can take another."""
-    say(f"{run.key}, seed {run.seed}")
-    plan = _plan(run.study, run.load, texts, target.max_model_len)
-    outcome = run_load(
-        run.load, plan, target, server_pid=server.pid, watch=server.died, api_key=_api_key()
-    )
-    record = {**outcome.record, "kind": "serving", "run": run.describe()}
-    record["target"].pop("base_url")  # a port chosen free says nothing
-    if (reason := server.died()) and record["complete"]:
-        record |= {"complete": False, "stop_reason": reason}
-    save_record(folder / run.file_name, record)
-    if record["complete"]:
-        result.finished.append(run.key)
-        return True
-    result.failed.append((f"{run.key} seed {run.seed}", record["stop_reason"]))
-    result.interrupted = outcome.interrupted
-    say(f"{run.key}, seed {run.seed}: {record['stop_reason']}")
-    return False
-
-
-def _check_plans(study: ServingStudy, runs: Iterable[ServingRun], texts: Texts) -> None:
-    """What is wrong with any load shows before a server starts."""
-    length = study.server.get("max_model_len")
-    loads = {json.dumps(run.load.to_dict(), sort_keys=True): run.load for run in runs}
-    for load in loads.values():
-        _plan(study, load, texts, length if type(length) is int else None)
-
-
-def _plan(
-    study: ServingStudy, load: LoadSpecification, texts: Texts, max_model_len: int | None
-) -> Plan:
-    size = study.vocabulary_size or texts.vocabulary_size
-    return make_plan(load, size, texts.tokens_of, max_model_len)
-
-
-def _warm_up(run: ServingRun, texts: Texts, target: Target, server: Server) -> bool:
-    """Whether it was interrupted."""
-    count = run.study.warm_up_requests
-    if not count:
-        return False
-    load = replace(
-        run.load,
-        num_requests=count,
-        arrivals="closed",
-        max_concurrency=count,
-        trace=None,
-        prompts="random" if run.load.prompts == "trace" else run.load.prompts,
-        quality=QualitySpecification(),
-        warm_up_s=0.0,
-        cool_down_s=0.0,
-        seed=run.seed + 1_000_000,
-    )
-    plan = _plan(run.study, load, texts, target.max_model_len)
-    outcome = run_load(load, plan, target, watch=server.died, progress=False, api_key=_api_key())
-    return outcome.interrupted
-
-
 def _api_key() -> str | None:
     """What vLLM takes as a server's key where no flag gives one; servers here inherit it."""
     return os.environ.get("VLLM_API_KEY")
-
-
-def _is_done(run: ServingRun, folder: Path, say: Callable[[str], None]) -> bool:
-    path = folder / run.file_name
-    if not path.is_file():
-        return False
-    try:
-        record = read_serving_record(path)
-    except UnreadableFile:
-        say(f"{path} cannot be read; its run is measured again")
-        return False
-    if record["run"]["hash"] != run.describe()["hash"]:
-        raise UsageError(
-            f"{path} is of another study; give another --output-dir, or remove it to run it again"
-        )
-    now = identity({"schema_version": SCHEMA_VERSION, **load_provenance()})
-    if differing := [name for name, value in identity(record).items() if value != now[name]]:
-        raise UsageError(
-            f"{path} was measured with another {' and '.join(differing)}; give another "
-            "--output-dir, or remove it to run it again"
-        )
-    return record["complete"]
 
 
 def _new_log(folder: Path, key: str) -> Path:
@@ -232,7 +214,3 @@ def _log_names(folder: Path, key: str) -> Iterator[Path]:
     while True:
         yield folder / f"{key}.{number}.log"
         number += 1
-
-
-def _served_name(study: ServingStudy) -> str:
-    return Path(study.model).name

@@ -15,7 +15,7 @@ from .conftest import offline
 def test_dense_perplexity_equals_transformers(smollm2, canterbury, tmp_path):
     done = offline(tmp_path, "--methods", "dense", "--num-samples", "4", "--context-length", "512")
     assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads((tmp_path / "e" / "dense_s0_ctx512_seed0.json").read_text())
+    record = json.loads((tmp_path / "e" / "dense_s0.0_ctx512_seed0.json").read_text())
     assert record["perplexity"] == pytest.approx(
         reference(smollm2, canterbury, [w["start"] for w in record["windows"]], 512), rel=0.005
     )

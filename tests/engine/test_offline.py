@@ -32,7 +32,7 @@ def experiment(smollm2, canterbury, tmp_path_factory):
 
 def test_every_file_is_there(experiment):
     folder, _ = experiment
-    pairs = ["dense_s0", "h2o_s0.5", "h2o_s0.6", "cab_s0.5", "cab_s0.6"]
+    pairs = ["dense_s0.0", "h2o_s0.5", "h2o_s0.6", "cab_s0.5", "cab_s0.6"]
     expected = {f"{pair}_ctx320_seed{seed}.json" for pair in pairs for seed in (0, 1)}
     expected |= {f"{pair}_ctx320_load0.json" for pair in pairs}
     expected |= {f"{figure}.{kind}" for figure in FIGURES for kind in ("png", "svg")}
@@ -80,7 +80,7 @@ def test_a_record_says_everything_about_its_run(experiment):
 
 def test_eviction_costs_and_saves(experiment):
     results = json.loads((experiment[0] / "aggregated_results.json").read_text())
-    dense, evicted = results["dense_s0"], results["h2o_s0.6"]
+    dense, evicted = results["dense_s0.0"], results["h2o_s0.6"]
     assert evicted["num_runs"] == 2
     assert evicted["perplexity"]["mean"] != dense["perplexity"]["mean"]
     assert evicted["peak_memory_mb"]["mean"] < 0.7 * dense["peak_memory_mb"]["mean"]
@@ -97,7 +97,7 @@ def test_throughput_comes_from_a_pass_of_its_own(experiment):
     assert record["output_tokens_per_second"] * record["load_seconds"] == pytest.approx(4 * 8)
     assert record["blocks_evicted"] > 0
     results = json.loads((folder / "aggregated_results.json").read_text())
-    assert results["dense_s0"]["throughput"]["blocks_evicted"]["mean"] == 0
+    assert results["dense_s0.0"]["throughput"]["blocks_evicted"]["mean"] == 0
 
 
 def test_it_shows_progress_and_a_table_of_each_pass(experiment):

@@ -30,7 +30,7 @@ def record(method, sparsity, seed, shift, first_eviction):
     return {
         "schema_version": SCHEMA_VERSION,
         "timestamp": "2026-01-02T03:04:05+00:00",
-        "key": f"{method}_s{sparsity:g}",
+        "key": f"{method}_s{float(sparsity)}",
         "method": method,
         "sparsity": sparsity,
         "seed": seed,

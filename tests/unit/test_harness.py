@@ -65,7 +65,7 @@ def records():
 
 def test_aggregate_has_the_documented_keys(records):
     results = aggregate(records)
-    assert list(results) == ["dense_s0", "h2o_s0.9", "cab_s0.9", "cab_s0.5"]
+    assert list(results) == ["dense_s0.0", "h2o_s0.9", "cab_s0.9", "cab_s0.5"]
     entry = results["h2o_s0.9"]
     assert (entry["method"], entry["sparsity"], entry["num_runs"]) == ("h2o", 0.9, 2)
     for metric in (
@@ -76,7 +76,7 @@ def test_aggregate_has_the_documented_keys(records):
         "avg_cache_size",
     ):
         assert set(entry[metric]) == {"mean", "std", "min", "max"}
-    assert results["dense_s0"]["perplexity_after_eviction"] is None
+    assert results["dense_s0.0"]["perplexity_after_eviction"] is None
     # Only the tokens after the first eviction were shifted, by 0.3 nats.
     ratio = entry["perplexity_after_eviction"]["mean"] / entry["dense_after_eviction"]["mean"]
     assert ratio == pytest.approx(math.exp(0.3), rel=0.01)

@@ -51,7 +51,7 @@ def test_loss_by_position_is_the_difference_from_dense(records, results):
     for low, middle, high in zip(curve["low"][2:], curve["difference"][2:], curve["high"][2:],
                                  strict=True):  # fmt: skip
         assert low < middle < high
-    dense = curves(records, results)["nll_by_position"]["dense_s0"]
+    dense = curves(records, results)["nll_by_position"]["dense_s0.0"]
     assert set(dense) == {"queries", "nll"}
 
 

@@ -43,7 +43,7 @@ def stub_servers(monkeypatch, tmp_path):
     (tmp_path / "model" / "config.json").write_text("{}")
 
     def command(study, model, run):
-        return [*STUB, *modes.get(run.method, ["good"])]
+        return [*STUB, *modes.get(run.method.name, ["good"])]
 
     monkeypatch.setattr(sweep, "server_command", command)
     return modes
@@ -60,6 +60,11 @@ def records(tmp_path):
     return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
+def failures(tmp_path):
+    paths = sorted((tmp_path / "out" / "demo" / "failed").glob("*_seed*.json"))
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
 def children():
     return psutil.Process().children(recursive=True)
 
@@ -69,13 +74,13 @@ def test_a_sweep_reports_and_resumes(stub_servers, tmp_path, capsys):
     found = records(tmp_path)
     assert set(found) == {
         f"{key}_rate{rate}_seed{seed}"
-        for key in ("dense_s0", "h2o_s0.9") for rate in (20, 40) for seed in (0, 1)
+        for key in ("dense_s0.0", "h2o_s0.9") for rate in (20, 40) for seed in (0, 1)
     }  # fmt: skip
     one = found["h2o_s0.9_rate40_seed1"]
     assert one["complete"]
     assert one["kind"] == "serving"
     assert one["run"]["slo"] == STUDY["slo"]
-    other = found["dense_s0_rate40_seed1"]
+    other = found["dense_s0.0_rate40_seed1"]
     assert one["requests"]["intended_s"] == other["requests"]["intended_s"], "same arrivals"
     folder = tmp_path / "out" / "demo"
     report = (folder / "report.md").read_text()
@@ -85,13 +90,13 @@ def test_a_sweep_reports_and_resumes(stub_servers, tmp_path, capsys):
         assert (folder / f"{stem}.png").stat().st_size > 10_000
     assert not children()
     # A second call runs what is missing, and nothing else.
-    (folder / "dense_s0_rate20_seed0.json").unlink()
+    (folder / "dense_s0.0_rate20_seed0.json").unlink()
     before = {key: value["timestamp"] for key, value in found.items()}
     capsys.readouterr()
     assert main(study(tmp_path)) == 0
     assert "7 runs were there already" in capsys.readouterr().out
     after = {key: value["timestamp"] for key, value in records(tmp_path).items()}
-    del before["dense_s0_rate20_seed0"]
+    del before["dense_s0.0_rate20_seed0"]
     assert before.items() < after.items()
 
 
@@ -99,10 +104,15 @@ def test_records_of_another_study_are_not_mixed_in(stub_servers, tmp_path, capsy
     assert main(study(tmp_path, rates=[50], seeds=[0], methods=["dense"])) == 0
     changed = {**STUDY["load"], "num_requests": 5}
     assert main(study(tmp_path, rates=[50], seeds=[0], methods=["dense"], load=changed)) == 2
-    assert "is of another study; give another --output-dir" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "holds another specification (load.num_requests 6 there, 5 here)" in error
+    assert "give another --output-dir, or --redo to measure it again" in error
     (tmp_path / "model" / "config.json").write_text('{"hidden_size": 1}')
     assert main(study(tmp_path, rates=[50], seeds=[0], methods=["dense"])) == 2
-    assert "is of another study" in capsys.readouterr().err, "another model of the same name"
+    assert "model_fingerprint" in capsys.readouterr().err, "another model of the same name"
+    arguments = study(tmp_path, rates=[50], seeds=[0], methods=["dense"], load=changed)
+    assert main([*arguments, "--redo"]) == 0
+    assert records(tmp_path)["dense_s0.0_rate50_seed0"]["counts"]["planned"] == 5
 
 
 def test_a_record_that_cannot_be_read_is_measured_again(stub_servers, tmp_path, capsys):
@@ -110,18 +120,22 @@ def test_a_record_that_cannot_be_read_is_measured_again(stub_servers, tmp_path, 
     content = '{"complete": true, "run": {"ha'
     assert main(arguments) == 0
     folder = tmp_path / "out" / "demo"
-    broken = folder / "dense_s0_rate50_seed0.json"
+    broken = folder / "dense_s0.0_rate50_seed0.json"
     broken.write_text(content)
-    (folder / "study.json").write_text('{"slo"')
+    (folder / "experiment.json").write_text('{"slo"')
     stub_servers["dense"] = ["no_start"]
     assert main(arguments) == 1
-    assert f"{broken} cannot be read; its run is measured again" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{broken} cannot be read; its run is measured again" in error
+    assert f"{folder / 'experiment.json'} is damaged: times of earlier sessions are lost" in error
     assert broken.read_text() == content, "kept until there is a new one"
     stub_servers["dense"] = ["good"]
     assert main(arguments) == 0
     assert "1 runs were there already" in capsys.readouterr().out
-    assert records(tmp_path)["dense_s0_rate50_seed0"]["complete"]
-    assert json.loads((folder / "study.json").read_text())["runs"] == 2
+    assert records(tmp_path)["dense_s0.0_rate50_seed0"]["complete"]
+    sessions = json.loads((folder / "experiment.json").read_text())["sessions"]
+    assert [s["runs_done"] for s in sessions] == [0, 1]
+    assert not failures(tmp_path)
     assert "cannot be read" not in (folder / "report.md").read_text()
 
 
@@ -142,7 +156,7 @@ def test_a_record_that_cannot_be_written_ends_the_sweep_and_is_kept(
     assert main(study(tmp_path, rates=[50], warm_up_requests=0)) == 1
     (kept,) = (tmp_path / "temporary").glob("*_seed*.json")
     error = capsys.readouterr().err
-    assert f"cannot write to {folder / 'dense_s0_rate50_seed0.json'}" in error
+    assert f"cannot write to {folder / 'dense_s0.0_rate50_seed0.json'}" in error
     assert f"the record is in {kept}" in error
     assert "Traceback" not in error
     assert json.loads(kept.read_text())["run"]["method"] == "dense"
@@ -190,7 +204,7 @@ def test_records_of_other_measuring_code_are_not_mixed_in(
     assert "1 runs were there already" in capsys.readouterr().out
     edit(monkeypatch, "client/client.py")
     assert main(arguments) == 2
-    assert "was measured with another code; give another" in capsys.readouterr().err
+    assert "was made by another code" in capsys.readouterr().err
 
 
 def test_every_module_that_measures_is_in_the_fingerprint_of_a_record():
@@ -218,7 +232,11 @@ def test_a_server_that_does_not_start_fails_its_runs_only(stub_servers, tmp_path
     assert main(study(tmp_path, rates=[50], seeds=[0])) == 1
     assert set(records(tmp_path)) == {"h2o_s0.9_rate50_seed0"}
     error = capsys.readouterr().err
-    assert "dense_s0: the server ended with status 3: ValueError: this model cannot be" in error
+    assert "the server ended with status 3: ValueError: this model cannot be" in error
+    (failed,) = failures(tmp_path).values()
+    assert failed["key"] == "dense_s0.0_rate50"
+    assert "this model cannot be" in failed["reason"]
+    assert "this model cannot be" in (tmp_path / "out" / "demo" / "report.md").read_text()
 
 
 def test_a_server_that_does_not_say_what_it_serves_fails_its_runs_only(
@@ -227,7 +245,8 @@ def test_a_server_that_does_not_say_what_it_serves_fails_its_runs_only(
     stub_servers["dense"] = ["no_models"]
     assert main(study(tmp_path, rates=[50], seeds=[0])) == 1
     assert set(records(tmp_path)) == {"h2o_s0.9_rate50_seed0"}
-    assert "dense_s0: no OpenAI server answers at" in capsys.readouterr().err
+    assert "no OpenAI server answers at" in capsys.readouterr().err
+    assert set(failures(tmp_path)) == {"dense_s0.0_rate50_seed0"}
     assert not children()
 
 
@@ -266,16 +285,19 @@ def test_a_server_that_dies_is_replaced(stub_servers, tmp_path, capsys):
     # Warm-up 2, first run 6: it dies in the second run; the next server takes the rest.
     stub_servers["dense"] = ["die", "--after", "10"]
     assert main(study(tmp_path, rates=[20], seeds=[0, 1, 2], methods=["dense"])) == 1
-    found = records(tmp_path)
-    assert [r["complete"] for r in found.values()] == [True, False, True]
-    assert "the server" in found["dense_s0_rate20_seed1"]["stop_reason"]
+    assert set(records(tmp_path)) == {f"dense_s0.0_rate20_seed{seed}" for seed in (0, 2)}
+    (failed,) = failures(tmp_path).values()
+    assert (failed["seed"], failed["complete"]) == (1, False)
+    assert "the server" in failed["reason"]
+    assert failed["counts"]["planned"] == 6, "what there is of the record is kept"
     folder = tmp_path / "out" / "demo"
-    assert {p.name for p in (folder / "logs").iterdir()} == {"dense_s0.log", "dense_s0.2.log"}
+    assert {p.name for p in (folder / "logs").iterdir()} == {"dense_s0.0.log", "dense_s0.0.2.log"}
     assert "What did not go as planned" in (folder / "report.md").read_text()
     assert not children()
     stub_servers["dense"] = ["good"]
     assert main(study(tmp_path, rates=[20], seeds=[0, 1, 2], methods=["dense"])) == 0
-    assert all(r["complete"] for r in records(tmp_path).values())
+    assert len(records(tmp_path)) == 3
+    assert not failures(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -292,7 +314,7 @@ def test_interrupting_a_sweep_leaves_no_process(number, tmp_path):
         text=True, cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     for line in process.stderr:
-        if line.startswith("dense_s0_rate1, seed 0"):
+        if line.startswith("dense_s0.0_rate1, seed 0"):
             break
     time.sleep(2)
     servers = psutil.Process(process.pid).children(recursive=True)
@@ -303,8 +325,9 @@ def test_interrupting_a_sweep_leaves_no_process(number, tmp_path):
     assert "finished runs are kept" in error
     assert "Traceback" not in error
     assert not any(server.is_running() for server in servers)
-    (record,) = records(tmp_path).values()
-    assert record["stop_reason"] == "interrupted"
+    assert not records(tmp_path)
+    (failed,) = failures(tmp_path).values()
+    assert failed["reason"] == "interrupted"
 
 
 def test_a_server_with_children_is_ended_whole(tmp_path):
@@ -380,7 +403,13 @@ def test_serve_prints_the_plain_command(tmp_path, capsys):
         ({"load": {"num_requests": 3, "quality": 5}}, "quality of a load is 5"),
         ({"load": {"num_requests": 3, "slo": "fast"}}, "slo of a load is 'fast'"),
         ({"rates": 4}, "rates of a serving study must be a list"),
-        ({"methods": [{"sparsity": [0.5]}]}, "needs policy"),
+        ({"methods": [{"sparsity": [0.5]}]}, "give a policy's name or {policy, name, args}"),
+        ({"methods": [{"policy": "h2o", "color": 1}]}, "it takes policy, name and args"),
+        ({"methods": [{"policy": "cab", "args": {"local": 0.9}}]}, "sum to 1"),
+        ({"budget_tokens": [40]}, "give at least 64"),
+        ({"vary": {"colour": [1]}}, "no setting that can vary"),
+        ({"vary": {"block_size": 32}}, "must be a list of values"),
+        ({"vary": {"block_size": [32, 32]}}, "the same value twice"),
         ({"methods": [{"policy": "h2o", "rates": 4}]}, "rates of method"),
         ({"methods": ["h2o", {"policy": "h2o", "seeds": [1]}]}, "h2o_s0.9_rate20_seed1 twice"),
     ],
@@ -398,7 +427,7 @@ def test_a_run_is_known_by_the_content_of_the_files_it_reads(stub_servers, tmp_p
     for content in ("words", "other words", "words"):
         text.write_text(content)
         made = ServingStudy.parse({**STUDY, "model": str(tmp_path / "model"), "load": load}).runs()
-        hashes.add(made[0].describe()["hash"])
+        hashes.add(made[0].hash)
     assert len(hashes) == 2
 
 
@@ -406,12 +435,39 @@ def test_methods_with_rates_and_seeds_of_their_own():
     methods = ["dense", {"policy": "h2o", "sparsity": [0.5], "rates": [80], "seeds": [2]}]
     made = ServingStudy.parse({**STUDY, "methods": methods}).runs()
     assert [run.file_name for run in made] == [
-        "dense_s0_rate20_seed0.json",
-        "dense_s0_rate20_seed1.json",
-        "dense_s0_rate40_seed0.json",
-        "dense_s0_rate40_seed1.json",
+        "dense_s0.0_rate20_seed0.json",
+        "dense_s0.0_rate20_seed1.json",
+        "dense_s0.0_rate40_seed0.json",
+        "dense_s0.0_rate40_seed1.json",
         "h2o_s0.5_rate80_seed2.json",
     ]
+
+
+def test_methods_may_have_parameters_names_and_budgets():
+    methods = [
+        {"policy": "cab", "name": "cab-forman", "args": {"bridge_definition": "forman"}},
+        {"policy": "h2o", "budget_tokens": [1024]},
+    ]
+    made = ServingStudy.parse({**STUDY, "methods": methods, "rates": [20], "seeds": [0]})
+    forman, budget = made.runs()
+    assert [r.key for r in (forman, budget)] == ["cab-forman_s0.9_rate20", "h2o_b1024_rate20"]
+    assert made.settings(forman)["policy_args"] == {"cab": {"bridge_definition": "forman"}}
+    assert made.settings(budget)["budget_tokens"] == 1024
+    assert "sparsity" not in made.settings(budget)
+
+
+def test_what_varies_has_a_table_of_its_own(stub_servers, tmp_path):
+    vary = {"load.output_length": [3, 4]}
+    arguments = study(tmp_path, rates=[50], seeds=[0], methods=["dense"], vary=vary)
+    assert main(arguments) == 0
+    folder = tmp_path / "out" / "demo"
+    for length in (3, 4):
+        point = folder / f"load.output-length={length}"
+        record = json.loads((point / "dense_s0.0_rate50_seed0.json").read_text())
+        assert record["requests"]["output_tokens"] == [length] * 6
+        assert (point / "report.md").is_file()
+        assert f"(load.output-length={length}/report.md)" in (folder / "report.md").read_text()
+    assert main(["report", str(folder)]) == 0
 
 
 def test_a_file_that_is_no_study(tmp_path):

@@ -35,7 +35,7 @@ def runs(settings, device="cpu") -> list[RunSpecification]:
 def test_runs_of_a_comparison(model):
     made = runs({"model": str(model), "methods": ["dense", "h2o"], "sparsity": ["0.5", 0.9],
                  "num_runs": 2})  # fmt: skip
-    keys = ("dense_s0", "h2o_s0.5", "h2o_s0.9")
+    keys = ("dense_s0.0", "h2o_s0.5", "h2o_s0.9")
     assert [run.file_name for run in made] == [
         f"{key}_ctx1024_seed{seed}.json" for seed in (0, 1) for key in keys
     ]
@@ -49,7 +49,7 @@ def test_methods_with_parameters_and_budgets(model):
     bridges = {"policy": "cab", "args": {"bridge_definition": "forman"}}
     made = runs({"model": str(model), "methods": ["dense", bridges], "sparsity": [],
                  "budget_tokens": [256]})  # fmt: skip
-    assert [run.key for run in made] == ["dense_s0", "cab-forman_b256"]
+    assert [run.key for run in made] == ["dense_s0.0", "cab-forman_b256"]
     assert made[1].settings == {
         "kv_policy": "cab",
         "kv_policy_args": {"bridge_definition": "forman"},

@@ -111,7 +111,7 @@ def test_a_report_names_the_record_with_a_number_that_is_none(experiment, consta
 def test_a_report_names_a_file_that_is_cut_short(experiment, name, capsys):
     damaged = experiment / name
     damaged.parent.mkdir(exist_ok=True)
-    damaged.write_text(damaged.read_text() if damaged.exists() else '{"key": "dense_s0"}')
+    damaged.write_text(damaged.read_text() if damaged.exists() else '{"key": "dense_s0.0"}')
     truncate(damaged)
     assert main(["report", str(experiment)]) == 2
     error = capsys.readouterr().err
@@ -130,7 +130,7 @@ def test_a_report_names_a_file_that_holds_something_else(experiment, name, conte
 
 def test_a_record_that_is_cut_short_is_measured_again(offline, experiment, capsys):
     before = read_json(experiment / H2O)
-    for name in (H2O, "dense_s0_ctx256_load0.json"):
+    for name in (H2O, "dense_s0.0_ctx256_load0.json"):
         truncate(experiment / name)
     assert offline() == 0
     told = capsys.readouterr().err
@@ -158,12 +158,13 @@ def test_a_damaged_experiment_costs_no_run(offline, engines, experiment, capsys)
 
 def test_a_full_disk_ends_a_sweep_with_a_sentence_and_keeps_what_is_done(offline, capsys):
     full_disk(offline.folder / H2O)
-    assert offline() == 2
+    assert offline() == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"cannot write to {offline.folder / H2O}: No space left on device" in error
+    assert "the record is in" in error
     assert "finished runs are kept, --experiment-name e goes on" in error
     assert [path.name for path in offline.folder.glob("*_ctx256_*")] == [
-        "dense_s0_ctx256_seed0.json"
+        "dense_s0.0_ctx256_seed0.json"
     ]
     assert leftovers(offline.folder) == []
     assert offline() == 0
@@ -203,7 +204,7 @@ def test_tables_tell_the_sparsity_that_was_in_effect(offline, capsys):
         assert record["effective_sparsity"] == 0.75
     results = read_json(offline.folder / "aggregated_results.json")
     assert results["h2o_s0.9"]["effective_sparsity"] == 0.75
-    assert results["dense_s0"]["effective_sparsity"] == 0
+    assert results["dense_s0.0"]["effective_sparsity"] == 0
     page = (offline.folder / "report.md").read_text()
     assert page.count("| method | sparsity | effective |") == 3
     assert "*Effective*: the sparsity that is left" in page

@@ -1,0 +1,220 @@
+"""The one loop of every study: runs grouped by what they need started, measured and recorded.
+
+A kind of study (``offline.py``, ``serving.py``) says what a resource is, how it starts and how a
+run is measured on it. All else is here. What is recorded is skipped. Each resource starts once, and
+again only where a failure may have broken it. What fails is recorded under ``failed/``. Where the
+time went stands in ``experiment.json``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from vllm_plugins.config import EvictionConfigError
+
+from ..errors import UnwritableFile, UsageError
+from ..records.files import write_json
+from ..records.output import RecordElsewhere, save_record
+from ..records.provenance import timestamp
+from ..records.stored import FAILED
+from ..study.plan import Comparison
+from .experiment import Experiment
+from .session import Session
+
+Progress = Callable[[str, int], None]
+"""Hears what goes on, and how many units of work it was (0: it begins)."""
+
+
+class Run(Protocol):
+    """One measurement, completely specified."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def file_name(self) -> str: ...
+    @property
+    def hash(self) -> str: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is to be measured, and where its record goes."""
+
+    folder: Path
+    run: Any
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.run.file_name
+
+    @property
+    def failed_path(self) -> Path:
+        return self.folder / FAILED / self.run.file_name
+
+
+class BrokenOff(Exception):
+    """A run ended early. ``record``: what there is of it; ``interrupted``: by the user."""
+
+    def __init__(self, reason: str, record: dict[str, Any], interrupted: bool = False) -> None:
+        super().__init__(reason)
+        self.record, self.interrupted = record, interrupted
+
+
+class Sweep(ABC):
+    """One invocation of a study.
+
+    Subclasses fill ``points``, ``jobs`` and ``source`` before they call ``run``.
+
+    Args:
+        folder: of the experiment.
+        study: its settings, for ``experiment.json``.
+
+    """
+
+    expected: ClassVar[tuple[type[Exception], ...]] = (UsageError, EvictionConfigError, BrokenOff)
+    """Errors whose message alone is the reason a reader needs."""
+
+    def __init__(self, folder: Path, study: dict[str, Any]) -> None:
+        self.folder = folder
+        self.session = Session()
+        self.experiment = Experiment(folder, study)
+        self.notes: list[str] = list(self.experiment.notes)
+        """What the user should know of before anything runs, a sentence each."""
+        self.failures: list[tuple[str, str]] = []
+        self.points: Sequence[Comparison] = ()
+        self.jobs: Sequence[Job] = ()
+        self.source: dict[str, Any] = {}
+
+    @abstractmethod
+    def resource_of(self, run: Any) -> Hashable:
+        """Runs with equal resources share a start."""
+
+    @abstractmethod
+    def started(self, job: Job) -> AbstractContextManager[Any]:
+        """What runs are measured on, started and warmed up for the duration of the block."""
+
+    @abstractmethod
+    def measure(self, resource: Any, job: Job, advance: Callable[[int], None]) -> dict[str, Any]:
+        """The record of a run; ``advance`` hears of each unit of work that is done.
+
+        Raises:
+            BrokenOff: the run ended early.
+
+        """
+
+    @abstractmethod
+    def size(self, run: Any) -> int:
+        """Units of work of a run: windows, requests."""
+
+    def healthy_after(self, error: Exception) -> bool:
+        """Whether a resource can take another run after one failed so."""
+        return False
+
+    @property
+    def total_size(self) -> int:
+        """Units of work that are still to be done."""
+        return sum(self.size(job.run) for job in self.jobs)
+
+    def run(self, progress: Progress = lambda label, finished: None) -> None:
+        """Measure what is missing; every record is written as soon as it is there.
+
+        A run that fails is recorded under ``failed/`` and the sweep goes on.
+
+        Raises:
+            UsageError: the folder cannot be written; nothing was started.
+            UnwritableFile, RecordElsewhere: a record cannot be written where it belongs; what is
+                finished is kept.
+
+        """
+        try:
+            for folder in {self.folder, *(point.folder for point in self.points)}:
+                folder.mkdir(parents=True, exist_ok=True)
+            self._save_session()
+        except (OSError, UnwritableFile) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"cannot write to {self.folder}: {reason}") from None
+        resources = dict.fromkeys(self.resource_of(job.run) for job in self.jobs)
+        try:
+            for resource in resources:
+                jobs = [job for job in self.jobs if self.resource_of(job.run) == resource]
+                self._run_on_one(jobs, progress)
+        finally:
+            with suppress(UnwritableFile):
+                self._save_session()
+
+    def _run_on_one(self, jobs: Sequence[Job], progress: Progress) -> None:
+        """All jobs of one resource; it is started anew only where a failure may have broken it."""
+        remaining = list(jobs)
+        while remaining:
+            with ExitStack() as stack:
+                progress(f"{remaining[0].run.key}: start", 0)
+                self.session.engine_starts += 1
+                try:
+                    resource = stack.enter_context(self.started(remaining[0]))
+                except Exception as error:
+                    for job in remaining:
+                        self._fail(job, error)
+                        progress(job.run.key, self.size(job.run))
+                    return
+                healthy = True
+                while remaining and healthy:
+                    healthy = self._run_job(resource, remaining.pop(0), progress)
+                with self.session.part("shutdown"):
+                    stack.close()
+
+    def _run_job(self, resource: Any, job: Job, progress: Progress) -> bool:
+        """Measure and record; False: the resource may be broken."""
+        finished = 0
+
+        def advance(count: int) -> None:
+            nonlocal finished
+            finished += count
+            progress(job.run.key, count)
+
+        progress(f"{job.run.key}, seed {job.run.seed}", 0)
+        try:
+            with self.session.part("measuring"):
+                record = self.measure(resource, job, advance)
+            save_record(job.path, record)
+        except (UnwritableFile, RecordElsewhere):
+            raise
+        except Exception as error:
+            self._fail(job, error)
+            progress(job.run.key, self.size(job.run) - finished)
+            if getattr(error, "interrupted", False):
+                raise KeyboardInterrupt from None
+            return self.healthy_after(error)
+        job.failed_path.unlink(missing_ok=True)
+        self.session.runs_done += 1
+        self._save_session()
+        return True
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        reason = str(error)
+        if not isinstance(error, self.expected):
+            reason = f"{type(error).__name__}: {reason}"
+        self.failures.append((job.run.file_name, reason))
+        self.session.runs_failed += 1
+        head = {
+            "timestamp": timestamp(),
+            "status": "failed",
+            "reason": reason,
+            "key": job.run.key,
+            "seed": job.run.seed,
+            "specification_hash": job.run.hash,
+            "specification": job.run.to_dict(),
+            **self.source,
+        }
+        write_json(job.failed_path, {**getattr(error, "record", {}), **head})
+        self._save_session()
+
+    def _save_session(self) -> None:
+        self.experiment.save(self.session, self.points)
