@@ -1,17 +1,17 @@
-"""Writes the tables between ``<!-- KIND: NAME -->`` and ``<!-- end -->`` of a README.
+"""Writes the tables between ``<!-- KIND: NAME ... -->`` and ``<!-- end -->`` of READMEs.
 
-    python -m harness.report.readme README.md results
+    python -m harness.bench.readme README.md results/README.md results
 
-NAME lies under ``results``. Kinds: ``table``, a folder of records or a benchmark's record;
-``ablation``, the folder of a study that varies something;
-``settings``, folders of records below one, a row for each way of scoring; ``sampled``, the same
-where scores are sampled; ``agreement``, two folders of records of one study, from two machines.
+NAMEs lie under ``results``, the last argument. Kinds: ``table``, a folder of records or a
+benchmark's record; ``headline``, an experiment whose points are texts; ``load``, records of loads
+side by side; ``ablation``, the folder of a study that varies something; ``settings``, folders of
+records below one, a row for each way of scoring; ``sampled``, the same where scores are sampled;
+``agreement``, two folders of records of one study, from two machines.
 Figures in a README are never typed in.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -33,11 +33,10 @@ from ..report.ablation import ablation_rows
 from ..report.agreement import agreement_table
 from ..report.experiment import point_name
 from ..report.tables import caption, markdown, markdown_table, provenance_line
-from .tables import bench_table, sampled_table, settings_table
+from .tables import bench_table, headline_table, load_table, sampled_table, settings_table
 
-_MARKED = re.compile(
-    r"(<!-- (table|ablation|settings|sampled|agreement): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL
-)
+_KINDS = "table|headline|load|ablation|settings|sampled|agreement"
+_MARKED = re.compile(rf"(<!-- ({_KINDS}): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def fill(text: str, results: Path) -> str:
@@ -59,14 +58,15 @@ def fill(text: str, results: Path) -> str:
 def _table(path: Path) -> str:
     if path.suffix == ".json":
         return bench_table(read_json(path))
-    records, loads = read_records(path), read_load_records(path)
-    current = aggregate(records, loads)
-    if not _follows(read_json(path / "aggregated_results.json"), current):
-        raise UsageError(
-            f"{path}/aggregated_results.json does not match its records; run kv-eviction report"
-        )
+    records = read_records(path)
+    current = aggregate(records, read_load_records(path))
     told = f"{caption(records[0])}, {len({r['seed'] for r in records})} runs."
     return f"{told}\n{provenance_line(records[0])}\n\n{markdown_table(current)}"
+
+
+def _headline(folder: Path) -> str:
+    points = read_experiment(folder / EXPERIMENT)["comparisons"]
+    return headline_table([read_records(folder / point["folder"]) for point in points])
 
 
 def _ablation(folder: Path) -> str:
@@ -81,16 +81,6 @@ def _ablation(folder: Path) -> str:
     )
 
 
-def _follows(kept: Any, made: Any) -> bool:
-    """Whether everything that was kept is made anew, but for the last digits of numbers: exp and
-    log differ between processors there. A newer version may make more than was kept."""
-    if isinstance(kept, dict) and isinstance(made, dict):
-        return kept.keys() <= made.keys() and all(_follows(kept[key], made[key]) for key in kept)
-    if isinstance(kept, float) and isinstance(made, int | float):
-        return math.isclose(kept, made, rel_tol=1e-9)
-    return kept == made
-
-
 def _below(folder: Path) -> list[dict[str, Any]]:
     """Records of all folders below, failed runs aside."""
     paths = sorted(folder.rglob(PERPLEXITY_RECORDS))
@@ -99,6 +89,8 @@ def _below(folder: Path) -> list[dict[str, Any]]:
 
 _TABLES: dict[str, Callable[..., str]] = {
     "table": _table,
+    "headline": _headline,
+    "load": lambda *paths: load_table([read_json(path) for path in paths]),
     "ablation": _ablation,
     "settings": lambda folder: settings_table(_below(folder)),
     "sampled": lambda folder: sampled_table(_below(folder)),
@@ -107,13 +99,14 @@ _TABLES: dict[str, Callable[..., str]] = {
 
 
 def main() -> None:
-    readme, results = map(Path, sys.argv[1:])
+    *readmes, results = map(Path, sys.argv[1:])
     try:
-        text = fill(readme.read_text(encoding="utf-8"), results)
+        made = {readme: fill(readme.read_text(encoding="utf-8"), results) for readme in readmes}
     except UsageError as error:
         print(f"readme: {error}", file=sys.stderr)
         sys.exit(2)
-    write_text(readme, text)
+    for readme, text in made.items():
+        write_text(readme, text)
 
 
 if __name__ == "__main__":

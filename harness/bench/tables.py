@@ -2,19 +2,145 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+from ..analysis.aggregate import aggregate, significance
 from ..analysis.perplexity import total
 from ..analysis.statistics import mean_interval
-from ..report.tables import Row, level, markdown
+from ..records.specifications import DENSE
+from ..report.tables import Row, caption, level, markdown, provenance_line
 
 
 def bench_table(record: dict[str, Any]) -> str:
     """The table of a benchmark's record, by its ``benchmark`` field."""
     return f"{_machine(record)}\n\n{_TABLES[record['benchmark']](record)}"
+
+
+def headline_table(texts: list[list[dict[str, Any]]]) -> str:
+    """Perplexity and KV memory against dense by method and sparsity, a column for each text.
+
+    Perplexity and its interval follow from the differences in loss of windows that share no
+    token, KV memory from the peaks of the first text's runs.
+
+    Args:
+        texts: the records of each text, dense and others, of the same methods and sparsities.
+
+    """
+    tests = [significance(records) for records in texts]
+    results = aggregate(texts[0])
+    names = [records[0]["specification"]["dataset"].rsplit("/", 1)[-1] for records in texts]
+    names = [name.removeprefix("text:") for name in names]
+    table: list[Row] = [("method", "sparsity", *names, "KV memory at its peak")]
+    for key, entry in results.items():
+        if entry["method"] == DENSE:
+            continue
+        found = [by_name[f"{DENSE}_vs_{key}"]["all_tokens"] for by_name in tests]
+        memory = entry["peak_memory_mb"]["mean"] / results[f"{DENSE}_s0"]["peak_memory_mb"]["mean"]
+        cells = [_percent(t["mean_difference_nats"], t["interval_95_t"]) for t in found]
+        table.append((entry["method"], level(key, entry), *cells, f"{memory:.0%}"))
+    counts = " and ".join(
+        f"{next(iter(by_name.values()))['all_tokens']['num_windows']} windows of {name}"
+        for name, by_name in zip(names, tests, strict=True)
+    )
+    first = texts[0][0]
+    return (
+        f"{caption(first)}.\n{provenance_line(first)} Change of perplexity against dense, with "
+        f"its 95% interval by Student's t over {counts} that share no token.\n\n{markdown(table)}"
+    )
+
+
+def _percent(nats: float, interval: list[float]) -> str:
+    """A difference in loss as a change of perplexity, with its interval."""
+    value, low, high = 100 * np.expm1([nats, *interval])
+    return f"{value:+.1f}% [{low:+.1f}, {high:+.1f}]"
+
+
+def load_table(records: list[dict[str, Any]]) -> str:
+    """Records of ``kv-eviction load`` side by side: the steady span, memory and quality."""
+    told = [f"{_device(r)}: {_machine(r)} {_load(r)}" for r in records]
+    table: list[Row] = [("measure", *map(_device, records))]
+    table += [(name, *map(cell, records)) for name, cell in _LOAD_ROWS.items()]
+    return "\n".join(told) + f"\n\n{markdown(table)}"
+
+
+def _device(record: dict[str, Any]) -> str:
+    return "GPU" if "gpu" in record["hardware"] else "CPU"
+
+
+def _load(record: dict[str, Any]) -> str:
+    load, quality = record["specification"], record["specification"]["quality"]
+    low, high = record["summary"]["steady"]["span_s"]
+    return (
+        f"{load['num_requests']} requests, {load['arrivals']} arrivals, "
+        f"{load['request_rate']:g} per second, prompts {load['input_length']}, outputs "
+        f"{load['output_length']}; of these {quality['share']:.0%} are windows of "
+        f"{quality['context_length']} tokens, chunk {quality['chunk']}. Steady span: second "
+        f"{low:.0f} to {high:.0f}."
+    )
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _steady(name: str, *statistics: str) -> Callable[[dict[str, Any]], str]:
+    """What fills a cell with a metric of the steady span, or with some of its statistics."""
+
+    def cell(record: dict[str, Any]) -> str:
+        value = record["summary"]["steady"][name]
+        if value is None or not statistics:
+            return _number(value)
+        return " / ".join(_number(value[statistic]) for statistic in statistics)
+
+    return cell
+
+
+def _succeeded(record: dict[str, Any]) -> str:
+    return f"{record['counts']['succeeded']} of {record['counts']['planned']}"
+
+
+def _held(record: dict[str, Any]) -> str:
+    usage = record["memory"]["kv_cache_usage"]
+    return f"{usage['mean']:.1%} / {usage['max']:.1%}"
+
+
+def _sparsity(record: dict[str, Any]) -> str:
+    value = record["memory"]["effective_sparsity"]
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _perplexity(record: dict[str, Any], name: str) -> str:
+    value = record["quality"][name]
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _windows(record: dict[str, Any]) -> str:
+    quality = record["quality"]
+    return f"{quality['num_answered']} of {quality['num_asked']} / {quality['num_other_chunk']}"
+
+
+_LOAD_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "requests that succeeded": _succeeded,
+    "time to first token, ms, p50 / p99": _steady("time_to_first_token_ms", "p50", "p99"),
+    "time per output token, ms, p50 / p95": _steady("time_per_output_token_ms", "p50", "p95"),
+    "requests per second": _steady("request_throughput"),
+    "output tokens per second": _steady("output_throughput"),
+    "requests in flight at the peak": _steady("peak_concurrency"),
+    "sent late, ms, p50 / p99": _steady("send_lag_ms", "p50", "p99"),
+    "KV pool, blocks": lambda r: f"{r['memory']['num_gpu_blocks']:.0f}",
+    "KV pool held, mean / max": _held,
+    "effective sparsity": _sparsity,
+    "preemptions": lambda r: f"{r['memory']['preemptions']:.0f}",
+    "perplexity under load": lambda r: _perplexity(r, "perplexity"),
+    "perplexity after eviction": lambda r: _perplexity(r, "perplexity_after_eviction"),
+    "windows answered / chunk not kept": _windows,
+}
 
 
 def settings_table(records: list[dict[str, Any]]) -> str:
@@ -52,7 +178,7 @@ def sampled_table(records: list[dict[str, Any]]) -> str:
             controls[name] = f"{name} {record['perplexity']:.2f}"
             continue
         eviction = record["specification"]["engine"]["eviction"]
-        sampling = eviction["score_every"], eviction["score_layers"]
+        sampling = _query_stride(eviction), _layer_stride(eviction)
         cells.setdefault(sampling, {})[name] = record
     columns = sorted(cells[1, 1])
     table: list[Row] = [("a decode's query scored", "layers scored", *columns)]
@@ -92,10 +218,21 @@ def _scores(record: dict[str, Any]) -> str:
     queries, groups = eviction["score_queries"], eviction["layer_groups"]
     name = f"{eviction['score']}, {'all' if queries == 'all' else f'last {queries}'} queries"
     name += f", {groups} group{'s' if groups > 1 else ''}"
-    for what, every in (("decode", eviction["score_every"]), ("layer", eviction["score_layers"])):
+    strides = {"decode": _query_stride(eviction), "layer": _layer_stride(eviction)}
+    for what, every in strides.items():
         if every > 1:
             name += f", every {every}th {what}"
     return name
+
+
+def _query_stride(eviction: dict[str, Any]) -> int:
+    """Every which decoded query is scored, under today's name or that of older records."""
+    return eviction.get("score_query_stride", eviction.get("score_every", 1))
+
+
+def _layer_stride(eviction: dict[str, Any]) -> int:
+    """Every which layer is scored, under today's name or that of older records."""
+    return eviction.get("score_layer_stride", eviction.get("score_layers", 1))
 
 
 def _losses(record: dict[str, Any]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..records.files import read_json, write_json
 from ..records.stored import FAILED, check_sources, read_load_records, read_records
 from .expectations import expectation_rows
 from .figures import draw
-from .page import write_pages
+from .page import Figure, write_pages
 from .tables import (
     EFFECTIVE,
     Row,
@@ -30,8 +31,16 @@ TIMINGS = "## Speed and time"
 """Two measurements of one specification have the same report up to this heading."""
 
 
-def report_comparison(folder: Path, title: str, sessions: list[dict[str, Any]]) -> dict[str, Any]:
+def report_comparison(
+    folder: Path, title: str, sessions: list[dict[str, Any]], shown: int = 1
+) -> dict[str, Any]:
     """Write everything that follows from the records of ``folder``; the aggregated results.
+
+    Args:
+        folder: of the records.
+        title: of the page.
+        sessions: of the experiment, where its time is to be told.
+        shown: so many figures stand in ``report.md`` (see ``write_pages``).
 
     Raises:
         UsageError: no record, one that cannot be read, or records that must not be mixed.
@@ -45,7 +54,8 @@ def report_comparison(folder: Path, title: str, sessions: list[dict[str, Any]]) 
     write_json(folder / "significance_tests.json", tests)
     write_json(folder / "curves.json", extra)
     figures = draw(folder, results, tests, extra, caption(records[0]))
-    write_pages(folder, _page(title, folder, records, loads, results, tests, figures, sessions))
+    parts = _page(title, folder, records, loads, results, tests, figures, sessions)
+    write_pages(folder, parts, shown)
     return results
 
 
@@ -80,10 +90,10 @@ def _page(
     title: str, folder: Path, records: list[dict[str, Any]], loads: list[dict[str, Any]],
     results: dict[str, Any], tests: dict[str, Any], figures: list[tuple[str, str]],
     sessions: list[dict[str, Any]],
-) -> str:  # fmt: skip
+) -> list[str | Figure]:  # fmt: skip
     first = records[0]
     seeds = sorted({record["seed"] for record in records})
-    parts = [
+    parts: list[str | Figure] = [
         f"# {title}",
         f"{caption(first)}; {len(seeds)} run(s), seed {', '.join(map(str, seeds))}.",
         f"{_text_line(first)}",
@@ -132,7 +142,7 @@ def _page(
         parts += ["Where the time went, by session:", markdown(time_rows(sessions))]
     if len(table := expectation_rows(results, caption(first))) > 1:
         parts += ["## Expected, published, measured", markdown(table, numbers=False)]
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def _left_out(tests: dict[str, Any]) -> str:
@@ -142,8 +152,8 @@ def _left_out(tests: dict[str, Any]) -> str:
     return f"; {most} windows that share text with another seed's are in no test"
 
 
-def _shown(figures: list[tuple[str, str]], wanted: Any) -> list[str]:
-    return [f"![{text}]({name}.png)\n\n*{text}*" for name, text in figures if wanted(name)]
+def _shown(figures: list[tuple[str, str]], wanted: Callable[[str], bool]) -> list[Figure]:
+    return [Figure(name, text) for name, text in figures if wanted(name)]
 
 
 def _text_line(record: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from ..records.stored import (
 )
 from .ablation import ablation_rows, draw_ablation
 from .comparison import TIMINGS, failures, report_comparison, time_rows
-from .page import write_pages
+from .page import Figure, write_pages
 from .tables import caption, differs, machine_line, markdown
 
 _AT = "; *at*: the effective sparsity, where blocks that always stay leave another than was asked"
@@ -45,7 +45,8 @@ def report_experiment(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     reported = []
     for point in there:
         varied = point_name(point)
-        results = report_comparison(folder / point["folder"], f"{name}: {varied}", [])
+        # The study's page has the figure over all its points.
+        results = report_comparison(folder / point["folder"], f"{name}: {varied}", [], shown=0)
         reported.append((varied, results))
     failed = [
         f"- {point_name(point)}: `{f['key']}` of seed {f['seed']}: {f['reason']}"
@@ -81,7 +82,7 @@ def _overview(
         f"- [{text}]({point['folder']}/report.md)"
         for point, (text, _) in zip(points, reported, strict=True)
     ]
-    parts = [
+    parts: list[str | Figure] = [
         f"# {name}",
         f"Varied: {varied}. First point: {caption(first)}.",
         f"{machine_line(first)}; code {first.get('code', 'unknown')}.",
@@ -89,7 +90,7 @@ def _overview(
         "Mean and standard deviation over runs; in brackets against dense at the same point"
         f"{_AT if any(differs(e) for _, r in reported for e in r.values()) else ''}.",
         markdown(ablation_rows(reported)),
-        "![Perplexity at every point](ablation.png)",
+        Figure("ablation", "Perplexity at every point; bars from the lowest to the highest run."),
         "## Reports",
         "\n".join(links),
     ]
@@ -98,4 +99,4 @@ def _overview(
     parts += [TIMINGS, f"Measured {first['timestamp'][:10]}."]
     if sessions:
         parts += ["Where the time went, by session:", markdown(time_rows(sessions))]
-    write_pages(folder, "\n\n".join(parts) + "\n")
+    write_pages(folder, parts)

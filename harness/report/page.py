@@ -1,14 +1,22 @@
-"""Pages: Markdown, and the same as one HTML file that needs no other."""
+"""Pages: Markdown, and the same with every figure as one HTML file that needs no other."""
 
 from __future__ import annotations
 
 import base64
 import html
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..records.files import write_text
 
+MADE_BY = (
+    "`kv-eviction report DIR` makes this page from the records beside it. The same command makes "
+    "`report.html` with every figure, each figure as PNG and SVG, and the numbers behind them as "
+    "JSON."
+)
+"""A line of every page: what is not beside it can be made."""
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
   color: #111; background: #fff; }
@@ -23,10 +31,35 @@ code { font-size: 0.9em; }
 _IMAGE = re.compile(r'<img src="([^":]+)"')
 
 
-def write_pages(folder: Path, markdown: str) -> None:
-    """``report.md`` and ``report.html`` in ``folder``."""
-    write_text(folder / "report.md", markdown)
-    write_text(folder / "report.html", to_html(markdown, folder))
+@dataclass(frozen=True)
+class Figure:
+    """A figure's place in a page: its file without suffix, beside the page, and its caption."""
+
+    name: str
+    caption: str
+
+    def __str__(self) -> str:
+        return f"![{self.caption}]({self.name}.png)\n\n*{self.caption}*"
+
+
+def write_pages(folder: Path, parts: Sequence[str | Figure], shown: int = 1) -> None:
+    """``report.md`` and ``report.html`` in ``folder``.
+
+    Args:
+        folder: where the figures lie.
+        parts: paragraphs, tables, headings and figures, the title first.
+        shown: so many figures, from the first on, stand in ``report.md``. ``report.html`` has all.
+
+    """
+    figures = [part for part in parts if isinstance(part, Figure)]
+    hidden = {figure.name for figure in figures[shown:]}
+    kept = [part for part in parts if not (isinstance(part, Figure) and part.name in hidden)]
+    write_text(folder / "report.md", _joined([*kept, MADE_BY]))
+    write_text(folder / "report.html", to_html(_joined(parts), folder))
+
+
+def _joined(parts: Sequence[str | Figure]) -> str:
+    return "\n\n".join(map(str, parts)) + "\n"
 
 
 def to_html(markdown: str, folder: Path) -> str:

