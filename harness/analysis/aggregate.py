@@ -17,9 +17,9 @@ METRICS = (
     "byte_perplexity",
     "bits_per_byte",
     "tokens_per_second",
-    "peak_memory_mb",
-    "process_peak_memory_mb",
-    "device_memory_mb",
+    "peak_memory_mib",
+    "process_peak_memory_mib",
+    "device_memory_mib",
     "avg_cache_size",
     "peak_cache_size",
     "blocks_evicted",
@@ -29,7 +29,7 @@ LOAD_METRICS = (
     "prefill_tokens_per_second",
     "decode_tokens_per_second",
     "output_tokens_per_second",
-    "peak_memory_mb",
+    "peak_memory_mib",
     "preemptions",
     "blocks_evicted",
     "decision_seconds",
@@ -44,7 +44,7 @@ def aggregate(
 
     ``effective_sparsity`` is what the asked sparsity or budget comes to (see
     ``specification.effective_sparsity``). Standard deviations are over runs (seeds).
-    ``avg_memory_mb`` is ``avg_cache_size`` in MiB: per window, on average over its steps. Dense
+    ``avg_memory_mib`` is ``avg_cache_size`` in MiB: per window, on average over its steps. Dense
     evicts nothing, so its ``perplexity_after_eviction`` is null; ``dense_after_eviction`` of the
     other keys is its perplexity on the very tokens theirs is over. ``throughput`` holds what the
     separate pass measured, where it was run; its ``against_dense`` is the ratio of output tokens
@@ -63,7 +63,7 @@ def aggregate(
         }
         for metric in METRICS:
             entry[metric] = summary([run.get(metric) for run in runs])
-        entry["avg_memory_mb"] = summary([_average_memory_mb(run) for run in runs])
+        entry["avg_memory_mib"] = summary([_average_memory_mib(run) for run in runs])
         dense = [_dense_on_the_same(run, records) for run in runs]
         if not _is_dense(runs[0]) and all(value is not None for value in dense):
             entry["dense_after_eviction"] = summary(dense)
@@ -165,7 +165,7 @@ def _against_dense(
     return ratio_interval(pairs) if pairs and not _is_dense(runs[0]) else None
 
 
-def _average_memory_mb(run: dict[str, Any]) -> float:
+def _average_memory_mib(run: dict[str, Any]) -> float:
     # Blocks are counted per layer group, and one group's block holds only that group's layers.
     groups = run["specification"]["engine"]["eviction"]["layer_groups"]
     return run["avg_cache_size"] * groups * run["engine"]["bytes_per_block"] / 2**20

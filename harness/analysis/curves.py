@@ -36,7 +36,7 @@ def curves(records: Sequence[dict[str, Any]], results: dict[str, Any]) -> dict[s
         },
         "pareto": pareto(
             {
-                key: (entry["peak_memory_mb"]["mean"], entry["perplexity"]["mean"])
+                key: (entry["peak_memory_mib"]["mean"], entry["perplexity"]["mean"])
                 for key, entry in results.items()
             }
         ),

@@ -39,7 +39,9 @@ def headline_table(texts: list[list[dict[str, Any]]]) -> str:
         if entry["method"] == DENSE:
             continue
         found = [by_name[f"{DENSE}_vs_{key}"]["all_tokens"] for by_name in tests]
-        memory = entry["peak_memory_mb"]["mean"] / results[f"{DENSE}_s0"]["peak_memory_mb"]["mean"]
+        memory = (
+            entry["peak_memory_mib"]["mean"] / results[f"{DENSE}_s0.0"]["peak_memory_mib"]["mean"]
+        )
         cells = [_percent(t["mean_difference_nats"], t["interval_95_t"]) for t in found]
         table.append((entry["method"], level(key, entry), *cells, f"{memory:.0%}"))
     counts = " and ".join(

@@ -18,7 +18,7 @@ from ..analysis.perplexity import (
     total,
 )
 from ..inputs.windows import Window
-from ..records.machine import device_memory_mb, process_peak_memory_mb
+from ..records.machine import device_memory_mib, process_peak_memory_mib
 from ..records.provenance import SCHEMA_VERSION, timestamp
 from ..resources.engine import Engine, NotFinite, ScoredWindow
 from ..study.specification import RunSpecification
@@ -29,9 +29,9 @@ UNITS = {
     "effective_sparsity": "share of a whole window's blocks that the budget lets go; at least "
     "min_blocks stay, and blocks are whole",
     "tokens_per_second": "tokens scored (log-probs on) per second, all windows in flight",
-    "peak_memory_mb": "MiB of KV blocks held at the peak, all requests in flight",
-    "process_peak_memory_mb": "MiB resident, whole process so far, pool reserved up front",
-    "device_memory_mb": "MiB in use on the GPU, pool reserved up front; null without a GPU",
+    "peak_memory_mib": "MiB of KV blocks held at the peak, all requests in flight",
+    "process_peak_memory_mib": "MiB resident, whole process so far, pool reserved up front",
+    "device_memory_mib": "MiB in use on the GPU, pool reserved up front; null without a GPU",
     "avg_cache_size": "KV blocks per window, mean over its steps and layer groups",
     "peak_cache_size": "KV blocks per window, mean over layer groups",
     "decision_seconds": "seconds the scheduler spent deciding, whole run",
@@ -146,9 +146,9 @@ def _head(run: RunSpecification) -> dict[str, Any]:
 
 def _memory(engine: Engine, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "peak_memory_mb": engine.peak_memory_mb(records),
-        "process_peak_memory_mb": process_peak_memory_mb(),
-        "device_memory_mb": device_memory_mb(engine.device),
+        "peak_memory_mib": engine.peak_memory_mib(records),
+        "process_peak_memory_mib": process_peak_memory_mib(),
+        "device_memory_mib": device_memory_mib(engine.device),
         "blocks_evicted": sum(record["blocks_evicted"] for record in records),
         "decisions": sum(record["decisions"] for record in records),
         "decision_seconds": sum(record["decision_seconds"] for record in records),

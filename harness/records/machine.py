@@ -28,12 +28,12 @@ def hardware(device: str) -> dict[str, Any]:
     return found
 
 
-def process_peak_memory_mb() -> float:
+def process_peak_memory_mib() -> float:
     """Peak resident memory of this process so far, MiB (weights, pool and scratch)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def device_memory_mb(device: str) -> float | None:
+def device_memory_mib(device: str) -> float | None:
     """GPU memory in use now by NVML, MiB: all of the card. None without a GPU.
 
     vLLM reserves pool and scratch when it starts and gives nothing back while it runs, so what

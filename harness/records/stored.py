@@ -33,9 +33,20 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UnreadableFile(
             f"{path} is no record of a run (no {lacking[0]}); delete it, or move it elsewhere"
         )
+    return _in_todays_names(record)
+
+
+def _in_todays_names(record: dict[str, Any]) -> dict[str, Any]:
+    """A record under the names of today: committed ones are older than some of them.
+
+    Its key follows from its specification, and mebibytes were called ``_mb`` once.
+    """
+    named = {
+        f"{name.removesuffix('_mb')}_mib" if name.endswith("_mb") else name: value
+        for name, value in record.items()
+    }
     budget = record["specification"].get("budget_tokens")
-    # What tables go by follows from the specification, whatever a record of another time says.
-    return {**record, "key": f"{record['method']}_{level(record['sparsity'], budget)}"}
+    return {**named, "key": f"{record['method']}_{level(record['sparsity'], budget)}"}
 
 
 def read_experiment(path: Path) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _measured(entry: dict[str, Any], dense: dict[str, Any] | None) -> str:
     text = f"perplexity {entry['perplexity']['mean']:.2f}"
     if dense is not None:
         text += f" ({change(entry['perplexity']['mean'], dense['perplexity']['mean'])})"
-        text += f", {_ratio(entry, dense, 'peak_memory_mb'):.0%} of the KV memory"
+        text += f", {_ratio(entry, dense, 'peak_memory_mib'):.0%} of the KV memory"
         if ratio := entry.get("throughput", {}).get("against_dense"):
             once = " (one load)" if ratio["num_runs"] == 1 else ""
             text += f", {times(ratio, 'x')} throughput{once}"

@@ -156,7 +156,7 @@ def _memory(results: dict[str, Any], front: list[str]) -> Any:
         look = dict(looks[method])
         if method == DENSE:
             look["marker"] = DENSE_POINT
-        x = [entry["peak_memory_mb"] for _, entry in pairs]
+        x = [entry["peak_memory_mib"] for _, entry in pairs]
         y = [entry["perplexity"] for _, entry in pairs]
         axes.errorbar(
             [value["mean"] for value in x],
@@ -168,7 +168,7 @@ def _memory(results: dict[str, Any], front: list[str]) -> Any:
             **{**look, "linestyle": look["linestyle"] if len(pairs) > 1 else "none"},
         )
         for key, entry in pairs:
-            point = entry["peak_memory_mb"]["mean"], entry["perplexity"]["mean"]
+            point = entry["peak_memory_mib"]["mean"], entry["perplexity"]["mean"]
             if key in front:
                 axes.plot(*point, "o", ms=14, mfc="none", mec="black", mew=0.8)
             if method != DENSE:

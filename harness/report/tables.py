@@ -45,7 +45,7 @@ def result_rows(results: dict[str, Any], effective: bool = True) -> list[Row]:
                 "-" if is_dense or dense is None else change(ppl, dense),
                 "-" if after is None else spread(after, entry["num_runs"]),
                 "-" if after is None or base is None else change(after["mean"], base["mean"]),
-                f"{entry['peak_memory_mb']['mean']:.1f}",
+                f"{entry['peak_memory_mib']['mean']:.1f}",
                 f"{entry['avg_cache_size']['mean']:.1f}",
             )
         )
@@ -71,7 +71,7 @@ def throughput_rows(results: dict[str, Any]) -> list[Row]:
                 spread(load["decode_tokens_per_second"], runs, 0),
                 spread(load["output_tokens_per_second"], runs, 0),
                 times(load["against_dense"]),
-                f"{load['peak_memory_mb']['mean']:.0f}",
+                f"{load['peak_memory_mib']['mean']:.0f}",
                 f"{load['preemptions']['mean']:.0f}",
                 f"{load['blocks_evicted']['mean']:.0f}",
                 f"{load['decision_seconds']['mean']:.2f}",

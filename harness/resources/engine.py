@@ -138,7 +138,7 @@ class Engine:
                 raise UnfaithfulRun(f"a request made {made} tokens, not {output_tokens}")
         return seconds, records
 
-    def peak_memory_mb(self, records: Sequence[dict[str, Any]]) -> float:
+    def peak_memory_mib(self, records: Sequence[dict[str, Any]]) -> float:
         """KV-cache memory held at the peak of a run, MiB: pool blocks in use times their size."""
         blocks = max(record["peak_pool_blocks"] for record in records)
         return blocks * self.bytes_per_block / 2**20

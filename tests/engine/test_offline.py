@@ -47,8 +47,8 @@ def test_a_record_says_everything_about_its_run(experiment):
     for key in (
         "perplexity",
         "tokens_per_second",
-        "peak_memory_mb",
-        "process_peak_memory_mb",
+        "peak_memory_mib",
+        "process_peak_memory_mib",
         "avg_cache_size",
         "total_tokens",
         "runtime_seconds",
@@ -70,12 +70,12 @@ def test_a_record_says_everything_about_its_run(experiment):
     assert eviction["first_eviction_tokens"] == 192
     assert eviction["blocks_evicted"] == 4
     assert record["blocks_evicted"] == 3 * 4
-    assert (record["preemptions"], record["device_memory_mb"]) == (0, None)
+    assert (record["preemptions"], record["device_memory_mib"]) == (0, None)
     # The pool after each of 5 steps: what is held, and never more than the chunk above it.
     assert record["cache_trace"]["tokens"] == [64, 128, 192, 256]
     assert record["cache_trace"]["blocks"] == [2.0, 4.0, 6.0, 6.0]
     bytes_per_block = 30 * 2 * 3 * 64 * 32 * 4
-    assert record["peak_memory_mb"] == 3 * 6 * bytes_per_block / 2**20
+    assert record["peak_memory_mib"] == 3 * 6 * bytes_per_block / 2**20
 
 
 def test_eviction_costs_and_saves(experiment):
@@ -83,7 +83,7 @@ def test_eviction_costs_and_saves(experiment):
     dense, evicted = results["dense_s0.0"], results["h2o_s0.6"]
     assert evicted["num_runs"] == 2
     assert evicted["perplexity"]["mean"] != dense["perplexity"]["mean"]
-    assert evicted["peak_memory_mb"]["mean"] < 0.7 * dense["peak_memory_mb"]["mean"]
+    assert evicted["peak_memory_mib"]["mean"] < 0.7 * dense["peak_memory_mib"]["mean"]
     tests = json.loads((experiment[0] / "significance_tests.json").read_text())
     assert tests["h2o_vs_cab_s0.6"]["all_tokens"]["num_windows"] == 6
 

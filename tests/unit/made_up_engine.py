@@ -56,7 +56,7 @@ class MadeUpEngine:
         progress(len(prompts))
         return float(output_tokens), [record(0.1)] * len(prompts)
 
-    def peak_memory_mb(self, records):
+    def peak_memory_mib(self, records):
         return 1.5
 
 

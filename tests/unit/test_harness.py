@@ -72,7 +72,7 @@ def test_aggregate_has_the_documented_keys(records):
         "perplexity",
         "perplexity_after_eviction",
         "tokens_per_second",
-        "peak_memory_mb",
+        "peak_memory_mib",
         "avg_cache_size",
     ):
         assert set(entry[metric]) == {"mean", "std", "min", "max"}

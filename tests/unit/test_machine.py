@@ -3,7 +3,7 @@
 import json
 
 from harness.records.code import code_fingerprint
-from harness.records.machine import device_memory_mb, hardware, process_peak_memory_mb
+from harness.records.machine import device_memory_mib, hardware, process_peak_memory_mib
 from harness.records.provenance import SCHEMA_VERSION, identity, provenance
 from harness.sweep.offline import MEASURING
 
@@ -17,8 +17,8 @@ def test_hardware_of_a_cpu():
 
 
 def test_memory():
-    assert process_peak_memory_mb() > 10
-    assert device_memory_mb("cpu") is None
+    assert process_peak_memory_mib() > 10
+    assert device_memory_mib("cpu") is None
 
 
 def test_provenance_names_versions_hardware_and_code():

@@ -164,7 +164,7 @@ def test_results_have_the_documented_metrics(engines, settings, tmp_path):
     report_experiment(tmp_path / "e")
     entry = read_json(tmp_path / "e" / "aggregated_results.json")["h2o_s0.5"]
     for metric in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte",
-                   "avg_cache_size", "peak_memory_mb", "process_peak_memory_mb",
+                   "avg_cache_size", "peak_memory_mib", "process_peak_memory_mib",
                    "blocks_evicted", "decision_seconds"):  # fmt: skip
         assert set(entry[metric]) == {"mean", "std", "min", "max"}, metric
     for metric in ("prefill_tokens_per_second", "decode_tokens_per_second",
