@@ -23,9 +23,9 @@ from vllm.distributed.kv_transfer import (
 
 from .attention.compaction import NULL_BLOCK
 from .attention.state import WorkerState, begin, end, worker_state
-from .checks import check_engine
 from .config import EvictionConfig, EvictionConfigError
 from .messages import EvictionPlan
+from .refusals.engine import check_engine
 from .registration import CONNECTOR
 from .spec import evictable_specs
 

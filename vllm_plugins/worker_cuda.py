@@ -55,5 +55,5 @@ class EvictionCUDAWorker(EvictionWorkerMixin, Worker):
         )
 
     def _make_model_runner(self) -> GPUModelRunner:
-        """The place where vLLM lets a subclass name its runner. V1 is refused (``checks.py``)."""
+        """Where vLLM lets a subclass name its runner. V1 is refused (``refusals/engine.py``)."""
         return EvictionModelRunner(self.vllm_config, self.device)

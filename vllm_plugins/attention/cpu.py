@@ -18,9 +18,9 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from ..checks import is_configured
 from ..config import EvictionConfigError
 from ..policies import ATTENTION, GRAPH, KEY_NORM
+from ..refusals.engine import is_configured
 from .block_mass import block_mass
 from .compaction import compact_metadata
 from .state import WorkerState, attention_state, worker_state

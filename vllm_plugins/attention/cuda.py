@@ -21,11 +21,11 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from ..checks import is_configured
-from ..kernels.block_books import add_key_norms, age_blocks, start_blocks
 from ..kernels.block_mass import add_block_mass
+from ..kernels.block_scores import add_key_norms, age_blocks, start_blocks
 from ..kernels.compact import compact_block_table
 from ..policies import ATTENTION, KEY_NORM
+from ..refusals.engine import is_configured
 from .state import attention_state, worker_state
 from .state_cuda import CudaState
 

@@ -16,11 +16,11 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from ..checks import SENTENCES, is_configured
 from ..config import EvictionConfig, EvictionConfigError
 from ..messages import EvictionPlan, ScoreReport
+from ..platforms import platform
 from ..policies import ATTENTION, GRAPH, KEY_NORM
-from . import platform
+from ..refusals.engine import SENTENCES, is_configured
 
 _state: WorkerState | None = None
 
