@@ -17,14 +17,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from .attention import check_settings
 from .attention.state import worker_state
-from .checks import SENTENCES, check_engine
 from .config import EvictionConfig, EvictionConfigError
 from .ledger import Ledger
 from .manager import EvictableManager
 from .messages import EvictionPlan, ScoreReport
 from .metrics import COUNTERS, LIVE_SHARE, REQUESTS, EvictionPromMetrics, EvictionStats
+from .platforms import check_settings
+from .refusals.engine import SENTENCES, check_engine
 from .siblings import Siblings
 
 logger = logging.getLogger("vllm.kv_eviction")
@@ -76,8 +76,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
     def on_new_request(self, request: Any) -> None:
         """Settle which settings a request follows.
 
-        Bad ones are refused before they come here (``validation.py``); on a front end without
-        that check the request follows the server's settings, and says so in its record.
+        Bad ones are refused before they come here (``refusals/requests.py``); on a front end
+        without that check the request follows the server's settings, and says so in its record.
         """
         params = request.sampling_params
         extra = params.extra_args if params is not None else None

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import EvictionConfig, EvictionConfigError
+from .platforms import platform
 from .policies import get_policy
+from .refusals.server_settings import encode
 from .registration import CONNECTOR
-from .server_settings import encode
 
 
 def eviction_engine_args(*, block_size: int = 32, **settings: Any) -> dict[str, Any]:
@@ -32,23 +33,21 @@ def eviction_engine_args(*, block_size: int = 32, **settings: Any) -> dict[str, 
             says that requests bring their own), or the platform is not supported yet.
 
     """
-    from .attention import platform
-
     config = EvictionConfig.parse(settings)
     config.check_budget(block_size)
     check_has_budget(settings)
-    here = platform()
+    current = platform()
     return {
         "kv_transfer_config": {
             "kv_connector": CONNECTOR,
             "kv_role": "kv_both",
             "kv_connector_extra_config": config.to_dict(),
         },
-        "worker_cls": here.worker,
-        "logits_processors": [f"{here.validator}.{encode(config, block_size)}"],
+        "worker_cls": current.worker,
+        "logits_processors": [f"{current.validator}.{encode(config, block_size)}"],
         "block_size": block_size,
         "enable_prefix_caching": False,
-        **here.engine_args,
+        **current.engine_args,
     }
 
 

@@ -1,4 +1,4 @@
-"""Scheduler-side bookkeeping: which blocks are live, what they scored, who is evicted.
+"""The scheduler's decisions: whose scores are known, whose budget is exceeded, who is evicted.
 
 Data flows one way: the connector writes what is known (``admit``, ``schedule``, ``observe``),
 the KV-cache managers ask ``decide``, the connector takes the decisions away
@@ -12,117 +12,16 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from .config import EvictionConfig, RequestSettings
-from .policies import ATTENTION, GRAPH, KEY_NORM, RNG, get_policy
+from .live_blocks import BlockLike, LiveBlocks
+from .policies import ATTENTION, GRAPH, KEY_NORM, RNG, check_kept, get_policy
+from .request_state import RequestLike, RequestState
 
 logger = logging.getLogger("vllm.kv_eviction")
-
-
-class RequestLike(Protocol):
-    """The part of ``vllm.v1.request.Request`` that decisions depend on."""
-
-    request_id: str
-    num_prompt_tokens: int
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    num_preemptions: int
-
-    def is_finished(self) -> bool: ...
-
-
-class BlockLike(Protocol):
-    """The part of ``vllm.v1.core.kv_cache_utils.KVCacheBlock`` that is read."""
-
-    block_id: int
-
-
-@dataclass
-class LiveBlocks:
-    """The live blocks of one request in one layer group that are full and processed.
-
-    ``positions`` and ``block_ids`` (int ``[n]``) run in parallel, ascending in position.
-    ``graph_rows`` holds, for each live block as the one that queries, the attention it gave:
-    pairs of (block ids, mass).
-    """
-
-    positions: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    block_ids: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    num_seen: int = 0
-    num_evicted: int = 0
-    graph_rows: dict[int, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
-
-    def extend(self, num_full_blocks: int, blocks: Sequence[BlockLike]) -> None:
-        """Take in blocks that became full and processed since the last call."""
-        if num_full_blocks <= self.num_seen:
-            return
-        new = range(self.num_seen, num_full_blocks)
-        ids = np.fromiter((blocks[i].block_id for i in new), dtype=np.int64, count=len(new))
-        self.positions = np.concatenate((self.positions, np.arange(new.start, new.stop)))
-        self.block_ids = np.concatenate((self.block_ids, ids))
-        self.num_seen = num_full_blocks
-
-    def add_graph_row(self, block_id: int, key_ids: np.ndarray, mass: np.ndarray) -> None:
-        """Add attention that the queries of ``block_id`` gave to the blocks ``key_ids``."""
-        row = self.graph_rows.setdefault(block_id, [])
-        if row and np.array_equal(row[-1][0], key_ids):
-            row[-1] = (key_ids, row[-1][1] + mass)
-        else:
-            row.append((key_ids, mass))
-
-    def graph(self, num_blocks: int) -> np.ndarray:
-        """Block-to-block attention mass among the live blocks, float ``[n, n]``."""
-        n = len(self.positions)
-        index = np.full(num_blocks, -1, dtype=np.int64)
-        index[self.block_ids] = np.arange(n)
-        mass = np.zeros((n, n), dtype=np.float32)
-        for i, block_id in enumerate(self.block_ids.tolist()):
-            for key_ids, row in self.graph_rows.get(block_id, ()):
-                columns = index[key_ids]
-                live = columns >= 0
-                mass[i, columns[live]] += row[live]
-        return mass
-
-    def retain(self, kept: np.ndarray) -> list[int]:
-        """Drop all but the indices ``kept``; returns the evicted positions."""
-        evicted = np.ones(len(self.positions), dtype=bool)
-        evicted[kept] = False
-        positions = self.positions[evicted].tolist()
-        if self.graph_rows:
-            for block_id in self.block_ids[evicted].tolist():
-                self.graph_rows.pop(block_id, None)
-        self.positions, self.block_ids = self.positions[kept], self.block_ids[kept]
-        self.num_evicted += len(positions)
-        return positions
-
-
-@dataclass
-class RequestState:
-    """Everything known of one request between admission and end."""
-
-    request: RequestLike
-    settings: RequestSettings
-    seed: int
-    groups: list[LiveBlocks]
-    rng: np.random.Generator | None = None
-    num_scored_tokens: int = 0
-    in_flight: dict[int, int] = field(default_factory=dict)
-    steps: int = 0
-    blocks_steps: float = 0.0
-    record: dict[str, Any] = field(default_factory=dict)
-
-    def restart(self) -> None:
-        """Forget what died with the blocks of a preempted request."""
-        self.groups = [LiveBlocks() for _ in self.groups]
-        self.num_scored_tokens = 0
-        self.in_flight.clear()
-        self.rng = np.random.default_rng(self.seed) if RNG in self.settings.needs else None
 
 
 class Ledger:
@@ -155,21 +54,7 @@ class Ledger:
         self, request: RequestLike, settings: RequestSettings, seed: int, refused: str | None = None
     ) -> None:
         """A request arrived. ``refused``: why its own settings were replaced by the server's."""
-        state = RequestState(
-            request, settings, seed, [LiveBlocks() for _ in range(self.num_groups)]
-        )
-        state.restart()
-        state.record = {
-            "policy": settings.policy,
-            "sparsity": settings.sparsity,
-            "budget_tokens": settings.budget_tokens,
-            "blocks_evicted": 0,
-            "decisions": 0,
-            "decision_seconds": 0.0,
-            "first_eviction_tokens": None,
-            "peak_blocks": 0.0,
-            "peak_pool_blocks": 0,
-        }
+        state = RequestState.begin(request, settings, seed, self.num_groups)
         if refused is not None:
             state.record["refused_settings"] = refused
             self.totals["refused_settings"] += 1
@@ -204,13 +89,12 @@ class Ledger:
         """
         self._scores = scores
         for state in self.requests.values():
-            for done in [s for s in state.in_flight if s <= step]:
-                state.num_scored_tokens = max(state.num_scored_tokens, state.in_flight.pop(done))
+            state.scores_arrived(step)
         for request_id, group, block_id, key_ids, mass in graph:
-            state = self.requests.get(request_id)
+            owner = self.requests.get(request_id)
             # A row that was on its way when its request was preempted describes freed blocks.
-            if state is not None and state.num_scored_tokens > 0:
-                state.groups[group].add_graph_row(block_id, key_ids, mass)
+            if owner is not None and owner.num_scored_tokens > 0:
+                owner.groups[group].add_graph_row(block_id, key_ids, mass)
 
     def decide(
         self,
@@ -233,8 +117,7 @@ class Ledger:
             num_processed_tokens = min(num_processed_tokens, state.num_scored_tokens)
         live = state.groups[group]
         live.extend(min(num_processed_tokens // self.block_size, len(blocks)), blocks)
-        num_tokens = max(state.request.num_prompt_tokens, state.request.num_tokens)
-        keep = state.settings.keep(num_tokens, self.block_size, self.config.min_blocks)
+        keep = state.settings.keep(state.num_tokens, self.block_size, self.config.min_blocks)
         if len(live.positions) <= keep or "policy_error" in state.record:
             return []
         started = time.perf_counter()
@@ -248,27 +131,34 @@ class Ledger:
             return []
         evicted = live.retain(kept)
         seconds = time.perf_counter() - started
-        self._account(state, group, num_processed_tokens, live, evicted, seconds)
+        state.note_decision(group, num_processed_tokens, len(evicted), seconds)
+        self.totals["decisions"] += 1
+        self.totals["decision_seconds"] += seconds
+        self.totals["blocks_evicted"] += len(evicted)
+        pending = self._pending.setdefault(request_id, {})
+        pending.setdefault(group, []).extend(evicted)
         return evicted
 
     def _select(self, state: RequestState, live: LiveBlocks, keep: int) -> np.ndarray:
         settings = state.settings
+        policy = get_policy(settings.policy)
+        assert policy.select is not None  # ``settings.evicts``
         needs = settings.needs
-        extra: dict[str, Any] = {}
-        if GRAPH in needs:
-            extra["graph"] = live.graph(self.num_blocks)
-        if RNG in needs:
-            extra["rng"] = state.rng
         channel = ATTENTION if ATTENTION in needs else KEY_NORM
         if channel in needs:
             scores = self._scores[channel][live.block_ids]
         else:
             scores = np.zeros(len(live.positions))
-        for told in (scores, *((extra["graph"],) if "graph" in extra else ())):
-            # Comparisons with NaN are false: a policy would keep too little and not notice.
-            if not np.isfinite(told).all():
-                raise ValueError("the scores hold NaN or infinity")
-        kept = get_policy(settings.policy).select(
+        inputs = {"scores": scores}
+        extra: dict[str, Any] = {}
+        if GRAPH in needs:
+            inputs["graph"] = extra["graph"] = live.graph(self.num_blocks)
+        if RNG in needs:
+            extra["rng"] = state.rng
+        # Comparisons with NaN are false: a policy would keep too little and not notice.
+        if not all(np.isfinite(values).all() for values in inputs.values()):
+            raise ValueError("the scores hold NaN or infinity")
+        kept = policy.select(
             scores,
             live.positions,
             keep,
@@ -276,46 +166,14 @@ class Ledger:
             **extra,
             **settings.policy_args,
         )
-        return checked(kept, live.positions, keep, self.config.sink_blocks)
-
-    def _account(
-        self,
-        state: RequestState,
-        group: int,
-        num_tokens: int,
-        live: LiveBlocks,
-        evicted: list[int],
-        seconds: float,
-    ) -> None:
-        record = state.record
-        record["decisions"] += 1
-        record["decision_seconds"] += seconds
-        record["blocks_evicted"] += len(evicted)
-        if record["first_eviction_tokens"] is None:
-            record["first_eviction_tokens"] = num_tokens
-        if "trace" in record:
-            record["trace"].append(
-                {"group": group, "tokens": num_tokens, "kept": live.positions.tolist()}
-            )
-        self.totals["decisions"] += 1
-        self.totals["decision_seconds"] += seconds
-        self.totals["blocks_evicted"] += len(evicted)
-        pending = self._pending.setdefault(state.request.request_id, {})
-        pending.setdefault(group, []).extend(evicted)
+        return check_kept(kept, live.positions, keep, self.config.sink_blocks)
 
     def note_blocks(self, request_id: str, num_table_blocks: int, num_pool_blocks: int) -> None:
         """After allocation: ``request_id`` has tables of ``num_table_blocks`` (nulls included,
         summed over groups), and the pool has ``num_pool_blocks`` in use."""
         state = self.requests.get(request_id)
-        if state is None:
-            return
-        evicted = sum(live.num_evicted for live in state.groups)
-        blocks = (num_table_blocks - evicted) / self.num_groups
-        record = state.record
-        record["peak_blocks"] = max(record["peak_blocks"], blocks)
-        record["peak_pool_blocks"] = max(record["peak_pool_blocks"], num_pool_blocks)
-        state.steps += 1
-        state.blocks_steps += blocks
+        if state is not None:
+            state.note_blocks(num_table_blocks, num_pool_blocks)
 
     def take_evictions(self) -> dict[str, dict[int, list[int]]]:
         """Victims since the last call: ``{request_id: {group: [position, ...]}}``."""
@@ -330,24 +188,12 @@ class Ledger:
             state.restart()
 
     def finish(self, request_id: str) -> dict[str, Any]:
-        """Forget a request and return its record (counts; blocks per layer group's average)."""
+        """Forget a request and return its record; an empty one for a stranger's."""
         state = self.requests.pop(request_id, None)
         self._pending.pop(request_id, None)
         if state is None:
             return {}
-        average = state.blocks_steps / state.steps if state.steps else 0.0
-        return {
-            **state.record,
-            "effective_sparsity": state.settings.effective_sparsity(
-                max(state.request.num_prompt_tokens, state.request.num_tokens),
-                self.block_size,
-                self.config.min_blocks,
-            ),
-            "average_blocks": average,
-            "num_steps": state.steps,
-            "block_size": self.block_size,
-            "preemptions": state.request.num_preemptions,
-        }
+        return state.final_record(self.block_size, self.config.min_blocks)
 
     @property
     def live_share(self) -> float | None:
@@ -360,25 +206,3 @@ class Ledger:
         if message not in self._logged and len(self._logged) < 100:
             self._logged.add(message)
             logger.warning("%s (reported once)", message)
-
-
-def checked(kept: np.ndarray, positions: np.ndarray, keep: int, num_sink_blocks: int) -> np.ndarray:
-    """``kept`` if it honours the contract of ``Policy.select``.
-
-    Raises:
-        ValueError: which part of the contract is broken.
-
-    """
-    kept = np.asarray(kept)
-    if kept.ndim != 1 or kept.dtype.kind not in "iu":
-        raise ValueError(f"select must return a 1-D array of indices, got {kept!r}")
-    if len(kept) > keep:
-        raise ValueError(f"select kept {len(kept)} blocks of a budget of {keep}")
-    if len(kept) == 0 or kept[0] < 0 or not (kept[1:] > kept[:-1]).all():
-        raise ValueError("select must return ascending indices without repeats")
-    if kept[-1] != len(positions) - 1:
-        raise ValueError("select must keep the last block, and no index beyond it")
-    num_sinks = int(np.searchsorted(positions, num_sink_blocks))
-    if num_sinks and (len(kept) < num_sinks or kept[num_sinks - 1] != num_sinks - 1):
-        raise ValueError(f"select must keep the {num_sinks} sink blocks")
-    return kept

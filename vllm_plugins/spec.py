@@ -16,9 +16,9 @@ from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from .checks import check_layer_groups
 from .config import EvictionConfigError
 from .manager import EvictableManager
+from .refusals.engine import check_layer_groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,12 @@
-"""Worker side: evictable specs out, nulls in. With ``worker_cuda.py`` and ``worker_cpu.py`` the one
-place that knows the model runners.
+"""Worker side: evictable specs out, nulls in. What both platforms' workers share.
 
-Private state of vLLM 0.32.0 that is touched here:
-
-- V1 runner (CPU): ``runner.requests[id].block_ids``, ``runner.input_batch.req_id_to_index``,
-  ``.req_ids`` and ``.block_table[group].block_table.np``;
-- V2 runner (CUDA): ``runner.req_states.req_id_to_index``, ``.index_to_req_id`` and
-  ``runner.block_tables.block_tables[group].stage_write``.
+The model runners themselves are known to ``worker_cpu.py`` (V1) and ``worker_cuda.py`` (V2) only.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm.distributed.kv_transfer import (
@@ -21,63 +15,15 @@ from vllm.distributed.kv_transfer import (
     has_kv_transfer_group,
 )
 
-from .attention.compaction import NULL_BLOCK
 from .attention.state import WorkerState, begin, end, worker_state
-from .checks import check_engine
 from .config import EvictionConfig, EvictionConfigError
 from .messages import EvictionPlan
+from .refusals.engine import check_engine
 from .registration import CONNECTOR
 from .spec import evictable_specs
 
 Evicted = Mapping[str, Mapping[int, Sequence[int]]]
 """``{request_id: {group: [position, ...]}}``."""
-
-
-def apply_evictions_v1(runner: Any, evicted: Evicted) -> None:
-    """Null the evicted entries of the runner's block tables.
-
-    Both the cached state of a request (which refills a row that left the batch) and the row
-    itself are written; the row reaches the attention metadata in this same step.
-    """
-    for request_id, groups in evicted.items():
-        request = runner.requests.get(request_id)
-        if request is None:
-            continue
-        row = runner.input_batch.req_id_to_index.get(request_id)
-        for group, positions in groups.items():
-            block_ids = request.block_ids[group]
-            for position in positions:
-                block_ids[position] = NULL_BLOCK
-            if row is not None:
-                table = runner.input_batch.block_table[group].block_table.np
-                table[row, positions] = NULL_BLOCK
-
-
-def apply_evictions_v2(runner: Any, evicted: Evicted) -> None:
-    """Stage the nulls; the runner writes them with the step's new blocks, in this order.
-
-    A request that the runner does not know yet (it comes, or comes back, in this very step)
-    brings a table in which its victims are null already.
-    """
-    for request_id, groups in evicted.items():
-        row = runner.req_states.req_id_to_index.get(request_id)
-        if row is None:
-            continue
-        for group, positions in groups.items():
-            table = runner.block_tables.block_tables[group]
-            for start, length in ranges(positions):
-                table.stage_write(row, start, [NULL_BLOCK] * length)
-
-
-def ranges(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ascending ``positions`` as (start, length) of runs without a gap."""
-    start = previous = positions[0]
-    for position in positions[1:]:
-        if position != previous + 1:
-            yield start, previous + 1 - start
-            start = position
-        previous = position
-    yield start, previous + 1 - start
 
 
 def evictable(specs: Mapping[str, Any], max_model_len: int) -> dict[str, Any]:
@@ -122,7 +68,9 @@ def _check_alone() -> None:
 class EvictionWorkerMixin:
     """Over the platform's worker class (``worker_cls``)."""
 
-    state_class: type[WorkerState] = WorkerState
+    state_class: type[WorkerState]
+    eviction: WorkerState
+    model_runner: Any
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         # Before the weights are loaded: what cannot work should not take that long to say so.
@@ -136,6 +84,11 @@ class EvictionWorkerMixin:
     @staticmethod
     def register_attention() -> None:
         """Make the eviction backend known to vLLM; called before the model is built."""
+        raise NotImplementedError
+
+    def apply_evictions(self, evicted: Evicted) -> None:
+        """Null the evicted entries of the model runner's block tables, and tell ``eviction`` whose
+        rows they are; called before each step."""
         raise NotImplementedError
 
     def compile_or_warm_up_model(self) -> Any:
@@ -156,12 +109,6 @@ class EvictionWorkerMixin:
         """Apply the step's evictions, then run the step."""
         plan = scheduler_output.kv_connector_metadata
         if isinstance(plan, EvictionPlan):
-            runner, state = self.model_runner, self.eviction
-            state.start_step(plan, scheduler_output.finished_req_ids)
-            if self.use_v2_model_runner:
-                state.row_ids = runner.req_states.index_to_req_id
-                apply_evictions_v2(runner, plan.evicted)
-            else:
-                state.row_ids = runner.input_batch.req_ids
-                apply_evictions_v1(runner, plan.evicted)
+            self.eviction.start_step(plan, scheduler_output.finished_req_ids)
+            self.apply_evictions(plan.evicted)
         return super().execute_model(scheduler_output)

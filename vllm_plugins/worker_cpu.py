@@ -1,5 +1,9 @@
-"""The CPU worker. Never import this on a CUDA machine: vLLM's CPU worker module replaces
-``torch.cuda.Event`` for the whole process."""
+"""The CPU worker, over vLLM's V1 model runner. Never import this on a CUDA machine: vLLM's CPU
+worker module replaces ``torch.cuda.Event`` for the whole process.
+
+Private state of vLLM 0.32.0 that is touched here: ``runner.requests[id].block_ids``,
+``runner.input_batch.req_id_to_index``, ``.req_ids`` and ``.block_table[group].block_table.np``.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,16 @@ from typing import Any
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from .worker import EvictionWorkerMixin, evictable
+from .attention.compaction import NULL_BLOCK
+from .attention.state_cpu import CPUWorkerState
+from .worker import Evicted, EvictionWorkerMixin, evictable
 
 
 class EvictionCPUWorker(EvictionWorkerMixin, CPUWorker):
     """``CPUWorker`` with eviction."""
+
+    state_class = CPUWorkerState
+    eviction: CPUWorkerState
 
     @staticmethod
     def register_attention() -> None:
@@ -24,3 +33,24 @@ class EvictionCPUWorker(EvictionWorkerMixin, CPUWorker):
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """Specs by layer, evictable and split into layer groups."""
         return evictable(super().get_kv_cache_spec(), self.model_config.max_model_len)
+
+    def apply_evictions(self, evicted: Evicted) -> None:
+        """Write the nulls into the tables of requests that the runner knows.
+
+        Both the cached state of a request (which refills a row that left the batch) and the row
+        itself are written; the row reaches the attention metadata in this same step.
+        """
+        runner = self.model_runner
+        self.eviction.row_ids = runner.input_batch.req_ids
+        for request_id, groups in evicted.items():
+            request = runner.requests.get(request_id)
+            if request is None:
+                continue
+            row = runner.input_batch.req_id_to_index.get(request_id)
+            for group, positions in groups.items():
+                block_ids = request.block_ids[group]
+                for position in positions:
+                    block_ids[position] = NULL_BLOCK
+                if row is not None:
+                    table = runner.input_batch.block_table[group].block_table.np
+                    table[row, positions] = NULL_BLOCK

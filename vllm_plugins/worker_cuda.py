@@ -1,7 +1,13 @@
-"""The CUDA worker and its model runner. (``worker_cpu.py`` must never be imported beside it.)"""
+"""The CUDA worker, over vLLM's V2 model runner. (Never import ``worker_cpu.py`` beside it.)
+
+Private state of vLLM 0.32.0 that is touched here: ``runner.req_states.req_id_to_index`` and
+``.index_to_req_id``, ``runner.block_tables.block_tables[group].stage_write``, and the worker's
+``_make_model_runner``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,9 +15,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from .attention.compaction import NULL_BLOCK
 from .attention.state import worker_state
-from .attention.state_cuda import CudaState
-from .worker import EvictionWorkerMixin, evictable
+from .attention.state_cuda import CUDAWorkerState
+from .worker import Evicted, EvictionWorkerMixin, evictable
 
 
 class EvictionModelRunner(GPUModelRunner):
@@ -45,7 +52,8 @@ class EvictionModelRunner(GPUModelRunner):
 class EvictionCUDAWorker(EvictionWorkerMixin, Worker):
     """``Worker`` with eviction."""
 
-    state_class = CudaState
+    state_class = CUDAWorkerState
+    eviction: CUDAWorkerState
 
     @staticmethod
     def register_attention() -> None:
@@ -55,5 +63,33 @@ class EvictionCUDAWorker(EvictionWorkerMixin, Worker):
         )
 
     def _make_model_runner(self) -> GPUModelRunner:
-        """The place where vLLM lets a subclass name its runner. V1 is refused (``checks.py``)."""
+        """Where vLLM lets a subclass name its runner. V1 is refused (``refusals/engine.py``)."""
         return EvictionModelRunner(self.vllm_config, self.device)
+
+    def apply_evictions(self, evicted: Evicted) -> None:
+        """Stage the nulls; the runner writes them with the step's new blocks, in this order.
+
+        A request that the runner does not know yet (it comes, or comes back, in this very step)
+        brings a table in which its victims are null already.
+        """
+        runner = self.model_runner
+        self.eviction.row_ids = runner.req_states.index_to_req_id
+        for request_id, groups in evicted.items():
+            row = runner.req_states.req_id_to_index.get(request_id)
+            if row is None:
+                continue
+            for group, positions in groups.items():
+                table = runner.block_tables.block_tables[group]
+                for start, length in ranges(positions):
+                    table.stage_write(row, start, [NULL_BLOCK] * length)
+
+
+def ranges(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending ``positions`` as (start, length) of runs without a gap."""
+    start = previous = positions[0]
+    for position in positions[1:]:
+        if position != previous + 1:
+            yield start, previous + 1 - start
+            start = position
+        previous = position
+    yield start, previous + 1 - start

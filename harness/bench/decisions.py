@@ -3,7 +3,7 @@
     python -m harness.bench.decisions --output results/decisions.json
 
 One decision = ``Ledger.decide`` for a request and layer group with so many live blocks: gather
-their scores, run the policy, check its answer, keep the books. Two cases: ``one_over`` (decode:
+their scores, run the policy, check its answer, note it. Two cases: ``one_over`` (decode:
 one block too many) and ``half`` (sparsity 0.5 at once).
 """
 
@@ -15,7 +15,8 @@ import time
 import numpy as np
 
 from vllm_plugins.config import EvictionConfig
-from vllm_plugins.ledger import Ledger, LiveBlocks
+from vllm_plugins.ledger import Ledger
+from vllm_plugins.live_blocks import LiveBlocks
 from vllm_plugins.policies import ATTENTION, KEY_NORM, get_policy, policy_names
 
 from ..records.files import write_json
@@ -40,7 +41,7 @@ class _Request:
 
 
 def measure(policy: str, parameters: dict, num_blocks: int, keep: int, repeats: int) -> list[float]:
-    """Seconds of ``repeats`` decisions, each on fresh books."""
+    """Seconds of ``repeats`` decisions, each by a fresh ledger."""
     config = EvictionConfig()
     rng = np.random.default_rng(0)
     scores = rng.exponential(size=num_blocks + 1)

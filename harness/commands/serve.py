@@ -102,7 +102,7 @@ def _vllm_flags(
     arguments: argparse.Namespace, settings: dict[str, Any], flags: Passthrough, model: str
 ) -> tuple[list[str], list[str]]:
     """All flags of ``vllm serve``, and what to tell the user of those chosen here."""
-    from vllm_plugins.checks import check_block_size
+    from vllm_plugins.refusals.engine import check_block_size
 
     from ..resources.cpu_pool import cpu_pool_bytes, names_memory
     from ..resources.launch import device_type

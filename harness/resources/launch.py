@@ -33,7 +33,7 @@ def preflight(specification: EngineSpecification) -> Any:
     from vllm import EngineArgs
 
     from vllm_plugins import EvictionConfigError
-    from vllm_plugins.checks import check_engine
+    from vllm_plugins.refusals.engine import check_engine
 
     arguments = _arguments(specification)
     try:

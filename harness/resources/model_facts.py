@@ -1,7 +1,7 @@
 """What a model's ``config.json`` alone tells about eviction, before anything is imported.
 
 A first look, for models on this machine. The engine's own check
-(``vllm_plugins.checks.check_engine``) knows what vLLM makes of the configuration.
+(``vllm_plugins.refusals.engine.check_engine``) knows what vLLM makes of the configuration.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_plugins.checks import SENTENCES, check_layer_groups
 from vllm_plugins.config import EvictionConfigError
+from vllm_plugins.refusals.engine import SENTENCES, check_layer_groups
 
 from ..errors import UsageError
 

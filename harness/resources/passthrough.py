@@ -1,7 +1,7 @@
 """Flags handed on to ``vllm serve``: what would undo eviction is refused before vLLM is imported.
 
 vLLM itself would find most of it out half a minute later, with the weights loaded, and the rest
-never. ``vllm_plugins.checks.check_engine`` is the full check, in the engine; these are its
+never. ``vllm_plugins.refusals.engine.check_engine`` is the full check, in the engine; these are its
 sentences. Flags are read as vLLM's parser reads them: ``--a_b`` is ``--a-b``, a unique beginning
 stands for the whole, ``--x.y V`` is part of ``--x``, and ``--config FILE`` holds more of them.
 """
@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from vllm_plugins.checks import SENTENCES
 from vllm_plugins.config import EvictionConfig, EvictionConfigError
+from vllm_plugins.refusals.engine import SENTENCES
 
 from ..errors import UsageError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_plugins import eviction_engine_args
 
-MIDDLEWARE = "vllm_plugins.middleware.RequestCheck"
+MIDDLEWARE = "vllm_plugins.refusals.http.RequestCheck"
 
 
 def serve_flags(arguments: Mapping[str, Any]) -> list[str]:

@@ -97,7 +97,7 @@ def _settings(study: Study) -> dict[str, Any]:
 def _runs(
     study: Study, device: str, text_of: Callable[[str, str | None, str], Text]
 ) -> list[RunSpecification]:
-    from vllm_plugins.checks import check_block_size
+    from vllm_plugins.refusals.engine import check_block_size
 
     seeds = seeds_for(study.num_runs, study.seeds)
     levels = levels_for(study.methods, study.sparsity, study.budget_tokens)

@@ -61,7 +61,7 @@ def check(model, engine=None, **settings):
     from vllm import EngineArgs
 
     from vllm_plugins import eviction_engine_args
-    from vllm_plugins.checks import check_engine
+    from vllm_plugins.refusals.engine import check_engine
 
     arguments = {
         "model": model,

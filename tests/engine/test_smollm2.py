@@ -138,7 +138,7 @@ def test_behind_a_front_end_without_the_validator_bad_settings_fall_back_and_are
     """A budget below the protected blocks depends on the engine's block size."""
     from vllm.exceptions import VLLMValidationError
 
-    from vllm_plugins.validation import RequestValidator
+    from vllm_plugins.refusals.requests import RequestValidator
 
     connector = connector_of(smollm2_engine)
     before = connector.ledger.totals["refused_settings"]

@@ -227,7 +227,7 @@ def test_what_is_not_supported_is_refused(model):
     from vllm import EngineArgs
 
     from vllm_plugins import EvictionConfigError, eviction_engine_args
-    from vllm_plugins.checks import check_engine
+    from vllm_plugins.refusals.engine import check_engine
 
     def check(engine=None, **settings):
         arguments = {"model": model, **ENGINE, **eviction_engine_args(**settings), **(engine or {})}

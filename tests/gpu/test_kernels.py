@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.cases import MIXED, add, check_compaction, compare, expected_mass, make_batch
-from vllm_plugins.kernels.block_books import add_key_norms, age_blocks, start_blocks
+from vllm_plugins.kernels.block_scores import add_key_norms, age_blocks, start_blocks
 from vllm_plugins.kernels.compact import compact_block_table
 
 pytestmark = [
@@ -80,13 +80,13 @@ def test_the_same_batch_gives_the_same_scores_to_the_last_bit():
     assert all(torch.equal(mass_of(batch), first) for _ in range(20))
 
 
-def test_books():
+def test_block_scores():
     mass = torch.full((6,), 5, dtype=torch.int64, device="cuda")
     queries, norm = mass.clone(), mass.clone()
     slots = torch.tensor([16, 17, 47, 48, -1, -1, 81], device="cuda")
     start_blocks(slots, 16, mass, queries, norm)
-    for book in (mass, queries, norm):
-        assert book.tolist() == [5, 0, 5, 0, 5, 5]
+    for scores in (mass, queries, norm):
+        assert scores.tolist() == [5, 0, 5, 0, 5, 5]
     key = torch.randn(7, 3, 80, device="cuda").to(torch.bfloat16)
     add_key_norms(slots, key, key, 16, norm)
     expected = torch.tensor([0, 2 * 3 / 16, 3 / 16, 3 / 16, 0, 3 / 16], dtype=torch.float64)

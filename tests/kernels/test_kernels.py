@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vllm_plugins.kernels.block_books import add_key_norms, age_blocks, start_blocks
 from vllm_plugins.kernels.block_mass import Tile
+from vllm_plugins.kernels.block_scores import add_key_norms, age_blocks, start_blocks
 from vllm_plugins.kernels.compact import compact_block_table
 
 from . import cases
@@ -78,11 +78,11 @@ def test_rows_outside_the_range_are_left_alone():
 
 
 def test_blocks_start_afresh_with_their_first_token():
-    books = [torch.full((6,), 5, dtype=torch.int64) for _ in range(3)]
+    channels = [torch.full((6,), 5, dtype=torch.int64) for _ in range(3)]
     slots = torch.tensor([16, 17, 47, 48, -1, -1, 81])
-    start_blocks(slots, 16, *books)
-    for book in books:
-        assert book.tolist() == [5, 0, 5, 0, 5, 5]
+    start_blocks(slots, 16, *channels)
+    for scores in channels:
+        assert scores.tolist() == [5, 0, 5, 0, 5, 5]
 
 
 def test_key_norms():
@@ -103,8 +103,8 @@ def test_ageing(decay):
     queries = torch.zeros_like(mass)
     log2_decay = torch.tensor(decay).log2().item()
     options = {"block_size": 16, "window": 2, "decode_weight": 8, "log2_decay": log2_decay}
-    books = (batch.block_table, batch.seq_lens, batch.query_start_loc, batch.flags)
-    age_blocks(*books, mass, queries, **options)
+    rows = (batch.block_table, batch.seq_lens, batch.query_start_loc, batch.flags)
+    age_blocks(*rows, mass, queries, **options)
     first, third = batch.block_table[0, :4].long(), batch.block_table[2, :3].long()
     decoding = batch.block_table[4, :2].long()
     faded = torch.ones(len(mass), dtype=torch.float64)

@@ -7,7 +7,7 @@ import torch
 
 from vllm_plugins.attention.block_mass import block_mass
 from vllm_plugins.attention.compaction import compact
-from vllm_plugins.attention.state import WorkerState
+from vllm_plugins.attention.state_cpu import CPUWorkerState
 from vllm_plugins.config import EvictionConfig
 from vllm_plugins.messages import EvictionPlan, ScoreReport
 
@@ -104,7 +104,7 @@ def test_compaction_leaves_a_table_without_nulls_alone():
 
 
 def state(**settings):
-    made = WorkerState(EvictionConfig.parse(settings))
+    made = CPUWorkerState(EvictionConfig.parse(settings))
     made.allocate(10, torch.device("cpu"))
     return made
 

@@ -6,7 +6,7 @@ import pytest
 
 from vllm_plugins.config import EvictionConfig, EvictionConfigError, RequestSettings
 from vllm_plugins.engine_args import check_has_budget
-from vllm_plugins.server_settings import decode, encode
+from vllm_plugins.refusals.server_settings import decode, encode
 
 BAD = [
     ({"policy": "h20"}, "unknown policy 'h20'"),

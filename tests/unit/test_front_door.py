@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vllm_plugins import eviction_engine_args
-from vllm_plugins.middleware import RequestCheck, misplaced
+from vllm_plugins.refusals.http import RequestCheck, misplaced
 
 
 def validate(extra_args, **settings):

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_plugins.ledger import checked
 from vllm_plugins.policies import (
     GRAPH,
     RNG,
     Policy,
     PolicyParameterError,
+    check_kept,
     get_policy,
     keep_highest,
     policy_names,
@@ -61,7 +61,7 @@ def test_contract(name, overrides, state):
     scores, positions, keep, sinks = state
     before = scores.copy()
     kept = call(name, overrides, scores, positions, keep, sinks)
-    checked(kept, positions, keep, sinks)
+    check_kept(kept, positions, keep, sinks)
     assert len(kept) == keep, "the whole budget is used"
     assert np.array_equal(scores, before), "a pure function leaves its input alone"
     again = call(name, overrides, scores, positions, keep, sinks)
@@ -198,7 +198,7 @@ def test_shapes_that_disagree_raise():
 )
 def test_a_broken_policy_is_caught(kept, message):
     with pytest.raises(ValueError, match=message):
-        checked(np.array(kept, dtype=None if kept else int), np.arange(6), 3, 1)
+        check_kept(np.array(kept, dtype=None if kept else int), np.arange(6), 3, 1)
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_logits_processors_of_the_user_stand_beside_the_validator(smollm2, capsy
     command, _ = printed(capsys, smollm2, "--logits-processors", "a.b:C", "d.e:F", "--seed", "1")
     assert command.count("--logits-processors") == 1
     first, second, third, after = command[command.index("--logits-processors") + 1 :][:4]
-    assert first.startswith("vllm_plugins.validation:RequestValidator.")
+    assert first.startswith("vllm_plugins.refusals.requests:RequestValidator.")
     assert (second, third) == ("a.b:C", "d.e:F")
     assert after.startswith("--")
     assert value(command, "--seed") == "1"

@@ -6,6 +6,7 @@ Seams of ``vllm/v1/attention/backends/cpu_attn.py``: the builder's ``build``, th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,12 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from ..checks import is_configured
 from ..config import EvictionConfigError
 from ..policies import ATTENTION, GRAPH, KEY_NORM
 from .block_mass import block_mass
 from .compaction import compact_metadata
-from .state import WorkerState, attention_state, worker_state
+from .state import attention_state, builder_state
+from .state_cpu import CPUWorkerState
 
 
 @dataclass
@@ -58,7 +59,7 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._state = worker_state() if is_configured(vllm_config) else None
+        self._state = builder_state(vllm_config, CPUWorkerState)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -68,12 +69,14 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         compacted = compact_metadata(common_attn_metadata, self.block_size)
         built = super().build(common_prefix_len, compacted, fast_build)
-        rows = ()
+        rows: tuple[ScoredRow, ...] = ()
         if self._state.active:
             rows = tuple(self._rows(built, common_attn_metadata.seq_lens.tolist(), self._state))
         return EvictionMetadata(**vars(built), rows=rows)
 
-    def _rows(self, built: CPUAttentionMetadata, num_tokens: list[int], state: WorkerState) -> Any:
+    def _rows(
+        self, built: CPUAttentionMetadata, num_tokens: list[int], state: CPUWorkerState
+    ) -> Iterator[ScoredRow]:
         starts = built.query_start_loc.tolist()
         seq_lens = built.seq_lens.tolist()
         # Rows of the batch are the runner's rows, in order (V1 runner).
@@ -107,7 +110,7 @@ class EvictionImpl(CPUAttentionBackendImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._state = attention_state(self)
+        self._state = attention_state(self, CPUWorkerState)
         self._key_order: torch.Tensor | None = None
 
     def do_kv_cache_update(
@@ -175,7 +178,7 @@ class EvictionImpl(CPUAttentionBackendImpl):
 
     def _score(
         self,
-        state: WorkerState,
+        state: CPUWorkerState,
         layer: Any,
         query: torch.Tensor,
         kv_cache: torch.Tensor,

@@ -21,13 +21,12 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from ..checks import is_configured
-from ..kernels.block_books import add_key_norms, age_blocks, start_blocks
 from ..kernels.block_mass import add_block_mass
+from ..kernels.block_scores import add_key_norms, age_blocks, start_blocks
 from ..kernels.compact import compact_block_table
 from ..policies import ATTENTION, KEY_NORM
-from .state import attention_state, worker_state
-from .state_cuda import CudaState
+from .state import attention_state, builder_state
+from .state_cuda import CUDAWorkerState
 
 
 @dataclass
@@ -49,9 +48,8 @@ class EvictionMetadataBuilder(FlashAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._state: CudaState | None = None
-        if is_configured(vllm_config):
-            self._state = worker_state()
+        self._state = builder_state(vllm_config, CUDAWorkerState)
+        if self._state is not None:
             scheduler = vllm_config.scheduler_config
             self._max_rows = max(scheduler.max_num_seqs, self.max_cudagraph_size or 0)
             self._state.allocate_rows(self._max_rows, device)
@@ -74,7 +72,7 @@ class EvictionMetadataBuilder(FlashAttentionMetadataBuilder):
         return self._build(self._state, common_attn_metadata, False, capture=True)
 
     def _build(
-        self, state: CudaState, common: Any, fast_build: bool, capture: bool
+        self, state: CUDAWorkerState, common: Any, fast_build: bool, capture: bool
     ) -> EvictionMetadata:
         num_rows = common.num_reqs
         if self._table is None:  # its width is not known before; first called in a warm-up
@@ -116,7 +114,7 @@ class EvictionImpl(FlashAttentionImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._state: CudaState | None = attention_state(self)
+        self._state = attention_state(self, CUDAWorkerState)
 
     def do_kv_cache_update(
         self,
@@ -203,7 +201,7 @@ class EvictionImpl(FlashAttentionImpl):
 
     def _score(
         self,
-        state: CudaState,
+        state: CUDAWorkerState,
         layer: Any,
         query: torch.Tensor,
         kv_cache: torch.Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,22 +33,25 @@ class Rows:
     evicted: np.ndarray
 
 
-class CudaState(WorkerState):
+class CUDAWorkerState(WorkerState):
     """``WorkerState`` whose numbers live on the GPU.
 
     ``mass``, ``num_queries``, ``norm``: int64 ``[num_blocks]``; mass and norm are fixed point.
     ``flags``: int32 ``[max rows]``, written before a step, read by its kernels: what a captured
-    graph does with a row is decided here, not when it was captured.
+    graph does with a row is decided here, not when it was captured. ``row_ids``: the runner's index
+    of a request to its id. ``evicted``: blocks that a request has lost so far, by layer group.
     """
 
     def __init__(self, config: EvictionConfig) -> None:
         super().__init__(config)
         self.log2_decay = math.log2(self.decay)
         self.allocated = False
-        self.row_ids = {}
+        self.row_ids: Mapping[int, str] = {}
         self.evicted: dict[str, list[int]] = {}
+        self.flags = torch.empty(0, dtype=torch.int32)
+        self._host_flags: list[torch.Tensor] = []
         self._rows: tuple[int, Rows] | None = None
-        self._copies = 0
+        self._flags_written = self._copies = 0
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -69,7 +72,7 @@ class CudaState(WorkerState):
 
     def allocate_rows(self, num_rows: int, device: torch.device) -> None:
         """Flags for up to ``num_rows`` rows; before anything is captured."""
-        if len(getattr(self, "flags", ())) < num_rows:
+        if len(self.flags) < num_rows:
             self.flags = torch.zeros(num_rows, dtype=torch.int32, device=device)
             self._host_flags = [
                 torch.zeros(num_rows, dtype=torch.int32, pin_memory=True) for _ in range(COPIES)
@@ -88,7 +91,13 @@ class CudaState(WorkerState):
                 counts[group] += len(positions)
         self._rows = None
 
-    def rows(self, req_idx: np.ndarray | None, num_rows: int, query_lens, seq_lens) -> Rows:
+    def rows(
+        self,
+        req_idx: np.ndarray | None,
+        num_rows: int,
+        query_lens: np.ndarray,
+        seq_lens: np.ndarray,
+    ) -> Rows:
         """This step's rows; made once a step, whatever the number of layer groups.
 
         Args:
@@ -104,6 +113,8 @@ class CudaState(WorkerState):
         evicted = np.zeros((num_groups, num_rows), dtype=np.int64)
         for row, index in enumerate(() if req_idx is None else req_idx[:num_rows].tolist()):
             request_id = self.row_ids.get(index)
+            if request_id is None:
+                continue
             counts = self.evicted.get(request_id)
             if counts is not None:
                 evicted[:, row] = counts
@@ -129,8 +140,8 @@ class CudaState(WorkerState):
         self._copies = (self._copies + 1) % COPIES
         pinned, arrived = self._pinned[self._copies], self._arrived[self._copies]
         for row, channel in enumerate(self.channels):
-            book = self.mass if channel == ATTENTION else self.norm
-            torch.mul(book, 2.0**-FRACTION_BITS, out=self._staging[row])
+            fixed_point = self.mass if channel == ATTENTION else self.norm
+            torch.mul(fixed_point, 2.0**-FRACTION_BITS, out=self._staging[row])
             if channel == ATTENTION and self.config.score == "mean":
                 torch.clamp(self.num_queries, min=1, out=self._divisor)
                 self._staging[row].div_(self._divisor)

@@ -99,3 +99,27 @@ def check_shares(policy: str, parameters: Mapping[str, Any], names: tuple[str, .
             f"the shares of policy {policy} must be at least 0 and sum to 1, "
             f"but {listed} sum to {sum(values):g}"
         )
+
+
+def check_kept(
+    kept: np.ndarray, positions: np.ndarray, keep: int, num_sink_blocks: int
+) -> np.ndarray:
+    """``kept`` if it honours the contract of ``Policy.select``.
+
+    Raises:
+        ValueError: which part of the contract is broken.
+
+    """
+    kept = np.asarray(kept)
+    if kept.ndim != 1 or kept.dtype.kind not in "iu":
+        raise ValueError(f"select must return a 1-D array of indices, got {kept!r}")
+    if len(kept) > keep:
+        raise ValueError(f"select kept {len(kept)} blocks of a budget of {keep}")
+    if len(kept) == 0 or kept[0] < 0 or not (kept[1:] > kept[:-1]).all():
+        raise ValueError("select must return ascending indices without repeats")
+    if kept[-1] != len(positions) - 1:
+        raise ValueError("select must keep the last block, and no index beyond it")
+    num_sinks = int(np.searchsorted(positions, num_sink_blocks))
+    if num_sinks and (len(kept) < num_sinks or kept[num_sinks - 1] != num_sinks - 1):
+        raise ValueError(f"select must keep the {num_sinks} sink blocks")
+    return kept

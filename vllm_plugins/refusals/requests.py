@@ -20,8 +20,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as LogitsProcessorV2,
 )
 
-from .attention import check_settings
-from .config import EvictionConfig
+from ..config import EvictionConfig
+from ..platforms import check_settings
 from .server_settings import decode
 
 

@@ -1,7 +1,7 @@
 """Answers HTTP 400 to eviction settings that stand where nobody reads them.
 
 vLLM's ``--middleware`` seam. What stands in ``vllm_xargs`` reaches the validator
-(``validation.py``) in every front end; a field that no API has is dropped before that, and only the
+(``requests.py``) in every front end; a field that no API has is dropped before that, and only the
 body shows it.
 """
 
@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import REQUEST_KEYS
+from ..config import REQUEST_KEYS
 
 _XARGS = "vllm_xargs"
 _MARK = re.compile(rb"kv_|xargs|extra_body|sparsity|budget_tokens|\\u00", re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Small kernels around the scores: a fresh start for a reused block, key norms, ageing."""
+"""Block scores beside attention mass: zero for a reused block, key norms, ageing."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""What eviction does not support is refused before an engine starts, in one sentence."""
+"""Engine configurations under which eviction would be wrong, refused before an engine starts."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .config import EvictionConfig, EvictionConfigError
-from .registration import CONNECTOR
+from ..config import EvictionConfig, EvictionConfigError
+from ..platforms import check_settings, platform
+from ..registration import CONNECTOR
 
 SENTENCES = {
     "prefix_caching": "prefix caching is on, and would share blocks computed after an eviction; "
@@ -53,14 +54,15 @@ def check_engine(vllm_config: Any) -> None:
     """
     from vllm.platforms import current_platform
 
-    from .attention import check_settings
-
     if not is_configured(vllm_config):
         transfer = vllm_config.kv_transfer_config
         name = transfer.kv_connector if transfer is not None else "none"
         raise EvictionConfigError(SENTENCES["connector"].format(connector=name))
     config = EvictionConfig.parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
-    for refused, reason in (*_of_the_model(vllm_config), *_of_the_engine(vllm_config, config)):
+    for refused, reason in (
+        *_model_obstacles(vllm_config),
+        *_engine_obstacles(vllm_config, config),
+    ):
         if refused:
             raise EvictionConfigError(reason)
     cache = vllm_config.cache_config
@@ -79,7 +81,7 @@ def check_engine(vllm_config: Any) -> None:
     check_layer_groups(num_layers, config.layer_groups)
 
 
-def _of_the_model(vllm_config: Any) -> list[tuple[bool, str]]:
+def _model_obstacles(vllm_config: Any) -> list[tuple[bool, str]]:
     model = vllm_config.model_config
     name, window = model.model, sliding_window(model)
     return [
@@ -99,7 +101,7 @@ def _of_the_model(vllm_config: Any) -> list[tuple[bool, str]]:
     ]
 
 
-def _of_the_engine(vllm_config: Any, config: EvictionConfig) -> list[tuple[bool, str]]:
+def _engine_obstacles(vllm_config: Any, config: EvictionConfig) -> list[tuple[bool, str]]:
     model, cache = vllm_config.model_config, vllm_config.cache_config
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     dtype = cache.cache_dtype
@@ -139,13 +141,12 @@ def sliding_window(model_config: Any) -> int | None:
 
 def check_block_size(block_size: int) -> None:
     """Refuse a block size that the platform's kernels cannot read."""
-    from .attention import platform
-
-    here = platform()
-    if not isinstance(block_size, int) or block_size < 1 or not here.reads_block_size(block_size):
+    current = platform()
+    whole = isinstance(block_size, int) and block_size >= 1
+    if not whole or not current.reads_block_size(block_size):
         raise EvictionConfigError(
             f"block_size is {block_size!r}; this platform's kernels read blocks of "
-            f"{here.block_sizes} tokens, so use 32 or 64"
+            f"{current.block_sizes} tokens, so use 32 or 64"
         )
 
 

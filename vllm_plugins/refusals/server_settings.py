@@ -3,7 +3,7 @@
 Requests are checked in the front end (``LLM``, the API server, ``run-batch``) by a logits
 processor's ``validate_params``, which sees the request alone; what the server offers must be in the
 class. vLLM resolves ``module:name`` with ``getattr`` in each process, so the name carries it
-(``validation.py``). Neither vLLM nor torch is imported here.
+(``requests.py``). Neither vLLM nor torch is imported here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import json
 
-from .config import EvictionConfig
+from ..config import EvictionConfig
 
 
 def encode(config: EvictionConfig, block_size: int) -> str:
