@@ -9,6 +9,7 @@ import numpy as np
 
 from ..analysis.perplexity import total
 from ..analysis.statistics import mean_interval
+from ..records.former_names import eviction_of
 from ..report.tables import Row, level, markdown
 
 
@@ -51,8 +52,8 @@ def sampled_table(records: list[dict[str, Any]]) -> str:
         if record["method"] == "streaming":
             controls[name] = f"{name} {record['perplexity']:.2f}"
             continue
-        eviction = record["specification"]["engine"]["eviction"]
-        sampling = eviction["score_every"], eviction["score_layers"]
+        eviction = eviction_of(record["specification"])
+        sampling = eviction["score_query_stride"], eviction["score_layer_stride"]
         cells.setdefault(sampling, {})[name] = record
     columns = sorted(cells[1, 1])
     table: list[Row] = [("a decode's query scored", "layers scored", *columns)]
@@ -88,13 +89,14 @@ def _conditions(record: dict[str, Any]) -> str:
 
 
 def _scores(record: dict[str, Any]) -> str:
-    eviction = record["specification"]["engine"]["eviction"]
+    eviction = eviction_of(record["specification"])
     queries, groups = eviction["score_queries"], eviction["layer_groups"]
     name = f"{eviction['score']}, {'all' if queries == 'all' else f'last {queries}'} queries"
     name += f", {groups} group{'s' if groups > 1 else ''}"
-    for what, every in (("decode", eviction["score_every"]), ("layer", eviction["score_layers"])):
-        if every > 1:
-            name += f", every {every}th {what}"
+    strides = eviction["score_query_stride"], eviction["score_layer_stride"]
+    for what, stride in zip(("decode", "layer"), strides, strict=True):
+        if stride > 1:
+            name += f", every {stride}th {what}"
     return name
 
 
