@@ -14,6 +14,7 @@ from .policies import (
     ATTENTION,
     GRAPH,
     KEY_NORM,
+    Policy,
     PolicyParameterError,
     get_policy,
     policy_names,
@@ -398,7 +399,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def _policy(name: Any):
+def _policy(name: Any) -> Policy:
     try:
         return get_policy(name if isinstance(name, str) else repr(name))
     except PolicyParameterError as error:

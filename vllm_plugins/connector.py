@@ -144,8 +144,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         """Take in the workers' report."""
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, ScoreReport):
-            report.resolve()
-            self.ledger.observe(report.step, report.scores, report.graph)
+            self.ledger.observe(report.step, report.resolve(), report.graph)
             self.scoring_seconds.update(report.scoring_seconds)
 
     def request_finished_all_groups(

@@ -149,7 +149,8 @@ class EvictionImpl(FlashAttentionImpl):
         state = self._state
         if (
             state is None
-            or not getattr(attn_metadata, "scores", False)
+            or not isinstance(attn_metadata, EvictionMetadata)
+            or not attn_metadata.scores
             or layer.layer_name not in state.scored_layers
         ):
             return super().forward(
