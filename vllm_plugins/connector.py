@@ -156,11 +156,6 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
             return False, None
         return False, {RECORD_KEY: self._siblings.add(request.request_id, record)}
 
-    def request_finished(
-        self, request: Any, block_ids: list[int]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        return self.request_finished_all_groups(request, (block_ids,))
-
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:

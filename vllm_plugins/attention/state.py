@@ -131,10 +131,6 @@ class WorkerState(ABC):
             self.needs.pop(request_id, None)
         self.needs.update(plan.needs)
 
-    def wants(self, channel: str) -> bool:
-        """Whether some request in the batch may need ``channel``."""
-        return channel in self.server_needs and any(channel in n for n in self.needs.values())
-
     @property
     def active(self) -> bool:
         """Whether any score is kept at all just now."""
