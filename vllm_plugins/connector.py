@@ -144,8 +144,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         """Take in the workers' report."""
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, ScoreReport):
-            report.resolve()
-            self.ledger.observe(report.step, report.scores, report.graph)
+            self.ledger.observe(report.step, report.resolve(), report.graph)
             self.scoring_seconds.update(report.scoring_seconds)
 
     def request_finished_all_groups(
@@ -156,11 +155,6 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         if not record:
             return False, None
         return False, {RECORD_KEY: self._siblings.add(request.request_id, record)}
-
-    def request_finished(
-        self, request: Any, block_ids: list[int]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        return self.request_finished_all_groups(request, (block_ids,))
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int

@@ -133,7 +133,7 @@ class Ledger:
         seconds = time.perf_counter() - started
         state.note_decision(group, num_processed_tokens, len(evicted), seconds)
         self.totals["decisions"] += 1
-        self.totals["decision_seconds"] += seconds
+        self.totals["decision_seconds"] += seconds  # type: ignore[assignment]  # of no whole number
         self.totals["blocks_evicted"] += len(evicted)
         pending = self._pending.setdefault(request_id, {})
         pending.setdefault(group, []).extend(evicted)

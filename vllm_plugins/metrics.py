@@ -33,7 +33,7 @@ class EvictionStats(KVConnectorStats):
         return not self.data
 
     def reset(self) -> None:
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: KVConnectorStats) -> EvictionStats:
         for name in COUNTERS:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer import (
     ensure_kv_transfer_shutdown,
@@ -21,6 +21,11 @@ from .messages import EvictionPlan
 from .refusals.engine import check_engine
 from .registration import CONNECTOR
 from .spec import evictable_specs
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.worker_base import WorkerBase as _Worker
+else:
+    _Worker = object
 
 Evicted = Mapping[str, Mapping[int, Sequence[int]]]
 """``{request_id: {group: [position, ...]}}``."""
@@ -65,7 +70,7 @@ def _check_alone() -> None:
     )
 
 
-class EvictionWorkerMixin:
+class EvictionWorkerMixin(_Worker):
     """Over the platform's worker class (``worker_cls``)."""
 
     state_class: type[WorkerState]

@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(MODEL), help="folder with a config.json")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--scoring", default="{}", help="JSON: settings of engines that score")
-    parser.add_argument("--sampling", default='{"score_every": 8, "score_layers": 4}',
+    parser.add_argument("--sampling", default='{"score_query_stride": 8, "score_layer_stride": 4}',
         help="JSON: further settings of the engine that samples its scores")  # fmt: skip
     parser.add_argument("--output", type=output_file, required=True)
     parser.add_argument("--group", help=argparse.SUPPRESS)

@@ -11,6 +11,7 @@ import numpy as np
 from ..analysis.aggregate import aggregate, significance
 from ..analysis.perplexity import total
 from ..analysis.statistics import mean_interval
+from ..records.former_names import eviction_of
 from ..records.specifications import DENSE
 from ..report.tables import Row, caption, level, markdown, provenance_line
 
@@ -179,8 +180,8 @@ def sampled_table(records: list[dict[str, Any]]) -> str:
         if record["method"] == "streaming":
             controls[name] = f"{name} {record['perplexity']:.2f}"
             continue
-        eviction = record["specification"]["engine"]["eviction"]
-        sampling = _query_stride(eviction), _layer_stride(eviction)
+        eviction = eviction_of(record["specification"])
+        sampling = eviction["score_query_stride"], eviction["score_layer_stride"]
         cells.setdefault(sampling, {})[name] = record
     columns = sorted(cells[1, 1])
     table: list[Row] = [("a decode's query scored", "layers scored", *columns)]
@@ -216,25 +217,15 @@ def _conditions(record: dict[str, Any]) -> str:
 
 
 def _scores(record: dict[str, Any]) -> str:
-    eviction = record["specification"]["engine"]["eviction"]
+    eviction = eviction_of(record["specification"])
     queries, groups = eviction["score_queries"], eviction["layer_groups"]
     name = f"{eviction['score']}, {'all' if queries == 'all' else f'last {queries}'} queries"
     name += f", {groups} group{'s' if groups > 1 else ''}"
-    strides = {"decode": _query_stride(eviction), "layer": _layer_stride(eviction)}
-    for what, every in strides.items():
-        if every > 1:
-            name += f", every {every}th {what}"
+    strides = eviction["score_query_stride"], eviction["score_layer_stride"]
+    for what, stride in zip(("decode", "layer"), strides, strict=True):
+        if stride > 1:
+            name += f", every {stride}th {what}"
     return name
-
-
-def _query_stride(eviction: dict[str, Any]) -> int:
-    """Every which decoded query is scored, under today's name or that of older records."""
-    return eviction.get("score_query_stride", eviction.get("score_every", 1))
-
-
-def _layer_stride(eviction: dict[str, Any]) -> int:
-    """Every which layer is scored, under today's name or that of older records."""
-    return eviction.get("score_layer_stride", eviction.get("score_layers", 1))
 
 
 def _losses(record: dict[str, Any]) -> np.ndarray:

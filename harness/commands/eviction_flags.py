@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from vllm_plugins.config import SCORES
+from vllm_plugins.config import RENAMED, SCORES, check_renamed
 
 from ..errors import UsageError
 
@@ -16,8 +16,8 @@ _FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "score": ("how attention mass adds up", {"choices": SCORES}),
     "score_half_life": ("for --score decay", {"type": int, "metavar": "TOKENS"}),
     "score_queries": ("score all queries of a chunk, or its last W", {"metavar": "all|W"}),
-    "score_every": ("score a decode's query where its position is a multiple of this", _COUNT),
-    "score_layers": ("score every N-th layer of a group", _COUNT),
+    "score_query_stride": ("during decode score every N-th query, N times", _COUNT),
+    "score_layer_stride": ("score every N-th layer of a group", _COUNT),
     "sink_blocks": ("first blocks that are never evicted", _COUNT),
     "min_blocks": ("no relative budget is smaller", _COUNT),
 }
@@ -30,9 +30,13 @@ def add_eviction_flags(parser: argparse.ArgumentParser, defaults: Any) -> None:
     or a ``Study``, whose values the help shows.
     """
     for name, (text, options) in _FLAGS.items():
-        flag = "--" + name.replace("_", "-")
+        flag = _flag(name)
         shown = f"{text} [{getattr(defaults, name)}]"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=shown, **options)
+    for name in RENAMED:  # known, so that ``eviction_settings`` can say what they are called now
+        parser.add_argument(
+            _flag(name), nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     parser.add_argument("--policy-args", default=argparse.SUPPRESS, metavar="JSON",
         help='parameters by policy, {"cab": {"bridge_definition": "forman"}}')  # fmt: skip
 
@@ -41,10 +45,12 @@ def eviction_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The values of the flags that were given, as ``EvictionConfig.parse`` takes them.
 
     Raises:
-        UsageError: ``--policy-args`` is not JSON.
+        UsageError: ``--policy-args`` is not JSON. ``EvictionConfigError``: a flag was given under
+            its former name.
 
     """
     given = vars(arguments)
+    check_renamed(given)
     settings = {name: given[name] for name in _FLAGS if name in given}
     if "policy_args" in given:
         try:
@@ -52,3 +58,7 @@ def eviction_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         except json.JSONDecodeError as error:
             raise UsageError(f"--policy-args is not JSON: {error}") from None
     return settings
+
+
+def _flag(setting: str) -> str:
+    return "--" + setting.replace("_", "-")

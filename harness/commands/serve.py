@@ -43,7 +43,8 @@ def add_parser(commands: Any) -> None:
         help="print the plain vllm serve command and stop")  # fmt: skip
     add_eviction_flags(parser, EvictionConfig())
     parser.set_defaults(run=run)
-    own_flags = [flag for action in parser._actions for flag in action.option_strings]
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    own_flags = [flag for action in shown for flag in action.option_strings]
     parse = parser.parse_known_args
 
     def hand_on(arguments: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from ..errors import UnreadableFile, UsageError
 from .files import read_json
+from .former_names import in_todays_names
 from .provenance import identity
-from .specifications import comparison, level, order
+from .specifications import comparison, order
 
 EXPERIMENT = "experiment.json"
 """The study, and where its time went."""
@@ -33,20 +34,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UnreadableFile(
             f"{path} is no record of a run (no {lacking[0]}); delete it, or move it elsewhere"
         )
-    return _in_todays_names(record)
-
-
-def _in_todays_names(record: dict[str, Any]) -> dict[str, Any]:
-    """A record under the names of today: committed ones are older than some of them.
-
-    Its key follows from its specification, and mebibytes were called ``_mb`` once.
-    """
-    named = {
-        f"{name.removesuffix('_mb')}_mib" if name.endswith("_mb") else name: value
-        for name, value in record.items()
-    }
-    budget = record["specification"].get("budget_tokens")
-    return {**named, "key": f"{record['method']}_{level(record['sparsity'], budget)}"}
+    return in_todays_names(record)
 
 
 def read_experiment(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..analysis.perplexity import mean_perplexity
 from ..errors import UsageError
+from ..records.former_names import eviction_of
 from ..records.specifications import DENSE
 from .tables import Row, change, level, markdown, provenance_line
 
@@ -71,7 +72,7 @@ def _conditions(record: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: run["engine"].get(name) for name in _OF_ENGINE},
         **{name: run.get(name) for name in _OF_RUN},
-        **run["engine"]["eviction"],
+        **eviction_of(run),
         "method": run["method"],
         "starts of windows": [window["start"] for window in record["windows"]],
     }

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from vllm_plugins.config import EvictionConfig, EvictionConfigError
+from vllm_plugins.config import EvictionConfig, EvictionConfigError, check_renamed
 from vllm_plugins.refusals.engine import SENTENCES
 
 from ..errors import UsageError
@@ -103,6 +103,7 @@ class Passthrough:
 
         """
         own = list(own_flags)
+        check_renamed(name.removeprefix("--").replace("-", "_") for name in self._values)
         for name, value in self._values.items():
             if name in _ALWAYS:
                 raise EvictionConfigError(_ALWAYS[name])

@@ -20,8 +20,8 @@ from .levels import check_levels, levels_for
 from .settings import Study, short_name
 from .specification import EngineSpecification, Load, RunSpecification
 
-_EVICTION = ("layer_groups", "score", "score_half_life", "score_queries", "score_every",
-             "score_layers", "sink_blocks",
+_EVICTION = ("layer_groups", "score", "score_half_life", "score_queries", "score_query_stride",
+             "score_layer_stride", "sink_blocks",
              "min_blocks", "policy_args")  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from vllm_plugins.config import EvictionConfig
+from vllm_plugins.config import EvictionConfig, check_renamed
 
 from ..errors import UsageError
 from ..inputs.corpora import DEFAULT_DATASET, DOCUMENT_MODES, has_rows
@@ -20,7 +20,7 @@ _MAX_NAME_BYTES = 200
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 _NOT_VARIED = ("name", "vary")
 _DEFAULTS = EvictionConfig()
-ALL_SCORES = {"score_every": 1, "score_layers": 1}
+ALL_SCORES = {"score_query_stride": 1, "score_layer_stride": 1}
 """The papers' score, every query and layer, whatever a server samples."""
 
 
@@ -57,8 +57,8 @@ class Study:
     score: str = _DEFAULTS.score
     score_half_life: int = _DEFAULTS.score_half_life
     score_queries: Any = _DEFAULTS.score_queries
-    score_every: int = ALL_SCORES["score_every"]
-    score_layers: int = ALL_SCORES["score_layers"]
+    score_query_stride: int = ALL_SCORES["score_query_stride"]
+    score_layer_stride: int = ALL_SCORES["score_layer_stride"]
     sink_blocks: int = _DEFAULTS.sink_blocks
     min_blocks: int = _DEFAULTS.min_blocks
     policy_args: dict[str, Any] = field(default_factory=dict)
@@ -70,10 +70,12 @@ class Study:
         """From untyped settings.
 
         Raises:
-            UsageError: an unknown or misused setting.
+            UsageError: an unknown or misused setting. ``EvictionConfigError``: one under its
+                former name.
 
         """
         known = {f.name for f in fields(cls)}
+        check_renamed(settings)
         for name in settings:
             if name not in known:
                 close = difflib.get_close_matches(str(name), known, n=1)
@@ -116,6 +118,7 @@ class Study:
             raise UsageError('policy_args must be a mapping, like {"cab": {"local": 0.6}}')
         if not isinstance(self.vary, Mapping):
             raise UsageError("vary must be a mapping of a setting to its values")
+        check_renamed(self.vary)
         for name, values in self.vary.items():
             if name in _NOT_VARIED or name not in {f.name for f in fields(self)}:
                 raise UsageError(f"vary names {name!r}, which is no setting that can vary")

@@ -31,22 +31,22 @@ CASES = {
         {"half_life": 50, "window": 16},
     ),
     "every 2nd layer of 2 groups": (
-        {"layer_groups": 2, "score_layers": 2},
+        {"layer_groups": 2, "score_layer_stride": 2},
         "h2o",
         {},
         {"layer_groups": 2, "layer_stride": 2},
     ),
     "a prompt, then decodes, as a server scores them": (
         {
-            "score_every": EvictionConfig().score_every,
-            "score_layers": EvictionConfig().score_layers,
+            "score_query_stride": EvictionConfig().score_query_stride,
+            "score_layer_stride": EvictionConfig().score_layer_stride,
         },
         "h2o",
         {},
         {"every": 8, "layer_stride": 4, "prompt": 384},
     ),
     "a prompt, then every 3rd query": (
-        {"score_every": 3},
+        {"score_query_stride": 3},
         "h2o",
         {},
         {"every": 3, "prompt": 384},

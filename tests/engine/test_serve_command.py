@@ -14,7 +14,8 @@ from harness.resources.server import free_port, serving
 def server(smollm2, tmp_path_factory):
     command = [
         sys.executable, "-m", "harness", "serve", "smollm2-135m", "--policy", "h2o",
-        "--sparsity", "0.6", "--dtype", "float32", "--score-every", "1", "--score-layers", "1",
+        "--sparsity", "0.6", "--dtype", "float32",
+        "--score-query-stride", "1", "--score-layer-stride", "1",
         "--score-chunk", "64",
     ]  # fmt: skip
     log = tmp_path_factory.mktemp("server") / "log"

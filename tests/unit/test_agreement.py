@@ -81,6 +81,22 @@ def test_other_windows_or_settings_are_refused(sides, change, sentence):
         agreement_table(sides["cpu"], sides["cuda"])
 
 
+def test_records_under_former_names_are_read_as_others_are(sides):
+    names = {
+        "cpu": {"score_query_stride": 8, "score_layer_stride": 4},
+        "cuda": {"score_every": 8, "score_layers": 4},
+    }
+    for side, records in sides.items():
+        for record in records:
+            engine = record["specification"]["engine"]
+            engine["eviction"] = {**engine["eviction"], **names[side]}
+    agreement_table(sides["cpu"], sides["cuda"])
+    for record in sides["cuda"]:
+        record["specification"]["engine"]["eviction"]["score_every"] = 3
+    with pytest.raises(UsageError, match=r"in score_query_stride;"):
+        agreement_table(sides["cpu"], sides["cuda"])
+
+
 def test_a_refusal_is_one_sentence_and_leaves_the_readme_alone(sides, tmp_path, monkeypatch,
                                                                capsys):  # fmt: skip
     for record in sides["cuda"]:

@@ -33,6 +33,8 @@ BAD = [
     ({"request_policies": ["h2o", "nope"]}, "unknown policy 'nope'"),
     ({"request_policies": 3}, 'give "any" or a list'),
     ({"check_integrity": "yes"}, "true or false"),
+    ({"score_every": 8}, "now called score_query_stride (--score-query-stride)"),
+    ({"score_layers": 4}, "now called score_layer_stride (--score-layer-stride)"),
 ]
 
 
@@ -79,6 +81,7 @@ BAD_REQUESTS = [
     ({"KV-Sparsity": 0.5}, "did you mean 'kv_sparsity'"),
     ({"kv_layer_groups": 2}, "setting of the server, not of a request"),
     ({"sink_blocks": 2}, "setting of the server, not of a request"),
+    ({"score_every": 2}, "start the server with it (--score-query-stride)"),
     ({"kv_other": 2}, "unknown request setting 'kv_other'; known: kv_budget_tokens"),
     ({"kv_transfer_params": {"kv_policy": "h2o"}}, "kv_policy stands in kv_transfer_params"),
     # What JSON and Python let through.

@@ -173,9 +173,16 @@ def test_rows_without_any_text(refused, tmp_path, content):
     refused(dataset=f"jsonl:{path}")
 
 
+@pytest.mark.parametrize("flags", [["--score-every", "1"], ["--score-every"]])
+def test_a_flag_under_its_former_name(refused, flags):
+    assert "score_every is now called score_query_stride (--score-query-s" in refused(*flags)
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
+        ({"score_layers": 4}, "score_layers is now called score_layer_stride"),
+        ({"vary": {"score_every": [1, 8]}}, "score_every is now called score_query_stride"),
         ({"seeds": ["a"]}, "--seeds must be different whole numbers"),
         ({"budget_tokens": ["256"]}, "--budget-tokens is '256'"),
         ({"methods": [{"policy": "cab", "args": [1]}]}, "args of a method are [1]"),

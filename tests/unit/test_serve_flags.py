@@ -58,6 +58,8 @@ def refused(folder, capsys, *flags, config=LLAMA):
         (["--score-chunk", "64", "--max-num-seqs", "4"], "--score-chunk sets --max-num-seqs"),
         (["--config", "/nowhere.yaml"], "cannot read --config /nowhere.yaml"),
         (["--budget-tokens", "512"], "give sparsity or budget_tokens, not both"),
+        (["--score-every", "8"], "score_every is now called score_query_stride"),
+        (["--score_layers=4"], "score_layers is now called score_layer_stride"),
     ],
 )
 def test_a_flag_that_undoes_eviction_is_refused(flags, sentence, tmp_path, capsys):

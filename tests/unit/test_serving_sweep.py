@@ -377,13 +377,13 @@ def test_flags():
 def test_serve_prints_the_plain_command(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     arguments = ["serve", str(tmp_path), "--policy", "cab", "--sparsity", "0.9",
-                 "--score-every", "4", "--max-model-len", "1024", "--print-command",
+                 "--score-query-stride", "4", "--max-model-len", "1024", "--print-command",
                  "--enable-lora"]  # fmt: skip
     assert main(arguments) == 0
     line = capsys.readouterr().out.strip()
     assert line.startswith(f"vllm serve {tmp_path} --kv-transfer-config '{{")
     assert '"policy":"cab","sparsity":0.9' in line
-    assert '"score_every":4' in line
+    assert '"score_query_stride":4' in line
     # What was given comes as it was given; a CPU's pool may be set behind it.
     assert " --max-model-len 1024 --enable-lora" in line
 
@@ -396,6 +396,7 @@ def test_serve_prints_the_plain_command(tmp_path, capsys):
         ({"sparsity": [1.5]}, "sparsity is 1.5"),
         ({"seeds": []}, "at least one"),
         ({"eviction": {"policy": "cab"}}, "is set by methods"),
+        ({"eviction": {"score_every": 8}}, "score_every is now called score_query_stride"),
         ({"slo": {"speed": {"p99": 1}}}, "slo names 'speed'"),
         ({"load": {"num_requests": 3, "x": 1}}, "unknown or missing load setting"),
         ({"load": {}}, "num_requests"),

@@ -143,7 +143,7 @@ def test_several_texts_and_their_throughput_passes_share_one_engine(model, tmp_p
     made = points({**full, "model": str(model), "dataset": texts}, "cuda")
     assert len({str(run.engine) for point in made for run in point.runs}) == 1
     assert [sum(r.load is not None for r in point.runs) for point in made] == [39, 39]
-    assert made[0].runs[0].engine.eviction["score_every"] == 1
+    assert made[0].runs[0].engine.eviction["score_query_stride"] == 1
 
 
 def test_throughput_is_a_pass_of_its_own(model):

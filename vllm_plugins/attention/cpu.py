@@ -88,7 +88,7 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
             start = starts[i] if state.window is None else max(starts[i], stop - state.window)
             weight = 1
             if stop - starts[i] == 1:
-                weight = state.config.score_every
+                weight = state.config.score_query_stride
                 if not state.scores_query_at(num_tokens[i] - 1):
                     start = stop
             num_blocks = -(-seq_len // self.block_size)

@@ -149,7 +149,8 @@ class EvictionImpl(FlashAttentionImpl):
         state = self._state
         if (
             state is None
-            or not getattr(attn_metadata, "scores", False)
+            or not isinstance(attn_metadata, EvictionMetadata)
+            or not attn_metadata.scores
             or layer.layer_name not in state.scored_layers
         ):
             return super().forward(
@@ -220,7 +221,7 @@ class EvictionImpl(FlashAttentionImpl):
                 state.num_queries,
                 block_size=kv_cache.shape[2],
                 window=state.window or 2**30,
-                decode_weight=state.config.score_every,
+                decode_weight=state.config.score_query_stride,
                 log2_decay=state.log2_decay,
             )
         decode = metadata.num_decode_rows
@@ -240,7 +241,7 @@ class EvictionImpl(FlashAttentionImpl):
                 scale=self.scale,
                 soft_cap=self.logits_soft_cap,
                 window=state.window,
-                decode_weight=state.config.score_every,
+                decode_weight=state.config.score_query_stride,
                 log2_decay=state.log2_decay,
             )
 

@@ -121,7 +121,7 @@ class WorkerState(ABC):
             by_group.setdefault(group, []).append(name)
         groups = by_group.values()
         self.first_layers = frozenset(names[0] for names in groups)
-        stride = self.config.score_layers
+        stride = self.config.score_layer_stride
         self.scored_layers = frozenset(name for names in groups for name in names[::stride])
 
     def start_step(self, plan: EvictionPlan, finished: set[str]) -> None:
@@ -130,10 +130,6 @@ class WorkerState(ABC):
         for request_id in finished:
             self.needs.pop(request_id, None)
         self.needs.update(plan.needs)
-
-    def wants(self, channel: str) -> bool:
-        """Whether some request in the batch may need ``channel``."""
-        return channel in self.server_needs and any(channel in n for n in self.needs.values())
 
     @property
     def active(self) -> bool:
@@ -145,4 +141,4 @@ class WorkerState(ABC):
 
         By place in the sequence, not by step: who else is in the batch changes nothing.
         """
-        return position % self.config.score_every == 0
+        return position % self.config.score_query_stride == 0

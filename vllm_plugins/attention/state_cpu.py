@@ -38,6 +38,10 @@ class CPUWorkerState(WorkerState):
         self.graph.clear()
         self.seconds = {}
 
+    def wants(self, channel: str) -> bool:
+        """Whether some request in the batch may need ``channel``."""
+        return channel in self.server_needs and any(channel in n for n in self.needs.values())
+
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the time of the block to ``seconds[phase]``."""

@@ -25,7 +25,7 @@ from ..platforms import check_settings
 from .server_settings import decode
 
 
-class _OfServer(type(LogitsProcessor)):
+class _PerServer(type(LogitsProcessor)):  # type: ignore[misc]
     """``Validator.WORD`` is the validator for the server that ``WORD`` describes."""
 
     def __getattr__(cls, word: str) -> type:
@@ -60,7 +60,7 @@ class _Validator:
             check_settings(cls.config.request_settings(sampling_params.extra_args, cls.block_size))
 
 
-class RequestValidator(_Validator, LogitsProcessor, metaclass=_OfServer):
+class RequestValidator(_Validator, LogitsProcessor, metaclass=_PerServer):
     """A logits processor in name only, for the V1 runner (CPU)."""
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
@@ -76,7 +76,7 @@ class RequestValidator(_Validator, LogitsProcessor, metaclass=_OfServer):
         pass
 
 
-class RequestValidatorV2(_Validator, LogitsProcessorV2, metaclass=_OfServer):
+class RequestValidatorV2(_Validator, LogitsProcessorV2, metaclass=_PerServer):
     """The same for the V2 runner (CUDA)."""
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
