@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..analysis.perplexity import total
 from ..analysis.statistics import mean_interval
 from ..records.former_names import eviction_of
 from ..records.specifications import DENSE
-from ..report.tables import Row, caption, level, markdown, provenance_line
+from ..report.tables import Row, level, markdown, provenance_line
 
 
 def bench_table(record: dict[str, Any]) -> str:
@@ -22,38 +23,44 @@ def bench_table(record: dict[str, Any]) -> str:
 
 
 def headline_table(texts: list[list[dict[str, Any]]]) -> str:
-    """Perplexity and KV memory against dense by method and sparsity, a column for each text.
+    """Change of perplexity and KV memory against dense, at the lowest and the highest sparsity.
 
     Perplexity and its interval follow from the differences in loss of windows that share no
     token, KV memory from the peaks of the first text's runs.
 
     Args:
-        texts: the records of each text, dense and others, of the same methods and sparsities.
+        texts: the records of each text, of the same methods and sparsities, dense among them.
 
     """
-    tests = [significance(records) for records in texts]
     results = aggregate(texts[0])
-    names = [records[0]["specification"]["dataset"].rsplit("/", 1)[-1] for records in texts]
-    names = [name.removeprefix("text:") for name in names]
-    table: list[Row] = [("method", "sparsity", *names, "KV memory at its peak")]
-    for key, entry in results.items():
-        if entry["method"] == DENSE:
+    dense = results[f"{DENSE}_s0.0"]
+    evicting = {key: entry for key, entry in results.items() if entry["method"] != DENSE}
+    sparsities = [entry["sparsity"] for entry in evicting.values()]
+    tests = {_text(records[0]): significance(records) for records in texts}
+    table: list[Row] = [("method", "sparsity", *tests, "KV memory at its peak")]
+    for key, entry in evicting.items():
+        if entry["sparsity"] not in (min(sparsities), max(sparsities)):
             continue
-        found = [by_name[f"{DENSE}_vs_{key}"]["all_tokens"] for by_name in tests]
-        memory = (
-            entry["peak_memory_mib"]["mean"] / results[f"{DENSE}_s0.0"]["peak_memory_mib"]["mean"]
-        )
+        found = [by_name[f"{DENSE}_vs_{key}"]["all_tokens"] for by_name in tests.values()]
+        memory = entry["peak_memory_mib"]["mean"] / dense["peak_memory_mib"]["mean"]
         cells = [_percent(t["mean_difference_nats"], t["interval_95_t"]) for t in found]
         table.append((entry["method"], level(key, entry), *cells, f"{memory:.0%}"))
     counts = " and ".join(
-        f"{next(iter(by_name.values()))['all_tokens']['num_windows']} windows of {name}"
-        for name, by_name in zip(names, tests, strict=True)
+        f"{by_name[f'{DENSE}_vs_{key}']['all_tokens']['num_windows']} windows of {name}"
+        for name, by_name in tests.items()
     )
     first = texts[0][0]
+    engine = first["specification"]["engine"]
     return (
-        f"{caption(first)}.\n{provenance_line(first)} Change of perplexity against dense, with "
-        f"its 95% interval by Student's t over {counts} that share no token.\n\n{markdown(table)}"
+        f"Change of perplexity against dense, with its 95% interval by Student's t over windows of "
+        f"{engine['context_length']} tokens: {counts}. No two of them share a token. Blocks of "
+        f"{engine['block_size']} tokens go after every {engine['prefill_chunk']}.\n"
+        f"{Path(engine['model']).name}, {provenance_line(first)}\n\n{markdown(table)}"
     )
+
+
+def _text(record: dict[str, Any]) -> str:
+    return record["specification"]["dataset"].removeprefix("text:").rsplit("/", 1)[-1]
 
 
 def _percent(nats: float, interval: list[float]) -> str:

@@ -1,13 +1,15 @@
 """Two machines' records of one study, side by side."""
 
+from pathlib import Path
 from statistics import fmean
 
 import pytest
 
 from harness.analysis.perplexity import perplexity, total
 from harness.bench.readme import fill, main
+from harness.bench.tables import sampled_table
 from harness.errors import UsageError
-from harness.records.files import write_json
+from harness.records.files import read_json, write_json
 from harness.report.agreement import agreement_table
 
 from .records import experiment
@@ -110,3 +112,15 @@ def test_a_refusal_is_one_sentence_and_leaves_the_readme_alone(sides, tmp_path, 
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert readme.read_text() == MARKED
+
+
+def test_records_say_under_either_name_how_scores_were_sampled():
+    folder = Path(__file__).resolve().parents[2] / "results" / "sampled-scores"
+    records = [read_json(path) for path in sorted(folder.rglob("*_seed*.json"))]
+    table = sampled_table(records)
+    for record in records:
+        eviction = record["specification"]["engine"]["eviction"]
+        eviction["score_query_stride"] = eviction.pop("score_every")
+        eviction["score_layer_stride"] = eviction.pop("score_layers")
+    assert sampled_table(records) == table
+    assert "| 1 in 8 | 1 in 4 |" in table

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from harness.records.files import read_json, write_json
 from harness.study.plan import seeds_for
 
 from .records import experiment
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_windows_repeat_by_seed_and_never_overlap():
@@ -113,11 +116,26 @@ def test_lists_of_numbers_take_one_line(tmp_path):
     assert '"a": [ 1.5, -2e-05, 3 ]' in (tmp_path / "a.json").read_text()
 
 
-def test_the_readmes_tables_are_made_from_the_records():
-    root = Path(__file__).resolve().parents[2]
-    text = (root / "README.md").read_text()
-    assert fill(text, root / "results") == text, "run scripts/readme_tables"
-    assert text.count("<!-- table: ") >= 2
+@pytest.mark.parametrize(("name", "num_tables"), [("README.md", 1), ("results/README.md", 15)])
+def test_the_readmes_tables_are_made_from_the_records(name, num_tables):
+    text = (ROOT / name).read_text()
+    assert fill(text, ROOT / "results") == text, "run scripts/readme_tables"
+    assert text.count("<!-- end -->") == num_tables
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_links_between_pages_lead_somewhere():
+    folders = (".", "harness", "harness/client", "results", "scripts", "tests", "vllm_plugins")
+    pages = [page for folder in folders for page in (ROOT / folder).glob("*.md")]
+    pages += (ROOT / "results").rglob("report.md")
+    assert len(pages) > 20
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if "://" not in target and target != "vllm_plugins/README.md":
+                assert (page.parent / target).exists(), f"{page}: {target}"
 
 
 def test_seeds():
