@@ -232,8 +232,7 @@ def add_block_mass(
         one_query: no row of the range has more than one query (decode).
         scale, soft_cap: of the logits; ``soft_cap`` 0 = off.
         window: only so many last queries of a row count.
-        decode_weight: what the query of a row that has just one counts: the number of queries
-            it stands for, where not every decode is scored.
+        decode_weight: a row with one query counts it so many times (``score_query_stride``).
         log2_decay: log2 of the weight lost per token of age within the chunk; 0 = none.
         tile: shape of the work; by default ``DECODE``, ``CHUNK``, or ``WINDOW`` for few queries.
         programs: decode rows are split over programs until there are about so many.

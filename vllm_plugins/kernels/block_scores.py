@@ -187,7 +187,7 @@ def age_blocks(
         mass, num_queries: int64 ``[num_blocks]``.
         block_size: tokens per block.
         window: so many last queries of a row are scored.
-        decode_weight: as how many queries that of a row with just one counts.
+        decode_weight: a row with one query counts it so many times (``score_query_stride``).
         log2_decay: log2 of the weight that is left after one token.
 
     Reads 12 and writes 8 bytes a live block.
