@@ -2,11 +2,17 @@
 
     python -m harness.bench.readme README.md results/README.md results
 
-NAMEs lie under ``results``, the last argument. Kinds: ``table``, a folder of records or a
-benchmark's record; ``headline``, an experiment whose points are texts; ``load``, records of loads
-side by side; ``ablation``, the folder of a study that varies something; ``settings``, folders of
-records below one, a row for each way of scoring; ``sampled``, the same where scores are sampled;
-``agreement``, two folders of records of one study, from two machines.
+NAMEs lie under ``results``, the last argument. Kinds:
+
+- ``table``: a folder of records, or a benchmark's record;
+- ``throughput``: the throughput pass of a folder of records;
+- ``headline``: an experiment whose points are texts;
+- ``load``: records of loads, side by side;
+- ``ablation``: the folder of a study that varies something;
+- ``settings``: folders of records below one, a row for each way of scoring;
+- ``sampled``: the same, where scores are sampled;
+- ``agreement``: two folders of records of one study, from two machines.
+
 Figures in a README are never typed in.
 """
 
@@ -32,10 +38,10 @@ from ..records.stored import (
 from ..report.ablation import ablation_rows
 from ..report.agreement import agreement_table
 from ..report.experiment import point_name
-from ..report.tables import caption, markdown, markdown_table, provenance_line
+from ..report.tables import caption, markdown, markdown_table, provenance_line, throughput_rows
 from .tables import bench_table, headline_table, load_table, sampled_table, settings_table
 
-_KINDS = "table|headline|load|ablation|settings|sampled|agreement"
+_KINDS = "table|throughput|headline|load|ablation|settings|sampled|agreement"
 _MARKED = re.compile(rf"(<!-- ({_KINDS}): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -64,6 +70,20 @@ def _table(path: Path) -> str:
     return f"{told}\n{provenance_line(records[0])}\n\n{markdown_table(current)}"
 
 
+def _throughput(path: Path) -> str:
+    records, loads = read_records(path), read_load_records(path)
+    load = loads[0]["specification"]["load"]
+    runs = len({record["seed"] for record in loads})
+    told = (
+        f"{records[0]['specification']['dataset']}: {load['num_requests']} requests of "
+        f"{load['prompt_tokens']} + {load['output_tokens']} tokens, {runs} loads of each row. "
+        "Against dense: the geometric mean of the ratios of loads of one number, with its 95% t "
+        "interval."
+    )
+    rows = throughput_rows(aggregate(records, loads))
+    return f"{told}\n{provenance_line(loads[0])}\n\n{markdown(rows)}"
+
+
 def _headline(folder: Path) -> str:
     points = read_experiment(folder / EXPERIMENT)["comparisons"]
     return headline_table([read_records(folder / point["folder"]) for point in points])
@@ -89,6 +109,7 @@ def _below(folder: Path) -> list[dict[str, Any]]:
 
 _TABLES: dict[str, Callable[..., str]] = {
     "table": _table,
+    "throughput": _throughput,
     "headline": _headline,
     "load": lambda *paths: load_table([read_json(path) for path in paths]),
     "ablation": _ablation,
