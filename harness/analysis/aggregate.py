@@ -134,11 +134,10 @@ def _compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[
         "after_eviction": None,
     }
     starts = [_earlier(first_affected(a[w]), first_affected(b[w])) for w in shared]
-    if all(s is not None and total(a[w], s)[1] for w, s in zip(shared, starts, strict=True)):
+    known = [(w, s) for w, s in zip(shared, starts, strict=True) if s is not None]
+    if len(known) == len(shared) and all(total(a[w], s)[1] for w, s in known):
         result["after_eviction"] = paired_test(
-            [_nll(a[w], start) for w, start in zip(shared, starts, strict=True)],
-            [_nll(b[w], start) for w, start in zip(shared, starts, strict=True)],
-            seeds,
+            [_nll(a[w], s) for w, s in known], [_nll(b[w], s) for w, s in known], seeds
         )
     return result
 

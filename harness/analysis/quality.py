@@ -35,7 +35,11 @@ def quality_record(
         assert result.window is not None
         assert result.answer is not None
         start, tokens = windows[result.window]
-        row = {"window": result.window, "start": start, "sent_s": round(result.sent or 0.0, 4)}
+        row: dict[str, Any] = {
+            "window": result.window,
+            "start": start,
+            "sent_s": round(result.sent or 0.0, 4),
+        }
         try:
             row["eviction"] = _eviction(result.answer)
             row |= by_chunk(_checked(log_likelihoods(result.answer, tokens)), chunk)

@@ -12,11 +12,12 @@ from .perplexity import total
 from .quality import kept_to_chunk, perplexity_or_none
 from .statistics import mean_interval, ratio_interval
 
-METRICS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {}
+Metric = Callable[[Mapping[str, Any]], float | None]
+METRICS: dict[str, Metric] = {}
 
 
-def _metric(name: str):
-    def register(function: Callable[[Mapping[str, Any]], float | None]):
+def _metric(name: str) -> Callable[[Metric], Metric]:
+    def register(function: Metric) -> Metric:
         METRICS[name] = function
         return function
 
@@ -40,8 +41,13 @@ for _name, _statistics in {
     for _statistic in _statistics:
         _steady(_name, _statistic)
 
+
+def _of_the_span(name: str) -> None:
+    METRICS[name] = lambda record: record["summary"]["steady"][name]
+
+
 for _name in ("request_throughput", "output_throughput", "goodput", "good_share"):
-    METRICS[_name] = lambda record, name=_name: record["summary"]["steady"][name]
+    _of_the_span(_name)
 
 
 @_metric("duration_s")

@@ -25,7 +25,9 @@ from .output import output_file
 
 BLOCK_SIZE = 16
 WARM_UP = 5
-CASES = [(name, {}) for name in policy_names() if get_policy(name).select is not None]
+CASES: list[tuple[str, dict[str, Any]]] = [
+    (name, {}) for name in policy_names() if get_policy(name).select is not None
+]
 CASES.append(("cab", {"bridge_definition": "forman"}))
 
 
@@ -65,7 +67,7 @@ def measure(policy: str, parameters: dict, num_blocks: int, keep: int, repeats: 
                 int(ids[i]): [(ids[: i + 1], rows[i, : i + 1])] for i in range(num_blocks)
             }
         ledger.requests["r"].groups[0] = live
-        blocks = range(num_blocks)  # only its length counts: nothing is new
+        blocks: Any = range(num_blocks)  # only its length counts: nothing is new
         started = time.perf_counter()
         victims = ledger.decide("r", 0, request.num_tokens, blocks)
         seconds.append(time.perf_counter() - started)

@@ -178,6 +178,7 @@ def main() -> None:
                         measured.append(entry)
                         if best is None or ms < best["ms"]:
                             best = entry
+                assert best is not None
                 print(
                     f"{shape:13} {name:20} window {window or 'all':>3}  "
                     f"{best['ms'] * 1e3:8.1f} us  FlashAttention {attention * 1e3:8.1f} us  "

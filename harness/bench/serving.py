@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -96,7 +96,7 @@ class Group:
 
     name: str
     settings: dict[str, Any] | None
-    sides: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    sides: Mapping[str, dict[str, Any] | None] = field(default_factory=dict)
 
 
 def evict(policy: str, sparsity: float) -> dict[str, Any]:

@@ -171,13 +171,13 @@ class LoadSpecification:
                     f"{name} means nothing to --arrivals {self.arrivals}; leave it out, or use "
                     f"one of: {', '.join(arrivals)}"
                 )
-        for name, value, default, prompts in (
+        for name, given, usual, prompts in (
             ("--dataset", self.dataset, LoadSpecification.dataset, ("text",)),
             ("--input-length", self.input_length, LoadSpecification.input_length, _DRAWN),
             ("--output-length", self.output_length, LoadSpecification.output_length, _DRAWN),
             ("--shared-prefix-length", self.shared_prefix_length, 0, _DRAWN),
         ):
-            if value != default and self.prompts not in prompts:
+            if given != usual and self.prompts not in prompts:
                 raise UsageError(
                     f"{name} means nothing to --prompts {self.prompts}; leave it out, or use "
                     f"one of: {', '.join(prompts)}"

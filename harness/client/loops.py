@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import aiohttp
 
@@ -75,7 +75,7 @@ class LoadLoop:
         ]
         return sorted(self.results, key=lambda result: result.index)
 
-    async def _to_the_end(self, loop) -> None:
+    async def _to_the_end(self, loop: Awaitable[None]) -> None:
         await loop
         while self._tasks:
             await asyncio.wait(self._tasks)

@@ -79,7 +79,9 @@ def summarize(
     measured = [latencies(r, open_loop) for r in succeeded]
     gaps = [1000 * gap for r in succeeded for gap in np.diff(r.chunks)]
     seconds = high - low
-    completed = sum(r.status == SUCCEEDED and low <= r.end <= high for r in results)
+    completed = sum(
+        r.status == SUCCEEDED and r.end is not None and low <= r.end <= high for r in results
+    )
     judged = bool(objectives) and (
         "time_per_output_token_ms" not in objectives
         or all(r.output_tokens is not None for r in succeeded)
@@ -91,10 +93,14 @@ def summarize(
         "quality_counts": counts([r for r in members if r.kind != LOAD]),
     }
     for name in ("time_to_first_token_ms", "time_per_output_token_ms", "end_to_end_latency_ms"):
-        summary[name] = distribution([m[name] for m in measured if m[name] is not None])
+        summary[name] = distribution([v for m in measured if (v := m[name]) is not None])
     summary["inter_token_latency_ms"] = distribution(gaps)
     summary["send_lag_ms"] = distribution(
-        [1000 * (r.sent - r.intended) for r in load if None not in (r.sent, r.intended)]
+        [
+            1000 * (r.sent - r.intended)
+            for r in load
+            if r.sent is not None and r.intended is not None
+        ]
     )
     if seconds > 0:
         tokens = token_timeline(results, np.array([low, high]))

@@ -52,7 +52,7 @@ def add_parser(commands: Any) -> None:
         known.vllm_flags, known.own_flags = rest, own_flags
         return known, []
 
-    parser.parse_known_args = hand_on  # type: ignore[method-assign]
+    parser.parse_known_args = hand_on
 
 
 def run(arguments: argparse.Namespace) -> int:

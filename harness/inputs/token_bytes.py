@@ -54,9 +54,10 @@ def _bytes_of(state: bytes) -> Callable[[str], bytes] | None:
 
 
 def _byte_level(token: str) -> bytes:
-    values = [_BYTES.get(character) for character in token]
     # An added token may hold characters that stand for no byte; it is spelt as it is then.
-    return token.encode() if None in values else bytes(values)
+    if not all(character in _BYTES for character in token):
+        return token.encode()
+    return bytes(_BYTES[character] for character in token)
 
 
 def _with_fallback(token: str, replaced: list[tuple[str, str]]) -> bytes:

@@ -210,7 +210,7 @@ def warnings(
     return found
 
 
-def _columns(results: Sequence[Result]) -> dict[str, list[float]]:
+def _columns(results: Sequence[Result]) -> dict[str, list[Any]]:
     return {
         "index": [r.index for r in results],
         "prompt_tokens": [r.prompt_tokens for r in results],

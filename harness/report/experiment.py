@@ -32,7 +32,7 @@ def report_experiment(folder: Path) -> list[tuple[str, dict[str, Any]]]:
             not be mixed.
 
     """
-    alone = {"sessions": [], "comparisons": [{"varied": {}, "folder": "."}]}
+    alone: dict[str, Any] = {"sessions": [], "comparisons": [{"varied": {}, "folder": "."}]}
     path = folder / EXPERIMENT
     experiment = read_experiment(path) if path.is_file() else alone
     sessions, points = experiment["sessions"], experiment["comparisons"]

@@ -241,7 +241,7 @@ def _ratio_rows(ratios: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _rate_rows(rates: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    rows = [("method", "highest rate kept, 1/s", "next rate tested, broken")]
+    rows: list[tuple[str, ...]] = [("method", "highest rate kept, 1/s", "next rate tested, broken")]
     for row in rates:
         rows.append(
             (

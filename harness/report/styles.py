@@ -10,7 +10,7 @@ from ..records.files import replacing
 DENSE_POINT = "h"
 """Dense's marker where no line shows it."""
 DENSE_STYLE = {"color": "black", "marker": "none", "linestyle": "--"}
-_STYLES = {
+_STYLES: dict[str, dict[str, Any]] = {
     # Okabe-Ito colours, distinct to the colour-blind, in steps of lightness; marker and line
     # alone tell the methods apart without any colour.
     "dense": DENSE_STYLE,
@@ -20,7 +20,7 @@ _STYLES = {
     "random": {"color": "#999999", "marker": "x", "linestyle": ":"},
     "key_norm": {"color": "#cc79a7", "marker": "D", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
 }
-_OTHERS = [
+_OTHERS: list[dict[str, Any]] = [
     {"color": "#56b4e9", "marker": "v", "linestyle": (0, (4, 2))},
     {"color": "#e69f00", "marker": "P", "linestyle": (0, (1, 1))},
     {"color": "#332288", "marker": "*", "linestyle": (0, (6, 2, 1, 2))},
@@ -73,7 +73,7 @@ def new_figure(width: float = 6.4, height: float = 4.2, **options: Any) -> tuple
 
 def shared_legend(figure: Any, panels: Any) -> None:
     """One legend below all panels, each method once."""
-    found = {}
+    found: dict[str, Any] = {}
     for axes in panels:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(name, handle)

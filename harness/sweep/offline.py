@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -70,7 +70,7 @@ class Sweep(Loop):
             self.texts.check()
         self.notes += self.texts.notes
 
-    def resource_of(self, run: RunSpecification) -> Hashable:
+    def resource_of(self, run: RunSpecification) -> _Same:
         return _Same(run.engine)
 
     @contextmanager
