@@ -105,12 +105,14 @@ class RequestState:
         self.blocks_steps += blocks
 
     def final_record(self, block_size: int, min_blocks: int) -> dict[str, Any]:
-        """The record of a request that ended (counts; blocks are a layer group's average)."""
+        """The record of a request that ended (counts; blocks are a layer group's average).
+
+        Of a request that ended before its first eviction, the effective sparsity is 0.
+        """
+        effective = self.settings.effective_sparsity(self.num_tokens, block_size, min_blocks)
         return {
             **self.record,
-            "effective_sparsity": self.settings.effective_sparsity(
-                self.num_tokens, block_size, min_blocks
-            ),
+            "effective_sparsity": effective if self.record["blocks_evicted"] else 0.0,
             "average_blocks": self.blocks_steps / self.steps if self.steps else 0.0,
             "num_steps": self.steps,
             "block_size": block_size,

@@ -99,7 +99,7 @@ def _eviction(answer: Mapping[str, Any]) -> Mapping[str, Any]:
         json.dumps(eviction, allow_nan=False)
         first = eviction["first_eviction_tokens"]
         counts = [] if first is None else [first]
-        if eviction.get("blocks_evicted"):
+        if _evicts(eviction):
             counts += [eviction[name] for name in ("blocks_evicted", "num_steps", "preemptions")]
         if all(type(n) is int and n >= 0 for n in counts):
             return eviction
@@ -109,16 +109,21 @@ def _eviction(answer: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def kept_to_chunk(row: Mapping[str, Any]) -> bool:
-    """Whether a window was evicted from under the chunk that its sums are over.
+    """Whether a window was computed under the chunk that its sums are over.
 
     Its number of steps, from the answer's own eviction record, must be that of the chunk, without
     preemption: vLLM gives a request that is alone in the engine its whole token budget as its
     chunk, cuts a chunk short where the budget of a step is used up, and computes a preempted
-    prompt anew. Where nothing was evicted (dense, or a server without the plugin, which sends no
-    such record) the chunk changes nothing.
+    prompt anew. A prompt is evicted from between its chunks: one that a server computed in a
+    single step has the dense model's perplexity, whatever sparsity was asked for. Where none was
+    (dense, or a server without the plugin, which sends no such record) the chunk changes nothing.
     """
     eviction = row["eviction"]
-    if not eviction.get("blocks_evicted"):
+    if not _evicts(eviction):
         return True
     steps = -(-(row["num_predictions"] + 1) // row["predictions_per_entry"])
     return eviction["num_steps"] == steps and not eviction["preemptions"]
+
+
+def _evicts(eviction: Mapping[str, Any]) -> bool:
+    return any(eviction.get(name) for name in ("blocks_evicted", "sparsity", "budget_tokens"))

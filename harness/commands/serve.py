@@ -67,15 +67,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     settings = _settings(arguments)
     config = EvictionConfig.parse(settings)
-    check_has_budget(settings)
-    config.check_budget(arguments.block_size)
     flags = Passthrough(arguments.vllm_flags)
     flags.check(config, arguments.own_flags)
-    port = parse_port(flags.get("--port") or "8000")
+    check_has_budget(settings)
+    config.check_budget(arguments.block_size)
+    given = flags.get("--port")
+    port = parse_port("8000" if given is None else given)
     if arguments.score_chunk is not None:
         flags.flags += _score_flags(arguments.score_chunk, flags)
     model = resolve_model(arguments.model)
-    if "--hf-overrides" not in flags and (facts := read_config(model)):
+    facts = read_config(model, fetch=not arguments.print_command)
+    if facts and "--hf-overrides" not in flags:
         check_config(model, facts, config.layer_groups, _whole(flags.get("--max-model-len")))
     vllm_flags, notes = _vllm_flags(arguments, settings, flags, model)
     print(shell_line(["vllm", "serve", model, *vllm_flags]), flush=True)

@@ -62,9 +62,11 @@ def load_lines(record: dict[str, Any]) -> list[str]:
         counted = quality["num_answered"] - left_out
         lines.append(f"{'perplexity under load':28}{shown:>10}  over {counted} windows")
         if quality["num_other_chunk"]:
+            chunk = record["specification"]["quality"]["chunk"]
             lines.append(
                 f"  {quality['num_other_chunk']} windows left out: the server did not keep to the "
-                f"chunk of {record['specification']['quality']['chunk']} tokens"
+                f"chunk of {chunk} tokens; start it with --long-prefill-token-threshold {chunk} "
+                f"and --max-num-batched-tokens of {chunk} times its --max-num-seqs"
             )
         if quality["num_unusable"]:
             lines.append(

@@ -1,12 +1,13 @@
 """What a model's ``config.json`` alone tells about eviction, before anything is imported.
 
-A first look, for models on this machine. The engine's own check
+A first look, before vLLM's. The engine's own check
 (``vllm_plugins.refusals.engine.check_engine``) knows what vLLM makes of the configuration.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,21 @@ from vllm_plugins.refusals.engine import SENTENCES, check_layer_groups
 from ..errors import UsageError
 
 
-def read_config(model: str) -> dict[str, Any] | None:
+def read_config(model: str, *, fetch: bool = False) -> dict[str, Any] | None:
     """The text part of a model's configuration; None where it is not on this machine.
 
     Args:
-        model: a folder, or a hub id whose files may be in the cache.
+        model: a folder, or a hub id.
+        fetch: ask the hub for what is not in its cache.
 
     Raises:
-        UsageError: the file is no JSON.
+        UsageError: the file is no JSON, or the hub has no such model.
 
     """
     path = Path(model) / "config.json"
     if not path.is_file():
-        from huggingface_hub import try_to_load_from_cache
-
-        try:
-            cached = try_to_load_from_cache(model, "config.json")
-        except ValueError:  # no hub id
-            return None
-        if not isinstance(cached, str):
+        cached = None if os.environ.get("VLLM_USE_MODELSCOPE") else _of_hub(model, fetch)
+        if cached is None:
             return None
         path = Path(cached)
     try:
@@ -43,6 +40,28 @@ def read_config(model: str) -> dict[str, Any] | None:
         raise UsageError(f"cannot read {path}: {error}") from None
     text = config.get("text_config")
     return {**config, **text} if isinstance(text, dict) else config
+
+
+def _of_hub(model: str, fetch: bool) -> str | None:
+    """The configuration in the hub's cache; None: it is not there."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+        if isinstance(cached, str):
+            return cached
+        return hf_hub_download(model, "config.json") if fetch else None
+    except LocalEntryNotFoundError:
+        reason = "it is not in the cache, and the hub cannot be reached"
+    except EntryNotFoundError:  # of another format, which vLLM may know
+        return None
+    except (OSError, ValueError) as error:  # unknown, gated or no hub id
+        reason = str(error).strip().splitlines()[0]
+    raise UsageError(
+        f"{model} is no folder here and cannot be had from the hub ({reason}); give a model "
+        "folder, a hub id, or smollm2-135m"
+    )
 
 
 def check_config(

@@ -114,8 +114,10 @@ class Passthrough:
             if name == "--disable-hybrid-kv-cache-manager" and config.layer_groups > 1:
                 groups = config.layer_groups
                 raise EvictionConfigError(SENTENCES["layer_groups_pool"].format(groups=groups))
-            if name not in own and (close := difflib.get_close_matches(name, own, 1, 0.85)):
-                raise UsageError(f"unknown flag {name}; did you mean {close[0]}?")
+            if name not in own:
+                longer = [flag for flag in own if flag.startswith(name) and len(name) >= _SHORTEST]
+                if close := [*difflib.get_close_matches(name, own, 1, 0.85), *longer]:
+                    raise UsageError(f"unknown flag {name}; did you mean {close[0]}?")
 
 
 def _pairs(flags: Sequence[str]) -> Iterable[tuple[str, str]]:

@@ -35,7 +35,7 @@ def end(llm: Any) -> None:
     gc.collect()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def smollm2_engine(smollm2):
     """Every method and sparsity through per-request settings; integrity checked at every step."""
     from vllm import LLM

@@ -184,7 +184,14 @@ def test_scores_that_are_no_numbers_are_a_policy_error(policy, value):
 
 def test_a_record_tells_the_sparsity_that_its_budget_allowed():
     bench = Bench({"kv_sparsity": 0.9}, num_tokens=80)
+    bench.step(80, scores(np.arange(20.0)))
+    assert bench.decide(80)
     assert bench.ledger.finish("r")["effective_sparsity"] == pytest.approx(0.8)  # 4 of 20 stay
+
+
+def test_a_request_that_ended_before_its_first_eviction_had_no_sparsity():
+    bench = Bench({"kv_sparsity": 0.9}, num_tokens=80)
+    assert bench.ledger.finish("r")["effective_sparsity"] == 0
 
 
 def test_graph_follows_the_live_blocks():

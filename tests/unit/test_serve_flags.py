@@ -52,6 +52,8 @@ def refused(folder, capsys, *flags, config=LLAMA):
         (["--layer-groups", "3"], "use one of: 1, 2, 4"),
         (["--sparsty", "0.9"], "unknown flag --sparsty; did you mean --sparsity?"),
         (["--polcy=h2o"], "unknown flag --polcy; did you mean --policy?"),
+        (["--spars", "0.9"], "unknown flag --spars; did you mean --sparsity?"),
+        (["--port"], "--port is ''; give a number from 1 to 65535"),
         (["--port", "99999"], "--port is '99999'; give a number from 1 to 65535"),
         (["--port", "-1"], "--port is '-1'"),
         (["--score-chunk", "0"], "--score-chunk is 0"),
@@ -92,6 +94,14 @@ def test_a_configuration_file_is_read_too(tmp_path, capsys):
 )
 def test_a_model_is_refused_by_its_configuration(config, flags, sentence, tmp_path, capsys):
     assert sentence in refused(tmp_path, capsys, *flags, config=config)
+
+
+def test_a_model_that_nobody_has_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["serve", "nobody/has-it", "--policy", "cab", "--sparsity", "0.9"]) == 2
+    output = capsys.readouterr()
+    assert (output.out, output.err.count("\n")) == ("", 1)
+    assert "nobody/has-it is no folder here and cannot be had from the hub" in output.err
 
 
 def test_a_policy_without_a_budget_is_refused(tmp_path, capsys):

@@ -219,9 +219,11 @@ def test_the_highest_rate_is_the_last_before_the_first_that_breaks():
     ]
     records.append(serving_record("dense", 1.0, 0, 3.0))
     entries = aggregate_sweep(records)
+    h2o = {"method": "h2o", "sparsity": 0.9, "budget_tokens": None}
+    dense = {"method": "dense", "sparsity": 0.0, "budget_tokens": None}
     assert max_rates(entries) == [
-        {"method": "h2o", "sparsity": 0.9, "max_rate": 2.0, "first_broken": 4.0},
-        {"method": "dense", "sparsity": 0.0, "max_rate": None, "first_broken": 1.0},
+        {**h2o, "max_rate": 2.0, "first_broken": 4.0},
+        {**dense, "max_rate": None, "first_broken": 1.0},
     ]
     first = entries[0]
     assert first["num_runs"] == 2
@@ -257,9 +259,19 @@ def test_windows_of_another_chunk_do_not_count():
     assert kept_to_chunk(quality_row(0, -1.0))
     assert not kept_to_chunk(quality_row(0, -1.0, steps=1))
     assert not kept_to_chunk(quality_row(0, -1.0, preemptions=1))
-    # Nothing evicted: the chunk changes nothing. A server without the plugin: no record.
+    # Dense: the chunk changes nothing. A server without the plugin: no record.
     assert kept_to_chunk(quality_row(0, -1.0, steps=1, evicted=0))
     assert kept_to_chunk({**quality_row(0, -1.0), "eviction": {"first_eviction_tokens": None}})
+
+
+@pytest.mark.parametrize("asked", [{"sparsity": 0.9}, {"sparsity": 0, "budget_tokens": 64}])
+def test_a_window_computed_in_one_step_is_not_the_methods(asked):
+    """Nothing could be evicted from it: its perplexity is the dense model's."""
+    row = quality_row(0, -1.0, steps=1, evicted=0)
+    row["eviction"] |= asked
+    assert not kept_to_chunk(row)
+    row["eviction"]["num_steps"] = 4  # a budget that spares the whole window
+    assert kept_to_chunk(row)
 
 
 def test_methods_are_compared_on_the_same_windows():
