@@ -15,6 +15,7 @@ from vllm_plugins.config import EvictionConfigError
 from vllm_plugins.refusals.engine import SENTENCES, check_layer_groups
 
 from ..errors import UsageError
+from ..inputs.models import DEFAULT_MODEL
 
 
 def read_config(model: str, *, fetch: bool = False) -> dict[str, Any] | None:
@@ -60,7 +61,7 @@ def _of_hub(model: str, fetch: bool) -> str | None:
         reason = str(error).strip().splitlines()[0]
     raise UsageError(
         f"{model} is no folder here and cannot be had from the hub ({reason}); give a model "
-        "folder, a hub id, or smollm2-135m"
+        f"folder, a hub id, or {DEFAULT_MODEL}"
     )
 
 

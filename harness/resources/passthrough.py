@@ -71,9 +71,9 @@ class Passthrough:
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
-    def get(self, name: str, default: str | None = None) -> str | None:
+    def get(self, name: str) -> str | None:
         """The value of ``name``; the last one counts. Empty for a flag without a value."""
-        return self._values.get(name, default)
+        return self._values.get(name)
 
     def take(self, name: str) -> list[str]:
         """Remove ``name`` with its values from the flags; the values."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -124,9 +125,6 @@ class ServingSweep(Sweep):
     def size(self, run: ServingRun) -> int:
         return run.load.num_requests
 
-    def healthy_after(self, error: Exception) -> bool:
-        return False
-
     def _check_plans(self) -> None:
         """What is wrong with any load shows before a server starts."""
         checked = set()
@@ -146,14 +144,14 @@ class ServingSweep(Sweep):
         return make_plan(load, size, texts.tokens_of, max_model_len)
 
     def _warm_up(self, run: ServingRun, target: Target, server: Server) -> None:
-        count = run.study.warm_up_requests
-        if not count:
+        num_requests = run.study.warm_up_requests
+        if not num_requests:
             return
         load = replace(
             run.load,
-            num_requests=count,
+            num_requests=num_requests,
             arrivals="closed",
-            max_concurrency=count,
+            max_concurrency=num_requests,
             trace=None,
             prompts="random" if run.load.prompts == "trace" else run.load.prompts,
             quality=QualitySpecification(),
@@ -205,12 +203,5 @@ def _api_key() -> str | None:
 
 def _new_log(folder: Path, key: str) -> Path:
     """A name of its own for each start: the log of a dead server is evidence."""
-    return next(path for path in _log_names(folder, key) if not path.exists())
-
-
-def _log_names(folder: Path, key: str) -> Iterator[Path]:
-    yield folder / f"{key}.log"
-    number = 2
-    while True:
-        yield folder / f"{key}.{number}.log"
-        number += 1
+    names = chain([f"{key}.log"], (f"{key}.{number}.log" for number in count(2)))
+    return next(path for name in names if not (path := folder / name).exists())

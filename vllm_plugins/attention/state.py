@@ -72,8 +72,8 @@ def attention_state(impl: Any, kind: type[State]) -> State | None:
             is quantised (by the checkpoint, which no setting of the engine shows).
 
     """
-    vllm_config = get_current_vllm_config_or_none()
-    if not is_configured(vllm_config):
+    state = builder_state(get_current_vllm_config_or_none(), kind)
+    if state is None:
         return None
     if is_quantized_kv_cache(impl.kv_cache_dtype):
         raise EvictionConfigError(SENTENCES["kv_cache_dtype"].format(dtype=impl.kv_cache_dtype))
@@ -82,7 +82,7 @@ def attention_state(impl: Any, kind: type[State]) -> State | None:
             "the model uses ALiBi or learned attention sinks, which the scores do not know; "
             "use a model with rotary positions and plain softmax attention"
         )
-    return builder_state(vllm_config, kind)
+    return state
 
 
 class WorkerState(ABC):
