@@ -14,14 +14,23 @@ from .policies import (
     ATTENTION,
     GRAPH,
     KEY_NORM,
+    TOKEN_MASS,
+    TOKEN_PEAK,
+    TOKENS,
     Policy,
     PolicyParameterError,
+    TokenRule,
     get_policy,
     policy_names,
 )
 
-SCORES = ("sum", "mean", "decay")
-REQUEST_KEYS = ("kv_policy", "kv_sparsity", "kv_budget_tokens", "kv_policy_args")
+SCORES = ("default", "sum", "mean", "decay")
+BLOCK, TOKEN = GRANULARITIES = ("block", "token")
+DEFAULT_SCORES = {BLOCK: "sum", TOKEN: "mean"}
+"""By measurement (results/granularity): what ``score="default"`` means at each granularity."""
+REQUEST_KEYS = (
+    "kv_policy", "kv_sparsity", "kv_budget_tokens", "kv_policy_args", "kv_granularity"
+)  # fmt: skip
 _VLLM_KEYS = ("kv_transfer_params", "kv_cache_report_mode")
 """Of ``extra_args``; vLLM's own."""
 RENAMED = {"score_every": "score_query_stride", "score_layers": "score_layer_stride"}
@@ -43,20 +52,29 @@ class RequestSettings:
     sparsity: float
     budget_tokens: int | None
     policy_args: Mapping[str, Any]
+    granularity: str = BLOCK
 
     @cached_property
     def evicts(self) -> bool:
         """False: no block of the request is ever evicted, and no score is gathered for it."""
-        return get_policy(self.policy).select is not None and (
+        return get_policy(self.policy).evicts and (
             self.sparsity > 0 or self.budget_tokens is not None
         )
+
+    @cached_property
+    def rule(self) -> TokenRule | None:
+        """How the budget is spent at token granularity; None at block granularity."""
+        policy = get_policy(self.policy)
+        if self.granularity != TOKEN or policy.tokens is None:
+            return None
+        return policy.tokens(self.policy_args)
 
     @cached_property
     def needs(self) -> frozenset[str]:
         """The inputs gathered for this request; none where it never evicts."""
         if not self.evicts:
             return frozenset()
-        return get_policy(self.policy).needed(self.policy_args)
+        return get_policy(self.policy).needed(self.policy_args, self.granularity)
 
     def keep(self, num_tokens: int, block_size: int, min_blocks: int) -> int:
         """How many full blocks a sequence of ``num_tokens`` may hold."""
@@ -83,7 +101,7 @@ class EvictionConfig:
     """Server-wide settings: the connector's extra configuration, field by field.
 
     A request follows ``policy`` with ``sparsity`` or ``budget_tokens`` unless it says otherwise
-    (``kv_policy``, ``kv_sparsity``, ``kv_budget_tokens``, ``kv_policy_args``).
+    (``kv_policy``, ``kv_sparsity``, ``kv_budget_tokens``, ``kv_policy_args``, ``kv_granularity``).
     """
 
     policy: str = "h2o"
@@ -93,12 +111,24 @@ class EvictionConfig:
     """Absolute budget in tokens of full blocks, instead of ``sparsity``."""
     policy_args: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Parameters by policy: ``{"cab": {"local": 0.6, "bridge": 0.1, "importance": 0.3}}``."""
+    granularity: str = BLOCK
+    """What is chosen: ``block``, one set of blocks for all heads of a layer group; or ``token``,
+    where each KV head of each layer keeps its own tokens, packed into whole blocks."""
+    request_granularity: str = "any"
+    """``any``, or ``server``: no request may ask for another granularity. Saves the memory and
+    time of the other one's scores."""
     sink_blocks: int = 1
-    """So many first blocks of a sequence are never evicted."""
+    """So many first blocks of a sequence are never evicted, at block granularity."""
+    sink_tokens: int = 4
+    """So many first tokens of a sequence are never evicted, at token granularity."""
+    slack_tokens: int = 64
+    """At token granularity a request is packed when it holds so many tokens, in whole blocks, more
+    than its budget. By measurement (results/granularity): up to 128 cost no quality."""
     min_blocks: int = 4
     """No relative budget is smaller than this."""
-    score: str = "sum"
-    """How a block's attention mass adds up: ``sum``, ``mean`` per query, or ``decay``."""
+    score: str = "default"
+    """How attention mass adds up: ``sum``, ``mean`` per query, or ``decay``. The default is ``sum``
+    at block granularity and ``mean`` at token granularity."""
     score_half_life: int = 256
     """Tokens after which attention counts half; for ``score="decay"``."""
     score_queries: str | int = "all"
@@ -108,7 +138,8 @@ class EvictionConfig:
     are all scored. Default by measurement (results/sampled-scores): scoring everything costs a
     tenth of the throughput and gains 0.3% perplexity at most."""
     score_layer_stride: int = 4
-    """Only every N-th layer of a group is scored, from its first one on. Default as above."""
+    """At block granularity only every N-th layer of a group is scored, from its first one on.
+    Default as above. At token granularity every layer decides for itself, so all are scored."""
     layer_groups: int = 1
     """Groups of layers with a block table, and victims, each; divides the number of layers."""
     request_policies: str | tuple[str, ...] = "any"
@@ -152,6 +183,8 @@ class EvictionConfig:
     def _validate(self) -> None:
         for name, least in (
             ("sink_blocks", 0),
+            ("sink_tokens", 0),
+            ("slack_tokens", 0),
             ("min_blocks", 2),
             ("score_half_life", 1),
             ("score_query_stride", 1),
@@ -168,6 +201,8 @@ class EvictionConfig:
                 f"min_blocks is {self.min_blocks} but {self.sink_blocks} sink blocks and one "
                 f"recent block are protected; set min_blocks to at least {self.sink_blocks + 1}"
             )
+        _check_choice("granularity", self.granularity, GRANULARITIES)
+        _check_choice("request_granularity", self.request_granularity, ("any", "server"))
         if self.score not in SCORES:
             raise EvictionConfigError(f"score is {self.score!r}; use one of: {', '.join(SCORES)}")
         if not isinstance(self.policy_args, Mapping):
@@ -183,18 +218,31 @@ class EvictionConfig:
                 _policy(name)
         for name in self.policy_args:
             _resolve(name, self.policy_args[name])
-        self._settings(self.policy, self.sparsity, self.budget_tokens, None, "")
+        self._settings(self.policy, self.sparsity, self.budget_tokens, None, self.granularity, "")
+
+    @property
+    def granularities(self) -> tuple[str, ...]:
+        """What requests of this server may have."""
+        return GRANULARITIES if self.request_granularity == "any" else (self.granularity,)
+
+    def score_at(self, granularity: str) -> str:
+        """``sum``, ``mean`` or ``decay``."""
+        return DEFAULT_SCORES[granularity] if self.score == "default" else self.score
 
     def needs(self) -> frozenset[str]:
         """Everything that some request of this server may need."""
         names = policy_names() if self.request_policies == "any" else self.request_policies
         needs: frozenset[str] = frozenset()
-        for name in {*names, self.policy}:
-            policy = get_policy(name)
-            needs |= policy.needed(_resolve(name, self.policy_args.get(name)))
+        for granularity in self.granularities:
+            for name in {*names, self.policy}:
+                args = _resolve(name, self.policy_args.get(name))
+                needs |= get_policy(name).needed(args, granularity)
         if self.request_policies == "any":
             # A request may choose parameters (cab's bridge definition) that need more.
-            needs |= {ATTENTION, KEY_NORM, GRAPH}
+            if BLOCK in self.granularities:
+                needs |= {ATTENTION, KEY_NORM, GRAPH}
+            if TOKEN in self.granularities:
+                needs |= {TOKENS, TOKEN_MASS, TOKEN_PEAK}
         return needs
 
     def check_budget(self, block_size: int) -> None:
@@ -236,10 +284,17 @@ class EvictionConfig:
             sparsity, budget = parse_sparsity("kv_sparsity", extra["kv_sparsity"]), None
         elif "kv_budget_tokens" in extra:
             sparsity, budget = 0.0, _parse_int("kv_budget_tokens", extra["kv_budget_tokens"], 1)
-        elif get_policy(policy).select is None:
+        elif not get_policy(policy).evicts:
             sparsity, budget = 0.0, None
+        granularity = extra.get("kv_granularity", self.granularity)
+        _check_choice("kv_granularity", granularity, GRANULARITIES)
+        if granularity not in self.granularities:
+            raise EvictionConfigError(
+                f"kv_granularity {granularity!r} is not offered by this server; drop it, or start "
+                "the server with request_granularity any"
+            )
         overrides = _parse_policy_args(extra.get("kv_policy_args"))
-        settings = self._settings(policy, sparsity, budget, overrides, "kv_")
+        settings = self._settings(policy, sparsity, budget, overrides, granularity, "kv_")
         if settings.budget_tokens is not None:
             _check_budget_tokens(
                 "kv_budget_tokens", settings.budget_tokens, self.sink_blocks, block_size
@@ -247,22 +302,32 @@ class EvictionConfig:
         return settings
 
     def _settings(
-        self, policy: str, sparsity: float, budget: int | None, overrides: Any, prefix: str
+        self,
+        policy: str,
+        sparsity: float,
+        budget: int | None,
+        overrides: Any,
+        granularity: str,
+        prefix: str,
     ) -> RequestSettings:
         evicting = sparsity > 0 or budget is not None
-        if _policy(policy).select is None and evicting:
+        if not _policy(policy).evicts and evicting:
             raise EvictionConfigError(
                 f"policy {policy} never evicts, so {prefix}sparsity or {prefix}budget_tokens "
                 f"would do nothing; choose another policy or drop them"
             )
         if budget is not None and not prefix and sparsity > 0:
             raise EvictionConfigError("give sparsity or budget_tokens, not both")
-        args = {**self.policy_args.get(policy, {}), **(overrides or {})}
-        return RequestSettings(policy, sparsity, budget, _resolve(policy, args))
+        args = _resolve(policy, {**self.policy_args.get(policy, {}), **(overrides or {})})
+        try:
+            _policy(policy).require(granularity, args)
+        except PolicyParameterError as error:
+            raise EvictionConfigError(str(error)) from None
+        return RequestSettings(policy, sparsity, budget, args, granularity)
 
     def summary(self) -> str:
         """What an engine with these settings does, for its log."""
-        settings = self._settings(self.policy, self.sparsity, self.budget_tokens, None, "")
+        settings = self.request_settings(None, 1)
         if not settings.evicts:
             return (
                 f"policy {self.policy} evicts nothing unless a request asks for it; "
@@ -273,8 +338,9 @@ class EvictionConfig:
             if self.budget_tokens is None
             else f"{self.budget_tokens:,} tokens"
         )
+        each = "tokens, by head" if self.granularity == TOKEN else "blocks, for all heads"
         return (
-            f"policy {self.policy}, {budget}; prefix caching is off, as blocks "
+            f"policy {self.policy}, {budget}, chooses {each}; prefix caching is off, as blocks "
             "computed after an eviction cannot be shared"
         )
 
@@ -423,6 +489,11 @@ def _check_budget_tokens(name: str, budget: int, sink_blocks: int, block_size: i
             f"{name} is {budget}, below the protected blocks ({sink_blocks} sink and one recent, "
             f"of {block_size} tokens each); give at least {least}"
         )
+
+
+def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise EvictionConfigError(f"{name} is {_shown(value)}; use one of: {', '.join(known)}")
 
 
 def _suggest(name: Any, known: Any) -> str:

@@ -120,6 +120,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
             needs=needs,
             started=[new.req_id for new in scheduler_output.scheduled_new_reqs],
             num_groups=ledger.num_groups,
+            packs=ledger.take_packs(),
         )
 
     def check_integrity(self) -> None:
@@ -145,6 +146,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, ScoreReport):
             self.ledger.observe(report.step, report.resolve(), report.graph)
+            for request_id, reason in report.pack_failures.items():
+                self.ledger.pack_failed(request_id, reason)
             self.scoring_seconds.update(report.scoring_seconds)
 
     def request_finished_all_groups(
@@ -201,9 +204,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
     # Worker side
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        """Allocate the scores, one number per block and channel."""
-        num_blocks = max(cache.shape[0] for cache in kv_caches.values())
-        worker_state().allocate(num_blocks, next(iter(kv_caches.values())).device)
+        """Allocate the scores."""
+        worker_state().register(kv_caches)
 
     def build_connector_worker_meta(self) -> ScoreReport | None:
         return worker_state().report()

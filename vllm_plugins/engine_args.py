@@ -59,7 +59,7 @@ def check_has_budget(settings: Mapping[str, Any]) -> None:
 
     """
     policy = settings.get("policy")
-    if policy is None or get_policy(policy).select is None:
+    if policy is None or not get_policy(policy).evicts:
         return
     if "sparsity" not in settings and settings.get("budget_tokens") is None:
         raise EvictionConfigError(

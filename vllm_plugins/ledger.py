@@ -18,7 +18,18 @@ import numpy as np
 
 from .config import EvictionConfig, RequestSettings
 from .live_blocks import BlockLike, LiveBlocks
-from .policies import ATTENTION, GRAPH, KEY_NORM, RNG, check_kept, get_policy
+from .packs import Pack
+from .policies import (
+    ATTENTION,
+    BLOCK_SCORES,
+    CHANCE,
+    GRAPH,
+    KEY_NORM,
+    TokenRule,
+    chance,
+    check_kept,
+    get_policy,
+)
 from .request_state import RequestLike, RequestState
 
 logger = logging.getLogger("vllm.kv_eviction")
@@ -48,6 +59,7 @@ class Ledger:
         self._step = 0
         self._scores: dict[str, np.ndarray] = {}
         self._pending: dict[str, dict[int, list[int]]] = {}
+        self._packs: dict[str, list[Pack]] = {}
         self._logged: set[str] = set()
 
     def admit(
@@ -69,7 +81,7 @@ class Ledger:
         self._step += 1
         for request_id, num_tokens in num_tokens_after.items():
             state = self.requests.get(request_id)
-            if state is not None and state.settings.needs:
+            if state is not None and state.settings.needs & BLOCK_SCORES:
                 state.in_flight[self._step] = num_tokens
         return self._step
 
@@ -112,17 +124,21 @@ class Ledger:
         state = self.requests.get(request_id)
         if state is None or not state.settings.evicts or state.request.is_finished():
             return []
-        needs = state.settings.needs
-        if needs & {ATTENTION, KEY_NORM, GRAPH}:
+        rule = state.settings.rule
+        if state.settings.needs & BLOCK_SCORES:
             num_processed_tokens = min(num_processed_tokens, state.num_scored_tokens)
         live = state.groups[group]
         live.extend(min(num_processed_tokens // self.block_size, len(blocks)), blocks)
         keep = state.settings.keep(state.num_tokens, self.block_size, self.config.min_blocks)
-        if len(live.positions) <= keep or "policy_error" in state.record:
+        slack = 0 if rule is None else self.config.slack_tokens // self.block_size
+        if len(live.positions) <= keep + slack or "policy_error" in state.record:
             return []
         started = time.perf_counter()
         try:
-            kept = self._select(state, live, keep)
+            if rule is None:
+                kept = self._select(state, group, live, keep)
+            else:
+                kept = self._pack(state, rule, group, num_processed_tokens, live, keep)
         except Exception as error:
             # A third party's policy must not take the engine down; the request goes on whole.
             state.record["policy_error"] = f"{type(error).__name__}: {error}"
@@ -139,7 +155,7 @@ class Ledger:
         pending.setdefault(group, []).extend(evicted)
         return evicted
 
-    def _select(self, state: RequestState, live: LiveBlocks, keep: int) -> np.ndarray:
+    def _select(self, state: RequestState, group: int, live: LiveBlocks, keep: int) -> np.ndarray:
         settings = state.settings
         policy = get_policy(settings.policy)
         assert policy.select is not None  # ``settings.evicts``
@@ -153,8 +169,8 @@ class Ledger:
         extra: dict[str, Any] = {}
         if GRAPH in needs:
             inputs["graph"] = extra["graph"] = live.graph(self.num_blocks)
-        if RNG in needs:
-            extra["rng"] = state.rng
+        if CHANCE in needs:
+            extra["chance"] = chance(live.positions, state.seed, group)
         # Comparisons with NaN are false: a policy would keep too little and not notice.
         if not all(np.isfinite(values).all() for values in inputs.values()):
             raise ValueError("the scores hold NaN or infinity")
@@ -168,6 +184,39 @@ class Ledger:
         )
         return check_kept(kept, live.positions, keep, self.config.sink_blocks)
 
+    def _pack(
+        self,
+        state: RequestState,
+        rule: TokenRule,
+        group: int,
+        num_processed_tokens: int,
+        live: LiveBlocks,
+        keep: int,
+    ) -> np.ndarray:
+        """Plan a pack, and say which blocks stay:
+
+            | region | ......... | recent |     the region takes the best tokens of itself and of
+            0        r       n-recent     n     what lies between, head by head; this then goes
+
+        Which tokens these are, the workers alone know; so no score has to come here.
+        """
+        n, num_recent = len(live.positions), rule.num_recent(keep)
+        region, end = keep - num_recent, n - num_recent
+        packs = self._packs.setdefault(state.request.request_id, [])
+        packs.append(
+            Pack(
+                group=group,
+                block_ids=live.block_ids[:end].tolist(),
+                num_kept_blocks=region,
+                budget_blocks=keep,
+                num_tokens=num_processed_tokens,
+                seed=state.seed,
+                policy=state.settings.policy,
+                policy_args=state.settings.policy_args,
+            )
+        )
+        return np.concatenate((np.arange(region), np.arange(end, n)))
+
     def note_blocks(self, request_id: str, num_table_blocks: int, num_pool_blocks: int) -> None:
         """After allocation: ``request_id`` has tables of ``num_table_blocks`` (nulls included,
         summed over groups), and the pool has ``num_pool_blocks`` in use."""
@@ -180,9 +229,26 @@ class Ledger:
         pending, self._pending = self._pending, {}
         return pending
 
+    def take_packs(self) -> dict[str, list[Pack]]:
+        """Packs planned since the last call, by request."""
+        packs, self._packs = self._packs, {}
+        return packs
+
+    def pack_failed(self, request_id: str, reason: str) -> None:
+        """A worker could not rank a request's tokens; it kept the most recent ones instead."""
+        state = self.requests.get(request_id)
+        self.totals["policy_errors"] += 1
+        if state is not None:
+            state.record.setdefault("policy_error", reason)
+            self._log_once(f"policy {state.settings.policy} failed, nothing more evicted: {reason}")
+
     def release(self, request_id: str) -> None:
-        """The blocks of a request were freed: it ended or was preempted. Safe to repeat."""
+        """The blocks of a request were freed: it ended or was preempted. Safe to repeat.
+
+        What was planned for them goes too: they may be another's when the workers come to it.
+        """
         self._pending.pop(request_id, None)
+        self._packs.pop(request_id, None)
         state = self.requests.get(request_id)
         if state is not None:
             state.restart()
@@ -191,6 +257,7 @@ class Ledger:
         """Forget a request and return its record; an empty one for a stranger's."""
         state = self.requests.pop(request_id, None)
         self._pending.pop(request_id, None)
+        self._packs.pop(request_id, None)
         if state is None:
             return {}
         return state.final_record(self.block_size, self.config.min_blocks)

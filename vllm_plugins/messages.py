@@ -11,6 +11,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from .packs import Pack
+
 
 @dataclass
 class EvictionPlan(KVConnectorMetadata):
@@ -24,6 +26,7 @@ class EvictionPlan(KVConnectorMetadata):
             (see ``policies.base``); requests that need nothing are not listed.
         started: requests whose tables begin anew with this step.
         num_groups: layer groups.
+        packs: by request, what is packed before this step's nulls are written.
 
     """
 
@@ -32,6 +35,7 @@ class EvictionPlan(KVConnectorMetadata):
     needs: dict[str, frozenset[str]] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
     num_groups: int = 1
+    packs: dict[str, list[Pack]] = field(default_factory=dict)
 
 
 @dataclass
@@ -45,6 +49,7 @@ class ScoreReport(KVConnectorWorkerMetadata):
             the copy from the GPU has arrived (``resolve``).
         graph: (request id, group, querying block, key blocks, mass) of this step.
         scoring_seconds: time this step spent on scores, by phase.
+        pack_failures: request to the reason why its policy's ranking could not be followed.
 
     """
 
@@ -52,6 +57,7 @@ class ScoreReport(KVConnectorWorkerMetadata):
     scores: dict[str, np.ndarray] | Callable[[], dict[str, np.ndarray]]
     graph: list[tuple[str, int, int, np.ndarray, np.ndarray]] = field(default_factory=list)
     scoring_seconds: dict[str, float] = field(default_factory=dict)
+    pack_failures: dict[str, str] = field(default_factory=dict)
 
     def resolve(self) -> dict[str, np.ndarray]:
         """The scores, waiting for a copy that is under way.
@@ -80,4 +86,5 @@ class ScoreReport(KVConnectorWorkerMetadata):
             scoring_seconds=max(
                 self.scoring_seconds, other.scoring_seconds, key=lambda s: sum(s.values())
             ),
+            pack_failures={**self.pack_failures, **other.pack_failures},
         )

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
-
 from .config import RequestSettings
 from .live_blocks import LiveBlocks
-from .policies import RNG
 
 
 class RequestLike(Protocol):
@@ -38,7 +35,6 @@ class RequestState:
     settings: RequestSettings
     seed: int
     groups: list[LiveBlocks]
-    rng: np.random.Generator | None = None
     num_scored_tokens: int = 0
     in_flight: dict[int, int] = field(default_factory=dict)
     steps: int = 0
@@ -54,6 +50,7 @@ class RequestState:
         state.restart()
         state.record = {
             "policy": settings.policy,
+            "granularity": settings.granularity,
             "sparsity": settings.sparsity,
             "budget_tokens": settings.budget_tokens,
             "blocks_evicted": 0,
@@ -75,7 +72,6 @@ class RequestState:
         self.groups = [LiveBlocks() for _ in self.groups]
         self.num_scored_tokens = 0
         self.in_flight.clear()
-        self.rng = np.random.default_rng(self.seed) if RNG in self.settings.needs else None
 
     def scores_arrived(self, step: int) -> None:
         """The reported scores include every step up to ``step``."""
@@ -92,7 +88,12 @@ class RequestState:
             record["first_eviction_tokens"] = num_tokens
         if "trace" in record:
             kept = self.groups[group].positions.tolist()
-            record["trace"].append({"group": group, "tokens": num_tokens, "kept": kept})
+            entry = {"group": group, "tokens": num_tokens, "kept": kept}
+            if self.settings.rule is not None:
+                # Physical blocks: which tokens fill them, the workers alone know.
+                num_recent = self.settings.rule.num_recent(len(kept))
+                entry["region"] = self.groups[group].block_ids[: len(kept) - num_recent].tolist()
+            record["trace"].append(entry)
 
     def note_blocks(self, num_table_blocks: int, num_pool_blocks: int) -> None:
         """Record what is held in a step (``Ledger.note_blocks``)."""

@@ -9,15 +9,20 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer import (
     ensure_kv_transfer_shutdown,
     get_kv_transfer_group,
     has_kv_transfer_group,
 )
 
+from .attention.packing import Packer
 from .attention.state import WorkerState, begin, end, worker_state
-from .config import EvictionConfig, EvictionConfigError
+from .attention.token_scores import bytes_per_token
+from .config import TOKEN, EvictionConfig, EvictionConfigError
 from .messages import EvictionPlan
+from .packs import Pack
+from .policies import TOKEN_NEEDS
 from .refusals.engine import check_engine
 from .registration import CONNECTOR
 from .spec import evictable_specs
@@ -76,6 +81,7 @@ class EvictionWorkerMixin(_Worker):
     state_class: type[WorkerState]
     eviction: WorkerState
     model_runner: Any
+    _packer: Packer | None = None
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         # Before the weights are loaded: what cannot work should not take that long to say so.
@@ -96,6 +102,40 @@ class EvictionWorkerMixin(_Worker):
         rows they are; called before each step."""
         raise NotImplementedError
 
+    def new_packer(self) -> Packer:
+        """What packs this engine's requests; called when the first one is due."""
+        raise NotImplementedError
+
+    def packer_arguments(self) -> dict[str, Any]:
+        """Of ``Packer``, whatever the platform."""
+        state, ranks = self.eviction, self.vllm_config.parallel_config.tensor_parallel_size
+        num_local = state.tokens.position.shape[2]
+        return {
+            "kv_caches": state.kv_caches,
+            "groups": state.layers_of,
+            "tokens": state.tokens,
+            "scoring": state.config.score_at(TOKEN),
+            "sink_tokens": state.config.sink_tokens,
+            "first_head": get_tensor_model_parallel_rank() * num_local,
+            "num_heads": num_local * ranks,
+        }
+
+    def pack(self, packs: Mapping[str, Sequence[Pack]]) -> None:
+        """Move every head's best tokens into the blocks that stay; called before the nulls are
+        written, so before anything else is written into the blocks that go."""
+        if packs:
+            if self._packer is None:
+                self._packer = self.new_packer()
+            self.eviction.pack_failures |= self._packer.pack(packs)
+
+    def determine_available_memory(self) -> int:
+        """Bytes for keys and values: what vLLM finds, less what the tokens' scores will take."""
+        available = super().determine_available_memory()
+        per_token = bytes_per_token(self.eviction.server_needs & TOKEN_NEEDS)
+        spec = next(iter(self.get_kv_cache_spec().values()))
+        scores = per_token * spec.num_kv_heads * spec.block_size
+        return available * spec.page_size_bytes // (spec.page_size_bytes + scores)
+
     def compile_or_warm_up_model(self) -> Any:
         """The last part of a start."""
         global _running
@@ -115,5 +155,6 @@ class EvictionWorkerMixin(_Worker):
         plan = scheduler_output.kv_connector_metadata
         if isinstance(plan, EvictionPlan):
             self.eviction.start_step(plan, scheduler_output.finished_req_ids)
+            self.pack(plan.packs)
             self.apply_evictions(plan.evicted)
         return super().execute_model(scheduler_output)

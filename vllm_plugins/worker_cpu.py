@@ -7,13 +7,16 @@ Private state of vLLM 0.32.0 that is touched here: ``runner.requests[id].block_i
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from .attention.compaction import NULL_BLOCK
+from .attention.packing_cpu import CPUPacker
 from .attention.state_cpu import CPUWorkerState
+from .packs import Pack
 from .worker import Evicted, EvictionWorkerMixin, evictable
 
 
@@ -33,6 +36,18 @@ class EvictionCPUWorker(EvictionWorkerMixin, CPUWorker):
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """Specs by layer, evictable and split into layer groups."""
         return evictable(super().get_kv_cache_spec(), self.model_config.max_model_len)
+
+    def pack(self, packs: Mapping[str, Sequence[Pack]]) -> None:
+        """As everywhere; its time is part of the report."""
+        if packs:
+            with self.eviction.timed("packing"):
+                super().pack(packs)
+
+    def new_packer(self) -> CPUPacker:
+        """For the layout of this processor's instruction set."""
+        name, cache = next(iter(self.eviction.kv_caches.items()))
+        layer = self.vllm_config.compilation_config.static_forward_context[name]
+        return CPUPacker(layer.impl.layout(layer, cache), **self.packer_arguments())
 
     def apply_evictions(self, evicted: Evicted) -> None:
         """Write the nulls into the tables of requests that the runner knows.

@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from .attention.compaction import NULL_BLOCK
+from .attention.packing_cuda import CUDAPacker
 from .attention.state import worker_state
 from .attention.state_cuda import CUDAWorkerState
 from .worker import Evicted, EvictionWorkerMixin, evictable
@@ -46,7 +47,9 @@ class EvictionModelRunner(GPUModelRunner):
         """
         super().initialize_kv_cache(kv_cache_config, is_profiling, kv_cache_allocation_context)
         if is_profiling:
-            worker_state().allocate(kv_cache_config.num_blocks, self.device)
+            layers = self.compilation_config.static_forward_context
+            names = [n for group in kv_cache_config.kv_cache_groups for n in group.layer_names]
+            worker_state().allocate({name: layers[name].kv_cache for name in names})
 
 
 class EvictionCUDAWorker(EvictionWorkerMixin, Worker):
@@ -65,6 +68,10 @@ class EvictionCUDAWorker(EvictionWorkerMixin, Worker):
     def _make_model_runner(self) -> GPUModelRunner:
         """Where vLLM lets a subclass name its runner. V1 is refused (``refusals/engine.py``)."""
         return EvictionModelRunner(self.vllm_config, self.device)
+
+    def new_packer(self) -> CUDAPacker:
+        """For FlashAttention's caches."""
+        return CUDAPacker(**self.packer_arguments())
 
     def apply_evictions(self, evicted: Evicted) -> None:
         """Stage the nulls; the runner writes them with the step's new blocks, in this order.

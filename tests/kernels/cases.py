@@ -9,6 +9,7 @@ import torch
 
 from vllm_plugins.attention.compaction import compact
 from vllm_plugins.kernels import FRACTION_BITS, NEEDED, SCORED
+from vllm_plugins.kernels.attention_mass import Queries
 from vllm_plugins.kernels.block_mass import add_block_mass
 
 ONE = 2**FRACTION_BITS
@@ -32,6 +33,20 @@ class Batch:
     @property
     def max_seq_len(self) -> int:
         return int(self.seq_lens.max())
+
+    @property
+    def queries(self) -> Queries:
+        return Queries(
+            self.query,
+            self.kv_cache,
+            self.lse,
+            self.block_table,
+            self.seq_lens,
+            self.query_start_loc,
+            self.flags,
+            self.scale,
+            self.soft_cap,
+        )
 
 
 def make_batch(
@@ -99,19 +114,11 @@ def make_batch(
 def add(batch: Batch, mass: torch.Tensor, rows=None, one_query=False, **options) -> torch.Tensor:
     """``add_block_mass`` on the batch; returns ``mass``."""
     add_block_mass(
-        batch.query,
-        batch.kv_cache,
-        batch.lse,
-        batch.block_table,
-        batch.seq_lens,
-        batch.query_start_loc,
-        batch.flags,
+        batch.queries,
         mass,
         rows=rows or (0, len(batch.seq_lens)),
         max_seq_len=batch.max_seq_len,
         one_query=one_query,
-        scale=batch.scale,
-        soft_cap=batch.soft_cap,
         **options,
     )
     return mass

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_plugins.kernels.block_mass import Tile
+from vllm_plugins.kernels.attention_mass import Tile
 from vllm_plugins.kernels.block_scores import add_key_norms, age_blocks, start_blocks
 from vllm_plugins.kernels.compact import compact_block_table
 

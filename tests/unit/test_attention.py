@@ -114,7 +114,7 @@ def test_nothing_is_gathered_or_reported_for_requests_that_need_nothing():
     worker.start_step(EvictionPlan(step=1), set())
     assert not worker.active
     assert worker.report() is None
-    worker.start_step(EvictionPlan(step=2, needs={"r": frozenset({"rng"})}), set())
+    worker.start_step(EvictionPlan(step=2, needs={"r": frozenset({"chance"})}), set())
     assert not worker.active
     worker.start_step(EvictionPlan(step=3, needs={"s": frozenset({"attention"})}), set())
     assert worker.active

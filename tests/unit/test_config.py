@@ -122,7 +122,7 @@ def test_a_request_follows_the_server_unless_it_says_otherwise():
 
 def test_a_server_may_narrow_the_policies_and_so_the_scores():
     server = EvictionConfig.parse({"policy": "streaming", "request_policies": ["random"]})
-    assert server.needs() == {"rng"}
+    assert server.needs() == {"chance", "tokens"}
     with pytest.raises(EvictionConfigError, match="random, streaming"):
         server.request_settings({"kv_policy": "h2o"}, 32)
     assert {"attention", "key_norm", "graph"} <= EvictionConfig().needs()

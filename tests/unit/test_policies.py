@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_plugins.policies import (
+    CHANCE,
     GRAPH,
-    RNG,
     Policy,
     PolicyParameterError,
+    chance,
     check_kept,
     get_policy,
     keep_highest,
@@ -35,8 +36,8 @@ def call(name, overrides, scores, positions, keep, sinks, seed=0):
     parameters = policy.resolve(overrides)
     needs = policy.needed(parameters)
     extra = {}
-    if RNG in needs:
-        extra["rng"] = np.random.default_rng(seed)
+    if CHANCE in needs:
+        extra["chance"] = chance(positions, seed)
     if GRAPH in needs:
         extra["graph"] = np.tril(np.random.default_rng(seed).random((len(scores),) * 2))
     return policy.select(scores, positions, keep, num_sink_blocks=sinks, **extra, **parameters)
@@ -166,8 +167,8 @@ def test_key_norm_evicts_the_lowest_ratio():
 def test_random_is_uniform_outside_its_protected_blocks():
     hits = np.zeros(12)
     for seed in range(4000):
-        rng = np.random.default_rng(seed)
-        hits[random(np.zeros(12), np.arange(12), 6, num_sink_blocks=1, rng=rng)] += 1
+        drawn = chance(np.arange(12), seed)
+        hits[random(np.zeros(12), np.arange(12), 6, num_sink_blocks=1, chance=drawn)] += 1
     assert hits[0] == hits[11] == 4000
     share = hits[1:11] / 4000  # 4 of 10
     assert np.all(np.abs(share - 0.4) < 0.04)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 QUERIES_AT_ONCE = 128
@@ -40,24 +42,12 @@ def block_mass(
         float32 ``[num_blocks]``, or ``[query_blocks.max() + 1, num_blocks]``.
 
     """
-    num_queries, num_heads, head_size = query.shape
-    num_kv_heads, padded = key.shape[0], key.shape[1]
+    num_queries, padded = len(query), key.shape[1]
     num_blocks = padded // block_size
-    key = key.float()[:, None]
-    grouped = query.float().view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_size)
     rows = 1 if query_blocks is None else int(query_blocks[-1]) + 1
     mass = torch.zeros(rows, num_blocks)
-    for start in range(0, num_queries, QUERIES_AT_ONCE):
-        stop = min(start + QUERIES_AT_ONCE, num_queries)
-        logits = torch.matmul(grouped[start:stop].permute(1, 2, 0, 3), key.transpose(-1, -2))
-        logits *= scale
-        if soft_cap:
-            logits = soft_cap * torch.tanh(logits / soft_cap)
-        last_visible = torch.arange(start, stop) + (seq_len - num_queries)
-        hidden = torch.arange(padded)[None, :] > last_visible[:, None]
-        logits.masked_fill_(hidden, float("-inf"))
-        per_query = torch.softmax(logits, dim=-1).sum((0, 1))
-        per_query = per_query.view(stop - start, num_blocks, block_size).sum(-1)
+    for start, stop, seen in probabilities(query, key, seq_len, scale, soft_cap):
+        per_query = seen.sum((0, 1)).view(stop - start, num_blocks, block_size).sum(-1)
         if decay != 1.0:
             age = num_queries - 1 - torch.arange(start, stop)
             per_query *= (decay ** age.float())[:, None]
@@ -66,3 +56,31 @@ def block_mass(
         else:
             mass.index_add_(0, query_blocks[start:stop], per_query)
     return mass[0] if query_blocks is None else mass
+
+
+def probabilities(
+    query: torch.Tensor, key: torch.Tensor, seq_len: int, scale: float, soft_cap: float
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Causal attention of a request's queries to its keys, some queries at a time.
+
+    Args:
+        query, key, seq_len, scale, soft_cap: as ``block_mass``.
+
+    Yields:
+        start and stop of the queries, and float32
+        ``[num_kv_heads, heads per KV head, stop - start, keys]``.
+
+    """
+    num_queries, num_heads, head_size = query.shape
+    num_kv_heads, padded = key.shape[:2]
+    key = key.float()[:, None]
+    grouped = query.float().view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_size)
+    for start in range(0, num_queries, QUERIES_AT_ONCE):
+        stop = min(start + QUERIES_AT_ONCE, num_queries)
+        logits = torch.matmul(grouped[start:stop].permute(1, 2, 0, 3), key.transpose(-1, -2))
+        logits *= scale
+        if soft_cap:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        last_visible = torch.arange(start, stop) + (seq_len - num_queries)
+        hidden = torch.arange(padded)[None, :] > last_visible[:, None]
+        yield start, stop, torch.softmax(logits.masked_fill_(hidden, float("-inf")), dim=-1)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -19,12 +18,13 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from ..config import EvictionConfigError
-from ..policies import ATTENTION, GRAPH, KEY_NORM
+from ..policies import ATTENTION, GRAPH, KEY_NORM, TOKEN_MASS, TOKEN_PEAK, TOKENS
 from .block_mass import block_mass
+from .cache_layout_cpu import KEYS, CacheLayout
 from .compaction import compact_metadata
 from .state import attention_state, builder_state
 from .state_cpu import CPUWorkerState
+from .token_mass import token_mass
 
 
 @dataclass
@@ -38,7 +38,7 @@ class ScoredRow:
     """
 
     request_id: str
-    graph: bool
+    needs: frozenset[str]
     num_tokens: int
     start: int
     stop: int
@@ -46,12 +46,25 @@ class ScoredRow:
     weight: int
     block_ids: torch.Tensor
 
+    @property
+    def graph(self) -> bool:
+        """Whether block-to-block mass is wanted."""
+        return GRAPH in self.needs
+
 
 @dataclass
 class EvictionMetadata(CPUAttentionMetadata):
-    """vLLM's metadata, and the rows to score."""
+    """vLLM's metadata, and the rows to score.
 
-    rows: tuple[ScoredRow, ...] = ()
+    ``block_rows``, ``token_rows``: those whose blocks, or tokens, are scored. ``slots``,
+    ``positions``: int64, where the new tokens of requests at token granularity are written, and
+    what their places in their sequences are.
+    """
+
+    block_rows: tuple[ScoredRow, ...] = ()
+    token_rows: tuple[ScoredRow, ...] = ()
+    slots: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
 
 class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -69,10 +82,28 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         compacted = compact_metadata(common_attn_metadata, self.block_size)
         built = super().build(common_prefix_len, compacted, fast_build)
-        rows: tuple[ScoredRow, ...] = ()
-        if self._state.active:
-            rows = tuple(self._rows(built, common_attn_metadata.seq_lens.tolist(), self._state))
-        return EvictionMetadata(**vars(built), rows=rows)
+        made = EvictionMetadata(**vars(built))
+        if self._state.needs:
+            num_tokens = common_attn_metadata.seq_lens.tolist()
+            rows = tuple(self._rows(built, num_tokens, self._state))
+            made.block_rows = tuple(row for row in rows if row.needs & {ATTENTION, GRAPH})
+            made.token_rows = tuple(row for row in rows if TOKEN_MASS in row.needs)
+            self._place_tokens(made, num_tokens, self._state)
+        return made
+
+    def _place_tokens(
+        self, made: EvictionMetadata, num_tokens: list[int], state: CPUWorkerState
+    ) -> None:
+        """Note where the new tokens of requests at token granularity go."""
+        starts = made.query_start_loc.tolist()
+        slots, positions = [], []
+        for i, request_id in enumerate(state.row_ids[: len(num_tokens)]):
+            if TOKENS in state.needs.get(request_id, ()):
+                start, stop = starts[i], starts[i + 1]
+                slots.append(made.slot_mapping[start:stop])
+                positions.append(torch.arange(num_tokens[i] - (stop - start), num_tokens[i]))
+        if slots:
+            made.slots, made.positions = torch.cat(slots), torch.cat(positions)
 
     def _rows(
         self, built: CPUAttentionMetadata, num_tokens: list[int], state: CPUWorkerState
@@ -83,7 +114,7 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
         for i, request_id in enumerate(state.row_ids[: len(seq_lens)]):
             needs = state.needs.get(request_id, frozenset())
             stop, seq_len = starts[i + 1], seq_lens[i]
-            if not needs & {ATTENTION, GRAPH} or stop == starts[i]:
+            if not needs & {ATTENTION, GRAPH, TOKEN_MASS} or stop == starts[i]:
                 continue
             start = starts[i] if state.window is None else max(starts[i], stop - state.window)
             weight = 1
@@ -95,7 +126,7 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
             block_ids = built.block_table[i, :num_blocks].long()
             yield ScoredRow(
                 request_id,
-                GRAPH in needs,
+                needs,
                 stop - starts[i],
                 start,
                 stop,
@@ -111,7 +142,7 @@ class EvictionImpl(CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._state = attention_state(self, CPUWorkerState)
-        self._key_order: torch.Tensor | None = None
+        self._layout: CacheLayout | None = None
 
     def do_kv_cache_update(
         self,
@@ -163,18 +194,75 @@ class EvictionImpl(CPUAttentionBackendImpl):
             output_scale,
             output_block_scale,
         )
-        rows = getattr(attn_metadata, "rows", ())
         state = self._state
-        if state is not None and rows:
-            if layer.layer_name in state.first_layers and state.decay != 1.0:
-                for row in rows:
-                    # Older attention ages by the tokens of this step, scored or not.
-                    state.mass[row.block_ids] *= state.decay**row.num_tokens
-            if layer.layer_name in state.scored_layers:
-                for row in rows:
-                    if row.stop > row.start:
-                        self._score(state, layer, query, kv_cache, row)
+        if state is not None and isinstance(attn_metadata, EvictionMetadata):
+            self._score_blocks(state, layer, query, kv_cache, attn_metadata.block_rows)
+            self._score_tokens(state, layer, query, kv_cache, attn_metadata)
         return attended
+
+    def _score_blocks(
+        self,
+        state: CPUWorkerState,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: tuple[ScoredRow, ...],
+    ) -> None:
+        if layer.layer_name in state.first_layers and state.decay != 1.0:
+            for row in rows:
+                # Older attention ages by the tokens of this step, scored or not.
+                state.mass[row.block_ids] *= state.decay**row.num_tokens
+        if layer.layer_name in state.scored_layers:
+            for row in rows:
+                if row.stop > row.start:
+                    self._score(state, layer, query, kv_cache, row)
+
+    def _score_tokens(
+        self,
+        state: CPUWorkerState,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: EvictionMetadata,
+    ) -> None:
+        """Start the scores of the tokens just written, and add this step's attention to all."""
+        if metadata.slots is None:
+            return
+        block_size = kv_cache.shape[2]
+        place = state.layer_places[layer.layer_name]
+        position, mass, peak = (
+            array[place] for array in (state.tokens.position, state.tokens.mass, state.tokens.peak)
+        )
+        with state.timed("token_mass"):
+            blocks = metadata.slots.div(block_size, rounding_mode="floor")
+            offsets = metadata.slots % block_size
+            assert metadata.positions is not None
+            position[blocks, :, offsets] = metadata.positions.int()[:, None]
+            for array in (mass, peak):
+                if len(array):
+                    array[blocks, :, offsets] = 0.0
+            for row in metadata.token_rows:
+                if row.stop == row.start:
+                    continue
+                if state.decay != 1.0:
+                    # A decode's query that is scored stands for those that are not.
+                    elapsed = row.weight if row.num_tokens == 1 else row.num_tokens
+                    mass[row.block_ids] *= state.decay**elapsed
+                received, highest = token_mass(
+                    query[row.start : row.stop],
+                    self._keys(layer, kv_cache, row.block_ids),
+                    seq_len=row.seq_len,
+                    scale=self.scale,
+                    soft_cap=self.logits_soft_cap,
+                    decay=state.decay,
+                )
+                # [heads, blocks * tokens] -> [blocks, heads, tokens]
+                received, highest = (
+                    x.unflatten(1, (-1, block_size)).transpose(0, 1) for x in (received, highest)
+                )
+                mass.index_add_(0, row.block_ids, received, alpha=row.weight)
+                if TOKEN_PEAK in row.needs:
+                    peak[row.block_ids] = torch.maximum(peak[row.block_ids], highest)
 
     def _score(
         self,
@@ -218,53 +306,13 @@ class EvictionImpl(CPUAttentionBackendImpl):
 
     def _keys(self, layer: Any, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
         """Keys of the blocks in plain order, ``[num_kv_heads, n * block_size, head_size]``."""
-        num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-        if self._key_order is None:
-            self._key_order = key_order(kv_cache, layer.isa, layer, self.kv_cache_dtype)
-        half = kv_cache.view(num_blocks, num_kv_heads, 2, -1)[:, :, 0]
-        plain = half.index_select(0, block_ids).index_select(2, self._key_order)
-        plain = plain.view(len(block_ids), num_kv_heads, block_size, self.head_size)
-        return plain.transpose(0, 1).reshape(num_kv_heads, -1, self.head_size)
+        return self.layout(layer, kv_cache).read(kv_cache, block_ids, KEYS)
 
-
-def key_order(kv_cache: torch.Tensor, isa: str, layer: Any, kv_cache_dtype: str) -> torch.Tensor:
-    """Where vLLM puts key element (token, dim) of a block: int64 ``[block_size * head_size]``.
-
-    The CPU kernels transpose and pack keys differently by instruction set. Rather than repeat
-    each layout, write keys that spell their own index through vLLM's kernel into a one-block
-    cache and read where they landed. Digits of base 128 are exact in every KV data type.
-    """
-    _, num_kv_heads, block_size, width = kv_cache.shape
-    head_size = width // 2
-    size = block_size * head_size
-    index = torch.arange(size)
-    landed = torch.zeros(size, dtype=torch.int64)
-    slots = torch.arange(block_size)
-    for digit in range(3):
-        values = (index // 128**digit % 128).to(kv_cache.dtype)
-        key = values.view(block_size, 1, head_size).expand(-1, num_kv_heads, -1).contiguous()
-        scratch = torch.zeros(1, num_kv_heads, block_size * 2, head_size, dtype=kv_cache.dtype)
-        key_half, value_half = scratch.chunk(2, dim=2)
-        ops.cpu_attn_reshape_and_cache(
-            key,
-            key,
-            key_half,
-            value_half,
-            slots,
-            isa,
-            k_scale=layer._k_scale_float,
-            v_scale=layer._v_scale_float,
-            kv_cache_dtype=kv_cache_dtype,
-        )
-        landed += key_half[0, 0].reshape(-1).float().round().long() * 128**digit
-    order = torch.empty_like(landed)
-    order[landed] = index
-    if not torch.equal(landed[order], index):
-        raise EvictionConfigError(
-            f"keys of head size {head_size} are stored in a form that cannot be read back "
-            f"(instruction set {isa!r}); use another dtype or block size"
-        )
-    return order
+    def layout(self, layer: Any, kv_cache: torch.Tensor) -> CacheLayout:
+        """Where the elements of keys and values lie in ``kv_cache``."""
+        if self._layout is None:
+            self._layout = CacheLayout.of(kv_cache, layer, self.kv_cache_dtype)
+        return self._layout
 
 
 class EvictionCPUBackend(CPUAttentionBackend):

@@ -8,9 +8,11 @@ compacted tables and lengths (one pair a layer group), and one flag a row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
@@ -21,10 +23,14 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
+from ..config import BLOCK
+from ..kernels import NEEDED, TOKENS_NEEDED, TOKENS_SCORED
+from ..kernels.attention_mass import Queries
 from ..kernels.block_mass import add_block_mass
 from ..kernels.block_scores import add_key_norms, age_blocks, start_blocks
 from ..kernels.compact import compact_block_table
-from ..policies import ATTENTION, KEY_NORM
+from ..kernels.token_mass import add_token_mass, start_tokens
+from ..policies import ATTENTION, KEY_NORM, TOKEN_MASS
 from .state import attention_state, builder_state
 from .state_cuda import CUDAWorkerState
 
@@ -33,12 +39,14 @@ from .state_cuda import CUDAWorkerState
 class EvictionMetadata(FlashAttentionMetadata):
     """vLLM's metadata, and what is scored.
 
-    ``scores``: whether this step's forward scores at all (always, when a graph is captured).
+    ``block_scores``, ``token_scores``: whether this step's forward scores blocks, and tokens
+    (always, when a graph is captured and some request may need it).
     ``num_decode_rows``: rows before this one have at most one query, later ones may have more.
     ``max_live_tokens``: no row attends to more.
     """
 
-    scores: bool = False
+    block_scores: bool = False
+    token_scores: bool = False
     num_decode_rows: int = 0
     max_live_tokens: int = 0
 
@@ -99,11 +107,26 @@ class EvictionMetadataBuilder(FlashAttentionMetadataBuilder):
             fast_build,
         )
         chunks = (query_lens > 1).nonzero()[0]
+        flags = int(np.bitwise_or.reduce(rows.flags, initial=0))
+        if flags & TOKENS_NEEDED:
+            start_tokens(
+                common.slot_mapping,
+                common.query_start_loc,
+                common.seq_lens,
+                state.flags,
+                state.tokens.position,
+                state.tokens.mass,
+                state.tokens.peak,
+                int(query_lens.max(initial=1)),
+            )
         return EvictionMetadata(
             **vars(built),
-            scores=state.allocated
+            block_scores=state.allocated
             and ATTENTION in state.channels
-            and (capture or bool(rows.flags.any())),
+            and (capture or bool(flags & NEEDED)),
+            token_scores=state.allocated
+            and TOKEN_MASS in state.server_needs
+            and (capture or bool(flags & TOKENS_SCORED)),
             num_decode_rows=int(chunks[0]) if len(chunks) else num_rows,
             max_live_tokens=max_live,
         )
@@ -129,7 +152,7 @@ class EvictionImpl(FlashAttentionImpl):
         if state is None or not state.allocated:
             return
         block_size = kv_cache.shape[2]
-        if layer.layer_name in state.first_layers:
+        if layer.layer_name in state.first_layers and state.channels:
             start_blocks(slot_mapping, block_size, state.mass, state.num_queries, state.norm)
         if KEY_NORM in state.channels:
             add_key_norms(slot_mapping, key, value, block_size, state.norm)
@@ -150,8 +173,7 @@ class EvictionImpl(FlashAttentionImpl):
         if (
             state is None
             or not isinstance(attn_metadata, EvictionMetadata)
-            or not attn_metadata.scores
-            or layer.layer_name not in state.scored_layers
+            or not self._scores(state, layer, attn_metadata)
         ):
             return super().forward(
                 layer,
@@ -165,8 +187,28 @@ class EvictionImpl(FlashAttentionImpl):
                 output_block_scale,
             )
         lse = self._attend(query, kv_cache, attn_metadata, output)
-        self._score(state, layer, query, kv_cache, lse, attn_metadata)
+        queries = Queries(
+            query,
+            kv_cache,
+            lse,
+            attn_metadata.block_table,
+            attn_metadata.seq_lens,
+            attn_metadata.query_start_loc,
+            state.flags,
+            self.scale,
+            self.logits_soft_cap,
+        )
+        if attn_metadata.block_scores and layer.layer_name in state.scored_layers:
+            self._score_blocks(state, layer, queries, attn_metadata)
+        if attn_metadata.token_scores:
+            self._score_tokens(state, layer, queries, attn_metadata)
         return output
+
+    @staticmethod
+    def _scores(state: CUDAWorkerState, layer: Any, metadata: EvictionMetadata) -> bool:
+        """Whether the layer's attention is scored in this step."""
+        blocks = metadata.block_scores and layer.layer_name in state.scored_layers
+        return blocks or metadata.token_scores
 
     def _attend(
         self,
@@ -200,50 +242,46 @@ class EvictionImpl(FlashAttentionImpl):
         )
         return lse
 
-    def _score(
-        self,
-        state: CUDAWorkerState,
-        layer: Any,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        lse: torch.Tensor,
-        metadata: EvictionMetadata,
+    def _score_blocks(
+        self, state: CUDAWorkerState, layer: Any, queries: Queries, metadata: EvictionMetadata
     ) -> None:
-        num_rows = metadata.seq_lens.shape[0]
-        flags = state.flags
-        if layer.layer_name in state.first_layers and state.config.score != "sum":
+        if layer.layer_name in state.first_layers and state.config.score_at(BLOCK) != "sum":
             age_blocks(
                 metadata.block_table,
                 metadata.seq_lens,
                 metadata.query_start_loc,
-                flags,
+                state.flags,
                 state.mass,
                 state.num_queries,
-                block_size=kv_cache.shape[2],
+                block_size=queries.kv_cache.shape[2],
                 window=state.window or 2**30,
                 decode_weight=state.config.score_query_stride,
                 log2_decay=state.log2_decay,
             )
-        decode = metadata.num_decode_rows
+        for options in self._parts(state, metadata):
+            add_block_mass(queries, state.mass, **options)
+
+    def _score_tokens(
+        self, state: CUDAWorkerState, layer: Any, queries: Queries, metadata: EvictionMetadata
+    ) -> None:
+        place, tokens = state.layer_places[layer.layer_name], state.tokens
+        peak = tokens.peak[place] if tokens.peak.numel() else None
+        for options in self._parts(state, metadata):
+            add_token_mass(queries, tokens.mass[place], peak, **options)
+
+    @staticmethod
+    def _parts(state: CUDAWorkerState, metadata: EvictionMetadata) -> Iterator[dict[str, Any]]:
+        """What a launch is told: decodes, then chunks."""
+        decode, num_rows = metadata.num_decode_rows, metadata.seq_lens.shape[0]
         for rows, one_query in (((0, decode), True), ((decode, num_rows), False)):
-            add_block_mass(
-                query,
-                kv_cache,
-                lse,
-                metadata.block_table,
-                metadata.seq_lens,
-                metadata.query_start_loc,
-                flags,
-                state.mass,
-                rows=rows,
-                max_seq_len=metadata.max_live_tokens,
-                one_query=one_query,
-                scale=self.scale,
-                soft_cap=self.logits_soft_cap,
-                window=state.window,
-                decode_weight=state.config.score_query_stride,
-                log2_decay=state.log2_decay,
-            )
+            yield {
+                "rows": rows,
+                "max_seq_len": metadata.max_live_tokens,
+                "one_query": one_query,
+                "window": state.window,
+                "decode_weight": state.config.score_query_stride,
+                "log2_decay": state.log2_decay,
+            }
 
 
 class EvictionCUDABackend(FlashAttentionBackend):

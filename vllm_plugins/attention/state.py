@@ -18,7 +18,9 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from ..config import EvictionConfig, EvictionConfigError
 from ..messages import EvictionPlan, ScoreReport
 from ..platforms import platform
+from ..policies import BLOCK_SCORES, TOKEN_NEEDS
 from ..refusals.engine import SENTENCES, is_configured
+from .token_scores import TokenScores
 
 State = TypeVar("State", bound="WorkerState")
 _state: WorkerState | None = None
@@ -90,7 +92,10 @@ class WorkerState(ABC):
 
     ``mass``, ``num_queries``, ``norm``: one number per physical block, ``[num_blocks]``; a block's
     numbers start at zero when its first token is written. ``first_layers`` and ``scored_layers``
-    name layers: the first of each layer group, and those whose attention is scored.
+    name layers: the first of each layer group, and those whose attention is scored. ``tokens``:
+    scores of single tokens; ``layers_of`` a group are its layers in order, and ``layer_places``
+    says which of them a layer is. ``pack_failures``: request to the reason why its policy was not
+    followed, not reported yet.
     """
 
     def __init__(self, config: EvictionConfig) -> None:
@@ -104,10 +109,25 @@ class WorkerState(ABC):
         self.step = 0
         self.needs: dict[str, frozenset[str]] = {}
         self.mass = self.num_queries = self.norm = torch.empty(0)
+        self.kv_caches: dict[str, torch.Tensor] = {}
+        self.pack_failures: dict[str, str] = {}
+        self.layers_of: list[list[str]] = []
+        self.layer_places: dict[str, int] = {}
+        self.tokens = TokenScores(0, (0, 0, 0), frozenset(), torch.device("cpu"))
 
     @abstractmethod
-    def allocate(self, num_blocks: int, device: torch.device) -> None:
-        """Room for the scores of ``num_blocks`` physical blocks. Called again, it starts afresh."""
+    def allocate(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Room for the scores of all physical blocks. Called again, it starts afresh.
+
+        Args:
+            kv_caches: layer name to ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
+
+        """
+
+    def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """The caches that the engine will run with are there."""
+        self.kv_caches = dict(kv_caches)
+        self.allocate(kv_caches)
 
     @abstractmethod
     def report(self) -> ScoreReport | None:
@@ -123,6 +143,16 @@ class WorkerState(ABC):
         self.first_layers = frozenset(names[0] for names in groups)
         stride = self.config.score_layer_stride
         self.scored_layers = frozenset(name for names in groups for name in names[::stride])
+        self.layers_of = list(groups)
+        self.layer_places = {name: i for names in groups for i, name in enumerate(names)}
+
+    def new_token_scores(self, kv_caches: Mapping[str, torch.Tensor]) -> TokenScores:
+        """Scores of single tokens for these caches; of no size where no request can use them."""
+        needs = self.server_needs & TOKEN_NEEDS
+        cache = next(iter(kv_caches.values()))
+        return TokenScores(
+            len(self.layers_of[0]) if needs else 0, tuple(cache.shape[:3]), needs, cache.device
+        )
 
     def start_step(self, plan: EvictionPlan, finished: set[str]) -> None:
         """A step begins: note its number and what its requests need."""
@@ -133,8 +163,8 @@ class WorkerState(ABC):
 
     @property
     def active(self) -> bool:
-        """Whether any score is kept at all just now."""
-        return any(needs - {"rng"} for needs in self.needs.values())
+        """Whether any block's score is kept at all just now."""
+        return any(needs & BLOCK_SCORES for needs in self.needs.values())
 
     def scores_query_at(self, position: int) -> bool:
         """Whether a decode's query at ``position`` is scored (chunks always are).

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from ..config import EvictionConfig
+from ..config import BLOCK, EvictionConfig
 from ..messages import EvictionPlan, ScoreReport
 from ..policies import ATTENTION, GRAPH, KEY_NORM
 from .state import WorkerState
@@ -28,7 +28,9 @@ class CPUWorkerState(WorkerState):
         self.graph: dict[tuple[str, int, int], tuple[np.ndarray, np.ndarray]] = {}
         self.seconds: dict[str, float] = {}
 
-    def allocate(self, num_blocks: int, device: torch.device) -> None:
+    def allocate(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        num_blocks = max(cache.shape[0] for cache in kv_caches.values())
+        self.tokens = self.new_token_scores(kv_caches)
         self.mass = torch.zeros(num_blocks)
         self.num_queries = torch.zeros(num_blocks)
         self.norm = torch.zeros(num_blocks)
@@ -72,15 +74,16 @@ class CPUWorkerState(WorkerState):
 
     def report(self) -> ScoreReport | None:
         """The scores themselves: on a CPU they are there when the step is."""
-        if not self.active:
+        failures, self.pack_failures = self.pack_failures, {}
+        if not (self.active or self.seconds or failures):
             return None
         scores = {}
         if self.wants(ATTENTION) or self.wants(GRAPH):
             mass = self.mass
-            if self.config.score == "mean":
+            if self.config.score_at(BLOCK) == "mean":
                 mass = mass / self.num_queries.clamp(min=1.0)
             scores[ATTENTION] = mass.numpy().copy()
         if self.wants(KEY_NORM):
             scores[KEY_NORM] = self.norm.numpy().copy()
         graph = [(*key, ids, mass) for key, (ids, mass) in self.graph.items()]
-        return ScoreReport(self.step, scores, graph, self.seconds)
+        return ScoreReport(self.step, scores, graph, self.seconds, failures)

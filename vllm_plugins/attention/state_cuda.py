@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..config import EvictionConfig
-from ..kernels import FRACTION_BITS, NEEDED, SCORED
+from ..config import BLOCK, EvictionConfig
+from ..kernels import FRACTION_BITS, NEEDED, SCORED, TOKENS_NEEDED, TOKENS_SCORED
 from ..messages import EvictionPlan, ScoreReport
-from ..policies import ATTENTION, KEY_NORM
+from ..policies import ATTENTION, KEY_NORM, TOKEN_MASS, TOKENS
 from .state import WorkerState
 
 COPIES = 4
@@ -24,7 +24,7 @@ class Rows:
     """The rows of a step, as known on the host before it runs.
 
     Attributes:
-        flags: int32 ``[num_rows]`` of ``NEEDED | SCORED``.
+        flags: int32 ``[num_rows]`` of ``NEEDED``, ``SCORED`` and their like for tokens.
         evicted: int ``[layer groups, num_rows]``, blocks that a row's request has lost so far.
 
     """
@@ -58,8 +58,11 @@ class CUDAWorkerState(WorkerState):
         """What this server can be asked to report; nothing else is ever computed."""
         return tuple(c for c in (ATTENTION, KEY_NORM) if c in self.server_needs)
 
-    def allocate(self, num_blocks: int, device: torch.device) -> None:
-        """Room for the scores, and for their copies in pinned host memory."""
+    def allocate(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Room for the scores, and for copies of blocks' scores in pinned host memory."""
+        num_blocks = max(cache.shape[0] for cache in kv_caches.values())
+        device = next(iter(kv_caches.values())).device
+        self.tokens = self.new_token_scores(kv_caches)
         self.mass = torch.zeros(num_blocks, dtype=torch.int64, device=device)
         self.num_queries = torch.zeros_like(self.mass)
         self.norm = torch.zeros_like(self.mass)
@@ -68,7 +71,7 @@ class CUDAWorkerState(WorkerState):
         self._divisor = torch.ones_like(self.mass)
         self._pinned = [torch.zeros(channels, num_blocks, pin_memory=True) for _ in range(COPIES)]
         self._arrived = [torch.cuda.Event() for _ in range(COPIES)]
-        self.allocated = bool(channels)
+        self.allocated = True
 
     def allocate_rows(self, num_rows: int, device: torch.device) -> None:
         """Flags for up to ``num_rows`` rows; before anything is captured."""
@@ -118,9 +121,15 @@ class CUDAWorkerState(WorkerState):
             counts = self.evicted.get(request_id)
             if counts is not None:
                 evicted[:, row] = counts
-            if ATTENTION in self.needs.get(request_id, ()):
-                scored = query_lens[row] > 1 or self.scores_query_at(int(seq_lens[row]) - 1)
-                flags[row] = NEEDED | (SCORED if scored else 0)
+            needs = self.needs.get(request_id)
+            if not needs:
+                continue
+            scored = query_lens[row] > 1 or self.scores_query_at(int(seq_lens[row]) - 1)
+            if ATTENTION in needs:
+                flags[row] |= NEEDED | (SCORED if scored else 0)
+            if TOKENS in needs:
+                flags[row] |= TOKENS_NEEDED
+                flags[row] |= TOKENS_SCORED if scored and TOKEN_MASS in needs else 0
         rows = Rows(flags, evicted)
         if req_idx is not None:
             self._rows = (num_rows, rows)
@@ -135,19 +144,22 @@ class CUDAWorkerState(WorkerState):
 
     def report(self) -> ScoreReport | None:
         """Enqueue a copy of the scores behind this step; they are read when it has arrived."""
-        if not self.active or not self.allocated:
-            return None
+        failures, self.pack_failures = self.pack_failures, {}
+        if not self.active or not self.allocated or not self.channels:
+            return ScoreReport(self.step, {}, pack_failures=failures) if failures else None
         self._copies = (self._copies + 1) % COPIES
         pinned, arrived = self._pinned[self._copies], self._arrived[self._copies]
         for row, channel in enumerate(self.channels):
             fixed_point = self.mass if channel == ATTENTION else self.norm
             torch.mul(fixed_point, 2.0**-FRACTION_BITS, out=self._staging[row])
-            if channel == ATTENTION and self.config.score == "mean":
+            if channel == ATTENTION and self.config.score_at(BLOCK) == "mean":
                 torch.clamp(self.num_queries, min=1, out=self._divisor)
                 self._staging[row].div_(self._divisor)
         pinned.copy_(self._staging, non_blocking=True)
         arrived.record()
-        return ScoreReport(self.step, _reader(self.channels, pinned, arrived))
+        return ScoreReport(
+            self.step, _reader(self.channels, pinned, arrived), pack_failures=failures
+        )
 
 
 def _reader(

@@ -13,5 +13,6 @@ FRACTION_BITS = 30
 mass, so int64 leaves room for 2 ** 33: 128 heads, 128 layers and half a million queries that
 look at nothing else."""
 
-NEEDED, SCORED = 1, 2
-"""Bits of a row's flag: its request wants attention scores; and in this step."""
+NEEDED, SCORED, TOKENS_NEEDED, TOKENS_SCORED = 1, 2, 4, 8
+"""Bits of a row's flag: its request wants scores of blocks, and in this step; the same for scores
+of tokens."""

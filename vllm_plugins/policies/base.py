@@ -9,16 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from .token_rules import TOKEN_NEEDS, TOKENS, TokenRule
+
 ATTENTION = "attention"
 """Attention mass each block received (higher = keep)."""
 KEY_NORM = "key_norm"
 """Mean of ``||v|| / ||k||`` over the tokens of a block (higher = keep)."""
 GRAPH = "graph"
 """Keyword ``graph``: block-to-block attention mass, ``[n, n]``."""
-RNG = "rng"
-"""Keyword ``rng``: a ``numpy.random.Generator`` seeded for the request."""
+CHANCE = "chance"
+"""Keyword ``chance``: a number in [0, 1) for each block, fixed by request and position."""
 
-NEEDS = frozenset({ATTENTION, KEY_NORM, GRAPH, RNG})
+BLOCK_SCORES = frozenset({ATTENTION, KEY_NORM, GRAPH})
+"""What the workers report to the scheduler, by block."""
+NEEDS = BLOCK_SCORES | {CHANCE} | TOKEN_NEEDS
 
 Needs = frozenset[str] | Callable[[Mapping[str, Any]], frozenset[str]]
 
@@ -31,7 +35,8 @@ class PolicyParameterError(ValueError):
 class Policy:
     """One eviction policy.
 
-    ``select(scores, positions, keep, *, num_sink_blocks, [graph], [rng], **parameters)``
+    At block granularity one set of blocks serves all heads of a layer group.
+    ``select(scores, positions, keep, *, num_sink_blocks, [graph], [chance], **parameters)``
     returns the indices to keep:
 
     - ``scores``: float ``[n]``, one per live, full block, higher = keep (zeros where the
@@ -45,13 +50,19 @@ class Policy:
     The function sees arrays and returns an array; it holds no state. ``needs`` names the
     inputs that cost something to gather, fixed or as a function of the parameters; nothing
     else is computed for a request that follows the policy.
+
+    At token granularity every KV head keeps its own tokens: ``tokens(parameters)`` gives the rule
+    (``token_rules.TokenRule``). A policy may have either form, both, or none (``dense``).
     """
 
     name: str
-    select: Callable[..., np.ndarray] | None
+    select: Callable[..., np.ndarray] | None = None
+    tokens: Callable[[Mapping[str, Any]], TokenRule] | None = None
     needs: Needs = frozenset()
     parameters: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] | None = None
+    check_granularity: Callable[[Mapping[str, Any], str], None] | None = None
+    """Refuses parameters that mean nothing at a granularity (``block`` or ``token``)."""
 
     def resolve(self, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Defaults with ``overrides`` laid over them.
@@ -73,8 +84,33 @@ class Policy:
             self.check(merged)
         return merged
 
-    def needed(self, parameters: Mapping[str, Any]) -> frozenset[str]:
-        """The inputs (see ``NEEDS``) that ``select`` wants under ``parameters``."""
+    @property
+    def evicts(self) -> bool:
+        """False: no block of a request that follows the policy is ever evicted."""
+        return self.select is not None or self.tokens is not None
+
+    def require(self, granularity: str, parameters: Mapping[str, Any]) -> None:
+        """Check that the policy has a form at ``granularity``, and its parameters a meaning.
+
+        Raises:
+            PolicyParameterError: it has none.
+
+        """
+        if not self.evicts:
+            return
+        if (self.tokens if granularity == "token" else self.select) is None:
+            other = "block" if granularity == "token" else "token"
+            raise PolicyParameterError(
+                f"policy {self.name} has no form at {granularity} granularity; "
+                f"give granularity {other}, or another policy"
+            )
+        if self.check_granularity is not None:
+            self.check_granularity(parameters, granularity)
+
+    def needed(self, parameters: Mapping[str, Any], granularity: str = "block") -> frozenset[str]:
+        """The inputs (see ``NEEDS``) that the policy wants under ``parameters``."""
+        if granularity == "token":
+            return self.tokens(parameters).needs | {TOKENS} if self.tokens else frozenset()
         return self.needs(parameters) if callable(self.needs) else self.needs
 
 

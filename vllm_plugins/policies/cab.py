@@ -10,8 +10,20 @@ import numpy as np
 from .base import ATTENTION, GRAPH, Policy, PolicyParameterError, check_shares
 from .forman import attention_graph, augmented_forman_curvature
 from .select import keep_highest, middle, num_recent, top
+from .token_rules import (
+    TOKEN_MASS,
+    TOKEN_PEAK,
+    Candidates,
+    Ranking,
+    TokenRule,
+    by_mass,
+    by_peak,
+    by_score,
+)
 
-BRIDGES = ("median", "forman")
+DEFAULT = "default"
+BRIDGES = {"block": ("median", "forman"), "token": ("peak", "mass", "median")}
+"""What a bridge may be at each granularity; the first is what ``default`` means."""
 
 
 def cab(
@@ -23,14 +35,15 @@ def cab(
     local: float = 0.3,
     bridge: float = 0.2,
     importance: float = 0.5,
-    bridge_definition: str = "median",
+    bridge_definition: str = DEFAULT,
     graph: np.ndarray | None = None,
 ) -> np.ndarray:
     """Keep ``local`` by position, ``importance`` by score, then ``bridge`` among what is left.
 
     A bridge connects important contexts without being heavy itself:
 
-    - ``median``: the blocks whose score lies closest to the (upper) median of what is left;
+    - ``median`` (the default): the blocks whose score lies closest to the (upper) median of what
+      is left;
     - ``forman``: the blocks of lowest augmented Forman-Ricci curvature in the
       block-to-block attention graph (``graph``, ``[n, n]``; see ``forman.py``).
 
@@ -69,6 +82,38 @@ def cab(
     return np.flatnonzero(~left)
 
 
+def cab_tokens(parameters: Mapping[str, Any]) -> TokenRule:
+    """Every head keeps its local tokens, the important ones, and bridges among what is left:
+
+    - ``peak`` (the default): what some query once needed most;
+    - ``mass``: what received the most attention over its whole life;
+    - ``median``: the tokens whose score lies closest to the median of what is left.
+    """
+    definition = parameters["bridge_definition"]
+    ranking = _TOKEN_BRIDGES[BRIDGES["token"][0] if definition == DEFAULT else definition]
+    bridges = ((ranking, parameters["bridge"]),) if parameters["bridge"] > 0 else ()
+    needs = {TOKEN_MASS, TOKEN_PEAK} if bridges and ranking is by_peak else {TOKEN_MASS}
+    return TokenRule(
+        recent=parameters["local"],
+        ranked=((by_score, parameters["importance"]), *bridges),
+        needs=frozenset(needs),
+    )
+
+
+def by_median(tokens: Candidates, left: Any) -> Any:
+    """Closest to the upper median of the scores that are left."""
+    scores = tokens.score
+    # What is gone sorts behind everything that is left.
+    ranks = (scores * left - 1.0 * ~left).argsort(-1).argsort(-1)
+    gone = (~left).sum(-1)[..., None]
+    middle = gone + left.sum(-1)[..., None] // 2
+    median = (scores * (ranks == middle)).sum(-1)[..., None]
+    return -abs(scores - median)
+
+
+_TOKEN_BRIDGES: Mapping[str, Ranking] = {"peak": by_peak, "mass": by_mass, "median": by_median}
+
+
 def _needs(parameters: Mapping[str, Any]) -> frozenset[str]:
     forman = parameters["bridge_definition"] == "forman" and parameters["bridge"] > 0
     return frozenset({ATTENTION, GRAPH}) if forman else frozenset({ATTENTION})
@@ -76,17 +121,29 @@ def _needs(parameters: Mapping[str, Any]) -> frozenset[str]:
 
 def _check(parameters: Mapping[str, Any]) -> None:
     check_shares("cab", parameters, ("local", "bridge", "importance"))
-    if parameters["bridge_definition"] not in BRIDGES:
+    known = dict.fromkeys([DEFAULT, *BRIDGES["block"], *BRIDGES["token"]])
+    if parameters["bridge_definition"] not in known:
         raise PolicyParameterError(
             f"bridge_definition of policy cab is {parameters['bridge_definition']!r}; "
-            f"use one of: {', '.join(BRIDGES)}"
+            f"use one of: {', '.join(known)}"
+        )
+
+
+def _check_granularity(parameters: Mapping[str, Any], granularity: str) -> None:
+    definition, known = parameters["bridge_definition"], (DEFAULT, *BRIDGES[granularity])
+    if definition not in known:
+        raise PolicyParameterError(
+            f"bridge_definition {definition!r} of policy cab is not defined at {granularity} "
+            f"granularity; use one of: {', '.join(known)}"
         )
 
 
 POLICY = Policy(
     name="cab",
     select=cab,
+    tokens=cab_tokens,
     needs=_needs,
-    parameters={"local": 0.3, "bridge": 0.2, "importance": 0.5, "bridge_definition": "median"},
+    parameters={"local": 0.3, "bridge": 0.2, "importance": 0.5, "bridge_definition": DEFAULT},
     check=_check,
+    check_granularity=_check_granularity,
 )

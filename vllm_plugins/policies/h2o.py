@@ -1,11 +1,15 @@
-"""H2O: heavy hitters + recent (Zhang et al., NeurIPS 2023, arXiv:2306.14048), by blocks."""
+"""H2O: heavy hitters + recent (Zhang et al., NeurIPS 2023, arXiv:2306.14048)."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from .base import ATTENTION, Policy, check_shares
 from .select import keep_highest, num_recent
+from .token_rules import TOKEN_MASS, TokenRule, by_score
 
 
 def h2o(
@@ -32,9 +36,22 @@ def h2o(
     )
 
 
+def h2o_tokens(parameters: Mapping[str, Any]) -> TokenRule:
+    """As the paper has it: every head keeps its recent tokens, and those of the highest score.
+
+    The paper splits the budget in halves; ``recent=0.5, heavy=0.5`` is that.
+    """
+    return TokenRule(
+        recent=parameters["recent"],
+        ranked=((by_score, parameters["heavy"]),),
+        needs=frozenset({TOKEN_MASS}),
+    )
+
+
 POLICY = Policy(
     name="h2o",
     select=h2o,
+    tokens=h2o_tokens,
     needs=frozenset({ATTENTION}),
     parameters={"recent": 0.2, "heavy": 0.8},
     check=lambda p: check_shares("h2o", p, ("recent", "heavy")),

@@ -7,6 +7,7 @@ import numpy as np
 from .base import KEY_NORM, Policy
 from .random import check_recent
 from .select import keep_highest, num_recent
+from .token_rules import TokenRule, by_key_norm
 
 
 def key_norm(
@@ -36,6 +37,7 @@ def key_norm(
 POLICY = Policy(
     name="key_norm",
     select=key_norm,
+    tokens=lambda p: TokenRule(recent=p["recent"], ranked=((by_key_norm, 1.0),)),
     needs=frozenset({KEY_NORM}),
     parameters={"recent": 0.2},
     check=lambda p: check_recent("key_norm", p["recent"]),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import RNG, Policy, PolicyParameterError
+from .base import CHANCE, Policy, PolicyParameterError
 from .select import keep_highest, num_recent
+from .token_rules import TokenRule, by_chance
 
 
 def random(
@@ -14,16 +15,17 @@ def random(
     keep: int,
     *,
     num_sink_blocks: int,
-    rng: np.random.Generator,
+    chance: np.ndarray,
     recent: float = 0.2,
 ) -> np.ndarray:
     """Sinks and H2O's recent window, then blocks drawn uniformly.
 
     It differs from H2O in the heavy share alone, so the gap between the two is what the
-    scores are worth. Repeated decisions are repeated draws among the survivors.
+    scores are worth. A block's number (``chance``, float ``[n]``) is drawn once. Drawing anew at
+    every decision would favour the recent: an old block would have to win many times.
     """
     return keep_highest(
-        rng.random(len(positions)),
+        chance,
         positions,
         keep,
         num_sink_blocks=num_sink_blocks,
@@ -40,7 +42,8 @@ def check_recent(name: str, recent: float) -> None:
 POLICY = Policy(
     name="random",
     select=random,
-    needs=frozenset({RNG}),
+    tokens=lambda p: TokenRule(recent=p["recent"], ranked=((by_chance, 1.0),)),
+    needs=frozenset({CHANCE}),
     parameters={"recent": 0.2},
     check=lambda p: check_recent("random", p["recent"]),
 )

@@ -6,6 +6,7 @@ import numpy as np
 
 from .base import Policy
 from .select import keep_highest
+from .token_rules import TokenRule, by_position
 
 
 def streaming(
@@ -21,4 +22,9 @@ def streaming(
     )
 
 
-POLICY = Policy(name="streaming", select=streaming)
+POLICY = Policy(
+    name="streaming",
+    select=streaming,
+    # Sinks and the tokens before the window's whole blocks share one block.
+    tokens=lambda parameters: TokenRule(recent=1.0, ranked=((by_position, 1.0),)),
+)

@@ -1,0 +1,163 @@
+"""Eviction of single tokens by every head for itself, in plain PyTorch over a Transformers model.
+
+Written from the definitions, not from the plugin: a cache per layer and KV head from which evicted
+tokens are deleted, and attention probabilities as Transformers reports them, one query at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache
+
+
+@dataclass
+class Token:
+    """What a head knows of a token it holds."""
+
+    position: int
+    mass: float = 0.0
+    peak: float = 0.0
+
+
+@dataclass
+class Result:
+    """Log-probs of tokens 1, 2, ..., and of the last decision who stays of the candidates:
+    positions by layer and head."""
+
+    log_likelihoods: list[float] = field(default_factory=list)
+    num_decisions: int = 0
+    kept: list[list[list[int]]] = field(default_factory=list)
+
+
+Choose = Callable[[list[list[list[Token]]], int, int, int], list[list[set[int]]]]
+"""``(candidates by layer and head, tokens processed, room, budget) -> positions that stay``."""
+
+
+@torch.no_grad()
+def run(
+    model,
+    tokens: list[int],
+    *,
+    keep: int,
+    chunk: int,
+    block_size: int,
+    recent: float,
+    slack: int,
+    choose: Choose,
+    prompt: int | None = None,
+    every: int = 1,
+    half_life: float | None = None,
+) -> Result:
+    """Tokens come in chunks, from ``prompt`` on one by one; of these every ``every``-th is scored
+    and counts for all. ``keep`` and ``slack`` are blocks; see ``DESIGN`` of the plugin's README."""
+    model.set_attn_implementation("eager")
+    config = model.config
+    num_layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    cache = DynamicCache()
+    alive = [[[] for _ in range(heads)] for _ in range(num_layers)]
+    result = Result()
+    n = len(tokens)
+    decay = 1.0 if half_life is None else 0.5 ** (1.0 / half_life)
+    num_recent = min(max(1, round(recent * keep)), keep - 1)
+    packed = first_unpacked = 0  # blocks of the region; first block of the sequence behind it
+
+    prompt = n if prompt is None else prompt
+    starts = [*range(0, prompt, chunk), *range(prompt, n)]
+    for start, stop in zip(starts, [*starts[1:], n], strict=True):
+        full = start // block_size
+        if packed + full - first_unpacked > keep + slack:
+            packed, first_unpacked = keep - num_recent, full - num_recent
+            limit = first_unpacked * block_size
+            candidates = [[[t for t in held if t.position < limit] for held in layer]
+                          for layer in alive]  # fmt: skip
+            stay = choose(candidates, start, packed * block_size, keep * block_size)
+            result.num_decisions += 1
+            result.kept = [[sorted(kept) for kept in layer] for layer in stay]
+            for layer in range(num_layers):
+                keys, values = cache.layers[layer].keys, cache.layers[layer].values
+                rows = []
+                for head in range(heads):
+                    held = alive[layer][head]
+                    rows.append([
+                        i for i, t in enumerate(held)
+                        if t.position >= limit or t.position in stay[layer][head]
+                    ])  # fmt: skip
+                    alive[layer][head] = [held[i] for i in rows[-1]]
+                index = torch.tensor(rows)[None, :, :, None].expand(-1, -1, -1, keys.shape[-1])
+                cache.layers[layer].keys = keys.gather(2, index)
+                cache.layers[layer].values = values.gather(2, index)
+        for t in range(start, stop):
+            output = model(
+                input_ids=torch.tensor([[tokens[t]]]),
+                position_ids=torch.tensor([[t]]),
+                attention_mask=torch.zeros(1, 1, 1, 1),  # nothing in the cache is hidden
+                past_key_values=cache,
+                use_cache=True,
+                output_attentions=True,
+            )
+            single = stop - start == 1
+            scored, weight = (t % every == 0, every) if single else (True, 1)
+            for layer, attention in enumerate(output.attentions):
+                grouped = attention[0, :, 0].double().unflatten(0, (heads, -1))
+                for head in range(heads):
+                    held = alive[layer][head]
+                    held.append(Token(t))
+                    given = grouped[head].sum(0).tolist()
+                    highest = grouped[head].amax(0).tolist()
+                    for token, mass, peak in zip(held, given, highest, strict=True):
+                        token.mass *= decay
+                        if scored:
+                            token.mass += weight * mass
+                            token.peak = max(token.peak, peak)
+            if t + 1 < n:
+                logs = torch.log_softmax(output.logits[0, -1].double(), -1)
+                result.log_likelihoods.append(logs[tokens[t + 1]].item())
+    return result
+
+
+def ranked(*rankings: tuple[Callable[[Token, int], float], float], sinks: int = 4) -> Choose:
+    """Each head for itself: (key, share of the budget) in order, the first takes what is left."""
+
+    def choose(candidates, num_tokens, room, budget):
+        return [
+            [_choose_one(held, num_tokens, room, budget, rankings, sinks) for held in layer]
+            for layer in candidates
+        ]
+
+    return choose
+
+
+def together(key: Callable[[Token, int], float], sinks: int = 4) -> Choose:
+    """All heads of a layer keep one set, by the sum of ``key`` over them."""
+
+    def choose(candidates, num_tokens, room, budget):
+        chosen = []
+        for layer in candidates:
+            total: dict[int, float] = {}
+            for held in layer:
+                for t in held:
+                    total[t.position] = total.get(t.position, 0.0) + key(t, num_tokens)
+            stand_in = [Token(position, mass) for position, mass in total.items()]
+            one = _choose_one(
+                stand_in, num_tokens, room, budget, [(lambda t, now: t.mass, 1.0)], sinks
+            )
+            chosen.append([one] * len(layer))
+        return chosen
+
+    return choose
+
+
+def _choose_one(held, num_tokens, room, budget, rankings, sinks):
+    stay = {t.position for t in held if t.position < sinks}
+    later = [round(budget * share) for _, share in rankings[1:]]
+    for (key, _), count in zip(rankings, [room - sum(later), *later], strict=True):
+        left = [t for t in held if t.position not in stay]
+        left.sort(key=lambda t: (key(t, num_tokens), t.position), reverse=True)
+        first = not math.isinf(count) and key is rankings[0][0]
+        stay |= {t.position for t in left[: count - (len(stay) if first else 0)]}
+    assert len(stay) == room
+    return stay

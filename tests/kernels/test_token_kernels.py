@@ -1,0 +1,79 @@
+"""Kernels of token granularity and packing, in Triton's interpreter, against references."""
+
+import pytest
+import torch
+
+from vllm_plugins.kernels.attention_mass import Tile
+
+from .token_cases import check_choice, check_pack, check_start, check_token_mass
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these cases")
+SMALL = Tile(rows=16, keys=32, warps=1, stages=1)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (7, 1)])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_chunks_and_decodes(heads, kv_heads, block_size):
+    check_token_mass(tile=SMALL, heads=heads, kv_heads=kv_heads, block_size=block_size,
+                     unscored=[2])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options", [{"window": 8}, {"decay": 0.9}, {"window": 5, "decay": 0.9, "decode_weight": 4}]
+)
+def test_options(options):
+    check_token_mass(tile=SMALL, options=options)
+
+
+def test_without_peak():
+    check_token_mass(tile=SMALL, with_peak=False)
+
+
+@pytest.mark.parametrize("programs", [1, 1000])
+def test_decodes_alone(programs):
+    rows = [(1, 40), (0, 0), (1, 16), (1, 301)]
+    check_token_mass(rows=rows, one_query=True, heads=6, unscored=[2],
+                     options={"decode_weight": 8}, programs=programs)  # fmt: skip
+
+
+def test_tokens_start_afresh():
+    check_start()
+
+
+@pytest.mark.parametrize(
+    ("policy", "parameters"),
+    [
+        ("h2o", {}),
+        ("cab", {}),
+        ("cab", {"bridge_definition": "mass"}),
+        ("streaming", {}),
+        ("random", {}),
+    ],
+)
+def test_packing(policy, parameters):
+    check_pack(policy, parameters)
+
+
+def test_packing_by_sums():
+    check_pack("h2o", {}, seed=3, scoring="sum")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "rankings",
+    [
+        [("score", 1.0)],
+        [("position", 1.0)],
+        [("score", 0.5), ("peak", 0.2)],
+        [("peak", 0.5), ("score", 0.3)],
+        [("score", 0.5), ("peak", 0.0)],
+        [("score", 0.0), ("position", 1.0)],
+    ],
+)
+def test_the_fused_choice_is_that_of_torch(rankings, tied):
+    check_choice(rankings, tied=tied)
+    check_choice(rankings, tied=tied, scoring="sum")
+
+
+def test_a_choice_among_more_tokens_than_a_tile():
+    check_choice([("score", 0.5), ("peak", 0.2)], blocks=(150, 40), tied=True)

@@ -1,0 +1,280 @@
+"""Cases of the token kernels and of packing, for Triton's interpreter and for a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vllm_plugins.attention.packing_cuda import CUDAPacker
+from vllm_plugins.attention.token_choice import Batch, TokenCandidates, choose, moves
+from vllm_plugins.attention.token_scores import UNWRITTEN, TokenScores
+from vllm_plugins.kernels import TOKENS_NEEDED, TOKENS_SCORED
+from vllm_plugins.kernels import choose as fused
+from vllm_plugins.kernels.token_mass import add_token_mass, start_tokens
+from vllm_plugins.packs import Pack
+from vllm_plugins.policies import (
+    TOKEN_MASS,
+    TOKEN_PEAK,
+    TOKENS,
+    TokenRule,
+    by_peak,
+    by_position,
+    by_score,
+    chance,
+    get_policy,
+)
+
+from .cases import MIXED, make_batch
+
+ALL = frozenset({TOKENS, TOKEN_MASS, TOKEN_PEAK})
+
+
+def expected_tokens(batch, old_mass, old_peak, *, window=None, decay=1.0, decode_weight=1):
+    """Float64 mass and peak ``[num_blocks, kv_heads, block_size]`` after a step."""
+    mass, peak = old_mass.double().cpu().clone(), old_peak.double().cpu().clone()
+    kv_heads, block_size = batch.kv_cache.shape[1:3]
+    table, flags = batch.block_table.cpu(), batch.flags.cpu()
+    for row, p in enumerate(batch.probabilities):
+        heads, queries, length = p.shape
+        if not flags[row] & TOKENS_SCORED or queries == 0:
+            continue
+        age = torch.arange(queries - 1, -1, -1, dtype=torch.float64)
+        weight = decay**age
+        if window is not None:
+            weight[: max(0, queries - window)] = 0.0
+        elapsed = queries
+        if queries == 1:
+            weight, elapsed = weight * decode_weight, decode_weight
+        grouped = p.view(kv_heads, heads // kv_heads, queries, length)
+        given = (grouped * weight[None, None, :, None]).sum((1, 2))
+        highest = (grouped * (weight > 0)[None, None, :, None]).amax((1, 2))
+        place = torch.arange(length)
+        at = table[row, place // block_size].long(), slice(None), place % block_size
+        mass[at] = mass[at] * decay**elapsed + given.T
+        peak[at] = torch.maximum(peak[at], highest.T)
+    return mass, peak
+
+
+def check_token_mass(
+    device="cpu",
+    *,
+    dtype=torch.float32,
+    tile=None,
+    with_peak=True,
+    one_query=False,
+    rows=MIXED,
+    unscored=(),
+    options=None,
+    programs=2048,
+    **shape,
+):
+    """One step over a mixed batch, on top of older scores."""
+    options = options or {}
+    batch = make_batch(rows, device=device, dtype=dtype, **shape)
+    flags = [0 if row in unscored else TOKENS_NEEDED | TOKENS_SCORED for row in range(len(rows))]
+    batch.flags.copy_(torch.tensor(flags))
+    num_blocks, kv_heads, block_size, _ = batch.kv_cache.shape
+    generator = torch.Generator().manual_seed(5)
+    mass = torch.rand(num_blocks, kv_heads, block_size, generator=generator).to(device)
+    peak = 0.3 * torch.rand(num_blocks, kv_heads, block_size, generator=generator).to(device)
+    expected = expected_tokens(batch, mass, peak, **options)
+    before = peak.clone()
+    options = dict(options)
+    log2_decay = float(np.log2(options.pop("decay", 1.0)))
+    add_token_mass(
+        batch.queries,
+        mass,
+        peak if with_peak else None,
+        rows=(0, len(rows)),
+        max_seq_len=batch.max_seq_len,
+        one_query=one_query,
+        log2_decay=log2_decay,
+        tile=tile,
+        programs=programs,
+        **options,
+    )
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(mass.double().cpu(), expected[0], **close)
+    torch.testing.assert_close(
+        peak.double().cpu(), expected[1] if with_peak else before.double().cpu(), **close
+    )
+
+
+def check_start(device="cpu"):
+    """New tokens of the rows that choose by tokens get their places and no score; others stay."""
+    scores = TokenScores(3, (9, 2, 16), ALL, torch.device(device))
+    scores.mass.fill_(7.0)
+    scores.peak.fill_(7.0)
+    starts, lens = [0, 1, 1, 34, 35], [20, 0, 40, 5]
+    slots = [5 * 16 + 3, *range(2 * 16 + 7, 2 * 16 + 40), 1 * 16 + 4]
+    slots[6] = -1  # padding in the middle is left alone
+    flags = [TOKENS_NEEDED, TOKENS_NEEDED, TOKENS_NEEDED | TOKENS_SCORED, 0]
+    integers = [torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, lens, flags)]
+    start_tokens(torch.tensor(slots, device=device), *integers, scores.position, scores.mass,
+                 scores.peak, max_query_len=33)  # fmt: skip
+    expected = {5 * 16 + 3: 19} | {slot: 7 + i for i, slot in enumerate(slots[1:34]) if slot >= 0}
+    for slot in range(9 * 16):
+        at = (slice(None), slot // 16, slice(None), slot % 16)
+        fresh = slot in expected
+        assert (scores.position[at] == expected.get(slot, UNWRITTEN)).all(), slot
+        assert (scores.mass[at] == (0.0 if fresh else 7.0)).all(), slot
+        assert (scores.peak[at] == (0.0 if fresh else 7.0)).all(), slot
+
+
+def random_state(seed, device, *, layers=3, kv_heads=2, block_size=16, head_size=8, num_blocks=40):
+    """Caches and scores in which each token can be told by its key: it spells its position."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = TokenScores(layers, (num_blocks, kv_heads, block_size), ALL, torch.device(device))
+    scores.mass.copy_(torch.rand(scores.mass.shape, generator=generator))
+    scores.peak.copy_(torch.rand(scores.peak.shape, generator=generator))
+    caches = {
+        f"layer.{i}": torch.zeros(num_blocks, kv_heads, block_size, 2 * head_size, device=device)
+        for i in range(layers)
+    }
+    return scores, caches
+
+
+def write_tokens(scores, caches, block_ids, positions):
+    """``positions`` (layers, heads, tokens) lie in ``block_ids``; keys and values spell them."""
+    _, heads, tokens = positions.shape
+    block_size = scores.position.shape[-1]
+    place = torch.arange(tokens)
+    ids, slot = torch.tensor(block_ids)[place // block_size], place % block_size
+    for layer, cache in enumerate(caches.values()):
+        for head in range(heads):
+            mine = positions[layer, head]
+            scores.position[layer, ids, head, slot] = mine.int().to(cache.device)
+            spelt = mine[:, None] + 1000.0 * layer + 10000.0 * head
+            both = torch.cat([spelt.expand(-1, 8), -spelt.expand(-1, 8)], 1)
+            cache[ids, head, slot] = both.to(cache)
+
+
+def check_pack(policy, parameters, device="cpu", seed=0, scoring="mean", packer=CUDAPacker):
+    """Packing three requests of unequal length at once, against sets worked out one by one."""
+    scores, caches = random_state(seed, device)
+    rng = np.random.default_rng(seed)
+    pool = rng.permutation(39) + 1
+    packs, expected, first = {}, {}, 0
+    for name, (blocks, kept, budget, now) in {
+        "a": (9, 4, 6, 300),
+        "b": (6, 5, 7, 2000),
+        "c": (3, 1, 2, 64),
+    }.items():
+        ids = pool[first : first + blocks].tolist()
+        first += blocks
+        positions = torch.stack([
+            torch.stack([torch.from_numpy(np.concatenate((np.arange(6), 6 + rng.permutation(
+                now - 6 - 16)[: blocks * 16 - 6]))) for _ in range(2)]) for _ in range(3)
+        ])  # fmt: skip
+        write_tokens(scores, caches, ids, positions)
+        packs[name] = [Pack(0, ids, kept, budget, now, 11, policy, get_policy(policy).resolve(
+            parameters))]  # fmt: skip
+        expected[name] = wanted(scores, packs[name][0], parameters, policy, scoring)
+    before = {name: array.clone() for name, array in scores.arrays().items()}
+    made = packer(kv_caches=caches, groups=[list(caches)], tokens=scores, scoring=scoring,
+                  sink_tokens=4)  # fmt: skip
+    assert made.pack(packs) == {}
+    for name, (pack,) in packs.items():
+        check_request(scores, caches, before, pack, expected[name])
+
+
+def check_request(scores, caches, before, pack, expected):
+    """The region holds the expected tokens of each head, with their keys, values and scores."""
+    region = pack.block_ids[: pack.num_kept_blocks]
+    for layer, cache in enumerate(caches.values()):
+        for head in range(2):
+            at = (layer, pack.block_ids, head)
+            old = {int(p): (float(m), float(k)) for p, m, k in zip(
+                before["position"][at].flatten(), before["mass"][at].flatten(),
+                before["peak"][at].flatten(), strict=True)}  # fmt: skip
+            held = scores.position[layer, region, head].flatten().cpu()
+            assert sorted(held.tolist()) == expected[layer][head]
+            spelt = held + 1000.0 * layer + 10000.0 * head
+            tokens = cache[region, head].flatten(0, 1).cpu()
+            assert torch.equal(tokens[:, :8], spelt[:, None].expand(-1, 8))
+            assert torch.equal(tokens[:, 8:], -spelt[:, None].expand(-1, 8))
+            for position, mass, peak in zip(
+                held.tolist(), scores.mass[layer, region, head].flatten().tolist(),
+                scores.peak[layer, region, head].flatten().tolist(), strict=True,
+            ):  # fmt: skip
+                assert (mass, peak) == old[position]
+
+
+def wanted(scores, pack, parameters, policy, scoring):
+    """Positions that each head should keep, sorted; by the definitions, one head at a time."""
+    layers, _, heads, block_size = scores.position.shape
+    room, budget = pack.num_kept_blocks * block_size, pack.budget_blocks * block_size
+    chosen = []
+    for layer in range(layers):
+        chosen.append([])
+        for head in range(heads):
+            at = (layer, pack.block_ids, head)
+            tokens = list(zip(*(a[at].flatten().tolist() for a in (
+                scores.position, scores.mass, scores.peak)), strict=True))  # fmt: skip
+            score = {p: m / max(1, pack.num_tokens - p) if scoring == "mean" else m
+                     for p, m, _ in tokens}  # fmt: skip
+            mass, peak = {p: m for p, m, _ in tokens}, {p: k for p, _, k in tokens}
+            bridge = {"peak": peak, "mass": mass}[parameters.get("bridge_definition", "peak")]
+            drawn = {p: chance(p, pack.seed, layer * heads + head) for p in score}
+            place = {p: p for p in score}
+            orders = {
+                "h2o": [(score, 1.0)],
+                "cab": [(score, 0.5), (bridge, 0.2)],
+                "streaming": [(place, 1.0)],
+                "random": [(drawn, 1.0)],
+            }[policy]
+            later = [round(budget * share) for _, share in orders[1:]]
+            left, keep = set(score), {p for p in score if p < 4}
+            counts = [room - sum(later) - len(keep), *later]
+            left -= keep
+            for (order, _), count in zip(orders, counts, strict=True):
+                best = sorted(left, key=lambda p: (np.float32(order[p]), p), reverse=True)[:count]
+                keep |= set(best)
+                left -= set(best)
+            chosen[-1].append(sorted(keep))
+    return chosen
+
+
+def check_choice(rankings, device="cpu", *, blocks=(9, 6, 3), tied=False, scoring="mean", seed=1):
+    """The kernel that chooses, and the choice in torch, agree to the bit, ties included.
+
+    ``rankings``: (name, share of the budget) each.
+    """
+    scores, _ = random_state(seed, device, num_blocks=sum(blocks) + 1)
+    if tied:
+        scores.mass.copy_((scores.mass * 4).floor())
+        scores.peak.copy_((scores.peak * 3).floor())
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.stack([
+        torch.randperm(scores.position[0].numel() // 2, generator=generator)
+        for _ in range(scores.position.shape[0] * 2)
+    ])  # fmt: skip
+    scores.position.copy_(places.view(3, 2, -1, 16).transpose(1, 2))
+    pool = (torch.randperm(sum(blocks), generator=generator) + 1).tolist()
+    packs, first = [], 0
+    for count in blocks:
+        packs.append(Pack(0, pool[first : first + count], max(1, count // 2), count // 2 + 2,
+                          10**4, seed, "none", {}))  # fmt: skip
+        first += count
+    functions = {"score": by_score, "peak": by_peak, "position": by_position}
+    rule = TokenRule(recent=0.1, ranked=tuple((functions[n], share) for n, share in rankings))
+    batch = Batch.of(packs, rule, 16, 4, torch.device(device))
+    every = slice(0, 3)
+    candidates = TokenCandidates(
+        scores.gather(batch.block_ids, every), scoring, batch.num_tokens, batch.seeds,
+        torch.zeros(3, 2, 1, dtype=torch.int64, device=device), lambda: None,
+    )  # fmt: skip
+    kept = choose(rule, candidates, batch, 4)
+    source, target, number = moves(kept, batch.num_kept, batch.most_moves)
+    kinds = {"score": fused.MEAN if scoring == "mean" else fused.MASS, "peak": fused.PEAK,
+             "position": fused.POSITION}  # fmt: skip
+    made = fused.choose_tokens(
+        batch.block_ids, batch.numbers, scores.arrays(), tuple(kinds[n] for n, _ in rankings),
+        layers=every, sink_tokens=4, most_candidates=batch.most_candidates,
+        most_moves=batch.most_moves,
+    )  # fmt: skip
+    assert torch.equal(made[2], number)
+    real = torch.arange(batch.most_moves, device=device) < number[..., None]
+    assert torch.equal(made[0] * real, source * real)
+    assert torch.equal(made[1] * real, target * real)
+    assert int(number.sum()) > 0

@@ -1,0 +1,54 @@
+"""Packing on the CPU, in the layout of its attention kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .cache_layout_cpu import KEYS, VALUES, CacheLayout
+from .packing import Packer
+
+
+class CPUPacker(Packer):
+    """``Packer`` over vLLM's CPU caches. ``layout``: of every layer's cache."""
+
+    def __init__(self, layout: CacheLayout, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._layout = layout
+
+    def norms(
+        self, group: int, layers: slice, block_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        both = []
+        for which in (KEYS, VALUES):
+            by_layer = [
+                self._layout.read(cache, block_ids.flatten(), which).float().norm(dim=-1)
+                for cache in self.caches[group][layers]
+            ]
+            stacked = torch.stack(by_layer)  # layers, heads, requests * tokens
+            both.append(stacked.unflatten(-1, (len(block_ids), -1)).permute(2, 0, 1, 3))
+        return both[0], both[1]
+
+    def move(
+        self,
+        group: int,
+        layers: slice,
+        block_ids: torch.Tensor,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        count: torch.Tensor,
+    ) -> None:
+        block_size = self.tokens.position.shape[-1]
+        real = torch.arange(source.shape[-1]) < count[..., None]
+        for place, cache in enumerate(self.caches[group][layers]):
+            request, head, move = real[:, place].nonzero(as_tuple=True)
+            places = []
+            for listed in (source, target):
+                at = listed[request, place, head, move].long()
+                places.append((block_ids[request, at // block_size], at % block_size))
+            self._layout.move(cache, head, *places)
+            (block, slot), (to_block, to_slot) = places
+            layer = layers.start + place
+            for array in self.tokens.arrays().values():
+                array[layer, to_block, head, to_slot] = array[layer, block, head, slot]

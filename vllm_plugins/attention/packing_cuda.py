@@ -1,0 +1,84 @@
+"""Packing on the GPU: one launch ranks, one moves, for all layers and requests.
+
+A ranking that the kernel does not know, a third party's say, is computed by torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..kernels import choose
+from ..kernels.pack import cache_offsets, move_tokens
+from ..policies import TokenRule, by_mass, by_peak, by_position, by_score
+from ..policies.token_rules import Ranking
+from .packing import Packer
+from .token_choice import Batch
+
+_FUSED: dict[Ranking, int] = {
+    by_mass: choose.MASS,
+    by_peak: choose.PEAK,
+    by_position: choose.POSITION,
+}
+
+
+class CUDAPacker(Packer):
+    """``Packer`` over FlashAttention's caches; everything is enqueued, nothing is waited for."""
+
+    checks = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._offsets = [cache_offsets(caches) for caches in self.caches]
+
+    def pack_fused(self, rule: TokenRule, batch: Batch, group: int) -> bool:
+        by_kind = {**_FUSED, by_score: choose.MEAN if self.scoring == "mean" else choose.MASS}
+        known = [by_kind.get(ranking) for ranking, _ in rule.ranked]
+        rankings = tuple(kind for kind in known if kind is not None)
+        if rule.selection != "head" or len(rankings) < len(known) or len(known) > 2:
+            return False
+        layers = slice(0, len(self.tokens.position))
+        moves = choose.choose_tokens(
+            batch.block_ids,
+            batch.numbers,
+            self.tokens.arrays(),
+            rankings,
+            layers=layers,
+            sink_tokens=self.sink_tokens,
+            most_candidates=batch.most_candidates,
+            most_moves=batch.most_moves,
+        )
+        self.move(group, layers, batch.block_ids, *moves)
+        return True
+
+    def norms(
+        self, group: int, layers: slice, block_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        by_layer = []
+        for cache in self.caches[group][layers]:
+            # requests, blocks, heads, tokens, 2 * head_size
+            halves = cache[block_ids].float().unflatten(-1, (2, -1)).norm(dim=-1)
+            by_layer.append(halves.transpose(1, 2).flatten(2, 3))
+        both = torch.stack(by_layer, 1)  # requests, layers, heads, tokens, 2
+        return both[..., 0], both[..., 1]
+
+    def move(
+        self,
+        group: int,
+        layers: slice,
+        block_ids: torch.Tensor,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        count: torch.Tensor,
+    ) -> None:
+        move_tokens(
+            self.caches[group][0],
+            self._offsets[group],
+            block_ids,
+            source,
+            target,
+            count,
+            self.tokens.arrays(),
+            first_layer=layers.start,
+        )

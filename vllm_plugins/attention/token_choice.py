@@ -1,0 +1,232 @@
+"""Which tokens a head keeps: a policy's rule applied to all layers and heads at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from ..packs import Pack
+from ..policies import TokenRule, by_position, chance
+
+FALLBACK = TokenRule(recent=0.0, ranked=((by_position, 1.0),))
+"""Where a policy's ranking fails, the most recent tokens stay: some have to, as the scheduler has
+freed the other blocks already."""
+_LEAST = torch.iinfo(torch.int64).min
+
+
+@dataclass
+class TokenCandidates:
+    """``policies.Candidates`` over torch arrays ``[requests, layers, heads, tokens]``.
+
+    Attributes:
+        arrays: ``position`` and what else was gathered (``TokenScores.gather``).
+        scoring: ``sum``, ``mean`` or ``decay``.
+        num_tokens, seeds: int64 ``[requests, 1, 1, 1]``, processed tokens and seed of each request.
+        streams: int64 ``[layers, heads, 1]``, a number for each head of the whole model.
+        norms: gives the norms of keys and of values, arrays like the others.
+
+    """
+
+    arrays: Mapping[str, torch.Tensor]
+    scoring: str
+    num_tokens: torch.Tensor
+    seeds: torch.Tensor
+    streams: torch.Tensor
+    norms: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        return self.arrays["position"]
+
+    @property
+    def mass(self) -> torch.Tensor:
+        return self.arrays["mass"]
+
+    @property
+    def peak(self) -> torch.Tensor:
+        return self.arrays["peak"]
+
+    @property
+    def score(self) -> torch.Tensor:
+        if self.scoring != "mean":
+            return self.mass
+        # Every query from the token's own on saw it, and nobody else did.
+        return self.mass / (self.num_tokens - self.positions).clamp(min=1)
+
+    @property
+    def chance(self) -> torch.Tensor:
+        return chance(self.positions.long(), self.seeds, self.streams)
+
+    @cached_property
+    def key_norm(self) -> torch.Tensor:
+        keys, values = self.norms()
+        return values / keys.clamp(min=1e-6)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packs of one rule, as tensors.
+
+    Attributes:
+        block_ids: int64 ``[requests, blocks]``; behind a request's last one, any.
+        numbers: int64 ``[requests, 4 + rankings]``, what the other tensors are views of.
+        num_candidates, num_kept: int64 ``[requests, 1, 1, 1]``, tokens of a head.
+        counts: int64 ``[rankings, requests, 1, 1, 1]``, tokens that each ranking takes.
+        num_tokens, seeds: int64 ``[requests, 1, 1, 1]``.
+        most_candidates, most_moves: of a head, tokens.
+
+    """
+
+    block_ids: torch.Tensor
+    numbers: torch.Tensor
+    num_candidates: torch.Tensor
+    num_kept: torch.Tensor
+    counts: torch.Tensor
+    num_tokens: torch.Tensor
+    seeds: torch.Tensor
+    most_candidates: int
+    most_moves: int
+
+    @classmethod
+    def of(
+        cls,
+        packs: Sequence[Pack],
+        rule: TokenRule,
+        block_size: int,
+        sink_tokens: int,
+        device: torch.device,
+    ) -> Batch:
+        """``packs``, which follow ``rule``, in one copy to the device."""
+        width = max(len(pack.block_ids) for pack in packs)
+        shares = [share for _, share in rule.ranked]
+        rows = []
+        for pack in packs:
+            room = pack.num_kept_blocks * block_size
+            counts = _counts(shares, room, pack.budget_blocks * block_size, sink_tokens)
+            padding = [0] * (width - len(pack.block_ids))
+            tokens = len(pack.block_ids) * block_size
+            numbers = [tokens, room, pack.num_tokens, pack.seed, *counts]
+            rows.append([*pack.block_ids, *padding, *numbers])
+        table = torch.tensor(rows, dtype=torch.int64)
+        if device.type == "cuda":
+            table = table.pin_memory().to(device, non_blocking=True)
+        numbers = table[:, width:]
+        columns = numbers[:, :, None, None, None].unbind(1)
+        return cls(
+            table[:, :width],
+            numbers,
+            columns[0],
+            columns[1],
+            torch.stack(columns[4:]),
+            columns[2],
+            columns[3],
+            width * block_size,
+            max(len(p.block_ids) - p.num_kept_blocks for p in packs) * block_size,
+        )
+
+    def of_one_ranking(self) -> Batch:
+        """The same for a rule with a single ranking, which takes all that stay."""
+        return replace(self, counts=self.num_kept[None])
+
+
+def choose(
+    rule: TokenRule,
+    candidates: TokenCandidates,
+    batch: Batch,
+    sink_tokens: int,
+    check: bool = True,
+) -> torch.Tensor:
+    """The tokens that stay: bool, as the candidates' arrays, as many for every head of a request as
+    its region has slots.
+
+    Equal ranks go to the later token, as at block granularity (``policies.select.top``), so what is
+    chosen never depends on where a token lies.
+
+    Args:
+        rule: the policy's.
+        candidates: tokens to choose from.
+        batch: how many stay.
+        sink_tokens: so many first tokens of the sequence always stay.
+        check: look for NaN; on a GPU that would wait for it, and NaN ranks last there.
+
+    Raises:
+        ValueError: a ranking gave NaN or the wrong shape.
+
+    """
+    positions = candidates.positions
+    real = torch.arange(positions.shape[-1], device=positions.device) < batch.num_candidates
+    left = real.expand_as(positions)
+    for i, (ranking, _) in enumerate(rule.ranked):
+        ranks = torch.as_tensor(ranking(candidates, left)).float()
+        if ranks.shape != positions.shape:
+            raise ValueError(f"a ranking gave {tuple(ranks.shape)} for {tuple(positions.shape)}")
+        if check and bool((ranks.isnan() & left).any()):
+            raise ValueError("a ranking holds NaN")
+        ranks = _shared(ranks, rule.selection).nan_to_num(nan=float("-inf"))
+        if i == 0:
+            ranks = ranks.masked_fill(positions < sink_tokens, float("inf"))
+        keys = _ordered(ranks, positions).masked_fill(~left, _LEAST)
+        ranked = keys.sort(dim=-1, descending=True).values
+        count = batch.counts[i]
+        last = (count - 1).clamp(min=0).expand(*positions.shape[:-1], 1)
+        left = left & ((keys < ranked.gather(-1, last)) | (count == 0))
+    return real & ~left
+
+
+def moves(
+    kept: torch.Tensor, num_kept: torch.Tensor, most: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What stays behind the region moves into the region's holes, in order of place.
+
+        | region ........ | ............... |      kept 1, hole 0
+          1 0 1 1 0 1        0 1 0 0 1 0           the 7th slot's token goes to the 1st's, ...
+
+    There are as many movers as holes, head by head, and nothing overlaps.
+
+    Args:
+        kept: bool ``[..., tokens]``.
+        num_kept: int64 that broadcasts with it, slots of the region.
+        most: no head moves more.
+
+    Returns:
+        source and target, int32 ``[..., most]``, and their number, int32 ``[...]``.
+
+    """
+    place = torch.arange(kept.shape[-1], device=kept.device)
+    inside = place < num_kept
+    listed = []
+    for chosen in (kept & ~inside, ~kept & inside):
+        rank = chosen.cumsum(-1, dtype=torch.int32) - 1
+        rank = torch.where(chosen, rank, most).long()
+        places = torch.zeros(*kept.shape[:-1], most + 1, dtype=torch.int32, device=kept.device)
+        places.scatter_(-1, rank, place.int().expand_as(kept))
+        listed.append(places[..., :most])
+    return listed[0], listed[1], (kept & ~inside).sum(-1, dtype=torch.int32)
+
+
+def _counts(shares: list[float], room: int, budget: int, sink_tokens: int) -> list[int]:
+    """Tokens of each ranking: its share of the budget; the first one's is what is left."""
+    later = []
+    available = room - min(sink_tokens, room)
+    for share in shares[1:]:
+        later.append(min(round(budget * share), available))
+        available -= later[-1]
+    return [room - sum(later), *later]
+
+
+def _shared(ranks: torch.Tensor, selection: str) -> torch.Tensor:
+    """Ranks of tokens for those who keep one set together."""
+    if selection == "head":
+        return ranks
+    over = (-2,) if selection == "layer" else (-3, -2)
+    return ranks.sum(over, keepdim=True).expand_as(ranks)
+
+
+def _ordered(ranks: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """int64 that sort like (rank, position). No two tokens of a head have the same."""
+    bits = ranks.contiguous().view(torch.int32).long()
+    bits = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # IEEE 754: sign and magnitude
+    return (bits << 32) + positions
