@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,29 @@ from ..analysis.perplexity import total
 from ..analysis.statistics import mean_interval
 from ..records.former_names import eviction_of
 from ..records.specifications import DENSE
+from ..report.bench import bench_results, bench_rows
 from ..report.tables import Row, level, markdown, provenance_line
 
 
 def bench_table(record: dict[str, Any]) -> str:
     """The table of a benchmark's record, by its ``benchmark`` field."""
     return f"{_machine(record)}\n\n{_TABLES[record['benchmark']](record)}"
+
+
+def batches_table(folders: list[Path]) -> str:
+    """The table of folders of bench records, one load after the other.
+
+    Raises:
+        UsageError: a folder without records, or records that must not be mixed.
+
+    """
+    loads, machines = [], []
+    for folder in folders:
+        results, records = bench_results(folder)
+        loads.append((records[0]["specification"]["load"], results))
+        machines.append(_machine(records[0]))
+    told = "\n".join(dict.fromkeys(machines))
+    return f"{told}\n\n{markdown(bench_rows(loads))}"
 
 
 def headline_table(texts: list[list[dict[str, Any]]]) -> str:
@@ -120,8 +136,8 @@ def _held(record: dict[str, Any]) -> str:
     return f"{usage['mean']:.1%} / {usage['max']:.1%}"
 
 
-def _sparsity(record: dict[str, Any]) -> str:
-    value = record["memory"]["effective_sparsity"]
+def _evicted(record: dict[str, Any]) -> str:
+    value = record["memory"]["evicted_share"]
     return "-" if value is None else f"{value:.3f}"
 
 
@@ -145,7 +161,7 @@ _LOAD_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sent late, ms, p50 / p99": _steady("send_lag_ms", "p50", "p99"),
     "KV pool, blocks": lambda r: f"{r['memory']['num_gpu_blocks']:.0f}",
     "KV pool held, mean / max": _held,
-    "effective sparsity": _sparsity,
+    "blocks evicted, mean share": _evicted,
     "preemptions": lambda r: f"{r['memory']['preemptions']:.0f}",
     "perplexity under load": lambda r: _perplexity(r, "perplexity"),
     "perplexity after eviction": lambda r: _perplexity(r, "perplexity_after_eviction"),
@@ -249,41 +265,6 @@ def _machine(record: dict[str, Any]) -> str:
     return f"{machine}, {engine}, torch {versions['torch']}, {date}, commit {record['commit']}."
 
 
-def _serving(record: dict[str, Any]) -> str:
-    table: list[Row] = [
-        ("load", "side", "output tok/s", "of stock", "roofline allows", "reached",
-         "of streaming", "preemptions")
-    ]  # fmt: skip
-    for name, load in record["loads"].items():
-        work = load["workload"]
-        title = f"{work['num_requests']} x ({work['prompt_tokens']} + {work['output_tokens']})"
-        entries = [entry for entry in record["measured"] if entry["load"] == name]
-        sides = list(dict.fromkeys(entry["side"] for entry in entries))
-        speed = {
-            side: median(e["output_tokens_per_second"] for e in entries if e["side"] == side)
-            for side in sides
-        }
-        for side in sides:
-            ratio = speed[side] / speed["stock"]
-            bound = record["roofline"][name][side]
-            # The same evictions without scores: what scoring costs.
-            unscored = speed.get("_".join(["streaming", *side.split("_")[1:2]]))
-            own = [e for e in entries if e["side"] == side]
-            table.append(
-                (
-                    title,
-                    side.replace("_", " "),
-                    f"{speed[side]:.0f}",
-                    f"{ratio:.2f}x" if ratio > 1.2 else f"{ratio:.3f}x",
-                    f"{bound:.2f}x",
-                    f"{100 * ratio / bound:.0f}%",
-                    f"{speed[side] / unscored:.3f}x" if unscored else "-",
-                    f"{median(e['preemptions'] for e in own):g}",
-                )
-            )
-    return markdown(table)
-
-
 def _kernels(record: dict[str, Any]) -> str:
     copy = record["copy_bandwidth_bytes_per_second"] / 1e12
     table: list[Row] = [
@@ -305,19 +286,6 @@ def _kernels(record: dict[str, Any]) -> str:
     return markdown(table)
 
 
-def _overhead(record: dict[str, Any]) -> str:
-    table: list[Row] = [("side", "output tok/s", "of stock", "share of time on scores, by phase")]
-    for side, speed in record["median_output_tokens_per_second"].items():
-        entries = [entry for entry in record["measured"] if entry["side"] == side]
-        wall = sum(entry["seconds"] for entry in entries)
-        phases = sorted({phase for entry in entries for phase in entry["scoring_seconds"]})
-        shares = {p: sum(e["scoring_seconds"].get(p, 0.0) for e in entries) / wall for p in phases}
-        told = ", ".join(f"{p.replace('_', ' ')} {100 * s:.1f}%" for p, s in shares.items() if s)
-        ratio = record["ratio_to_stock"][side]
-        table.append((side.replace("_", " "), f"{speed:.1f}", f"{ratio:.3f}x", told or "-"))
-    return markdown(table)
-
-
 def _decisions(record: dict[str, Any]) -> str:
     blocks = sorted({entry["live_blocks"] for entry in record["measured"]})
     table: list[Row] = [
@@ -334,8 +302,6 @@ def _decisions(record: dict[str, Any]) -> str:
 
 
 _TABLES = {
-    "serving-gpu": _serving,
     "kernels": _kernels,
-    "overhead": _overhead,
     "decisions": _decisions,
 }

@@ -31,7 +31,7 @@ def ablation_rows(points: list[Point], effective: bool = True) -> list[Row]:
                 cells.append("-")
                 continue
             value, dense = results[key]["perplexity"], results.get("dense_s0.0")
-            text = spread(value, results[key]["num_runs"])
+            text = spread(value)
             if dense is not None and entry["method"] != "dense":
                 text += f" ({change(value['mean'], dense['perplexity']['mean'])})"
             if effective and differs(results[key]):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..analysis.estimate import Estimate
 from ..analysis.serving_aggregate import (
     RATIOS,
-    against_baseline,
-    aggregate_sweep,
+    aggregate_serving,
     max_rates,
     with_shared_perplexity,
 )
@@ -18,14 +17,15 @@ from ..errors import UsageError
 from ..records.files import read_json, write_json
 from ..records.provenance import identity
 from ..records.serving import read_serving_records
-from ..records.specifications import DENSE
-from ..records.stored import EXPERIMENT, FAILED, read_experiment
-from ..study.serving_study import STOCK
+from ..records.specifications import DENSE, STOCK
+from ..records.stored import AGGREGATED, FAILED
 from .page import Figure, write_pages
+from .points import report_points, say
 from .serving_figures import draw_serving, label
 from .tables import machine_line, markdown, times
 
-AGGREGATED = "aggregated_results.json"
+SLO = "slo.json"
+"""The highest rates within the objectives, by method and budget."""
 _TITLE = "# Serving: "
 _FIRST = (STOCK, DENSE)
 _COLUMNS = {
@@ -46,59 +46,18 @@ _COLUMNS = {
 }
 
 
-_STUDY = "study.json"
-"""What committed serving studies have in place of ``experiment.json``."""
-
-
-def _say(line: str) -> None:
-    print(f"kv-eviction: {line}", file=sys.stderr)
-
-
-def is_serving(folder: Path) -> bool:
-    """Whether ``folder`` holds a serving study, or records of one."""
-    return _of_a_serving_study(folder) or bool(read_serving_records(folder)[0])
-
-
-def report_serving_study(folder: Path, say: Callable[[str], None] = _say) -> None:
+def report_serving_study(folder: Path) -> None:
     """The report of each point of a study; where it varies something, a page that lists them.
 
     Raises:
         UsageError: no complete record in any of them.
 
     """
-    points = [(point["varied"], folder / point["folder"]) for point in _points(folder)]
-    if not any(varied for varied, _ in points):
-        report_serving(folder, say)
-        return
-    lines, empty = [], []
-    for varied, point in points:
-        name = ", ".join(f"{key} {value}" for key, value in varied.items())
-        try:
-            report_serving(point, say)
-        except UsageError as error:
-            empty.append(str(error))
-            say(str(error))
-        else:
-            lines.append(f"- [{name}]({point.relative_to(folder)}/report.md)")
-    if not lines:
-        raise UsageError(empty[0])
-    write_pages(folder, [_title(folder), "\n".join(lines)])
+    report_points(folder, _title(folder), report_serving)
 
 
-def _points(folder: Path) -> list[dict[str, Any]]:
-    path = folder / EXPERIMENT
-    return read_experiment(path)["comparisons"] if path.is_file() else []
-
-
-def _of_a_serving_study(folder: Path) -> bool:
-    if (folder / _STUDY).is_file():
-        return True
-    path = folder / EXPERIMENT
-    return path.is_file() and read_experiment(path)["study"].get("kind") == "serving"
-
-
-def report_serving(folder: Path, say: Callable[[str], None] = _say) -> list[dict[str, Any]]:
-    """Write tables, figures and pages of a folder of serving records; the aggregated entries.
+def report_serving(folder: Path) -> None:
+    """Write tables, figures and pages of a folder of serving records.
 
     Runs that ended early, and files that cannot be read, are named and in no figure.
 
@@ -121,21 +80,18 @@ def report_serving(folder: Path, say: Callable[[str], None] = _say) -> list[dict
                 "keep those that belong together"
             )
     records = with_shared_perplexity(records)
-    entries = aggregate_sweep(records)
-    rates = max_rates(entries)
-    baseline = records[0]["run"]["method"]
-    ratios = against_baseline(records, baseline) if baseline in _FIRST else []
-    write_json(
-        folder / AGGREGATED,
-        {"entries": entries, "max_rate_within_slo": rates, f"against_{baseline}": ratios},
-    )
-    figures = draw_serving(entries, records, folder)
+    baseline = records[0]["method"] if records[0]["method"] in _FIRST else None
+    results = aggregate_serving(records, baseline)
+    rates = max_rates(results)
+    write_json(folder / AGGREGATED, results)
+    if rates:
+        write_json(folder / SLO, rates)
+    entries = list(results.values())
     parts = [
-        *_page(entries, ratios, rates, records, figures),
+        *_page(entries, list(rates.values()), records, draw_serving(entries, records, folder)),
         *_problems(everything, unreadable, _failed(folder)),
     ]
     write_pages(folder, [_title(folder), *parts])
-    return entries
 
 
 def _title(folder: Path) -> str:
@@ -153,7 +109,6 @@ def _title(folder: Path) -> str:
 
 def _page(
     entries: Sequence[Mapping[str, Any]],
-    ratios: Sequence[Mapping[str, Any]],
     rates: Sequence[Mapping[str, Any]],
     records: Sequence[Mapping[str, Any]],
     figures: Sequence[tuple[str, str]],
@@ -170,7 +125,7 @@ def _page(
             "Perplexity is over windows whose chunk was kept without preemption under every "
             f"method, {counted:.1f} a run on average; equal ones for all methods."
         )
-    if ratios:
+    if ratios := [entry for entry in entries if entry["against_baseline"]]:
         parts += [
             f"## Times {label(records[0]['run'])}",
             "Ratios at the same rate and seed, so under the same arrivals; geometric mean over "
@@ -227,16 +182,18 @@ def _rows(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _ratio_rows(ratios: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+def _ratio_rows(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     columns = {
-        name: _COLUMNS[name].split(",")[0] for name in RATIOS if any(r[name] for r in ratios)
+        name: _COLUMNS[name].split(",")[0]
+        for name in RATIOS
+        if any(entry["against_baseline"][name] for entry in entries)
     }
-    with_rate = any(row["request_rate"] is not None for row in ratios)
+    with_rate = any(entry["request_rate"] is not None for entry in entries)
     rows = [("method", *(("rate, 1/s",) if with_rate else ()), *columns.values())]
-    for row in ratios:
-        cells = [times(row[name]) for name in columns]
-        rate = "-" if row["request_rate"] is None else f"{row['request_rate']:g}"
-        rows.append((label(row), *((rate,) if with_rate else ()), *cells))
+    for entry in entries:
+        cells = [times(entry["against_baseline"][name]) for name in columns]
+        rate = "-" if entry["request_rate"] is None else f"{entry['request_rate']:g}"
+        rows.append((label(entry), *((rate,) if with_rate else ()), *cells))
     return rows
 
 
@@ -286,7 +243,7 @@ def _slo_line(record: Mapping[str, Any]) -> str:
     return f"Objectives: {'; '.join(limits)}; every request succeeds; in every seed."
 
 
-def _cell(value: Mapping[str, float] | None) -> str:
+def _cell(value: Estimate | None) -> str:
     if value is None:
         return "-"
     digits = 0 if abs(value["mean"]) >= 100 else 1 if abs(value["mean"]) >= 10 else 2

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..analysis.estimate import Estimate
+
 Row = tuple[str, ...]
 _MEASURED = (
     "perplexity",
@@ -41,9 +43,9 @@ def result_rows(results: dict[str, Any], effective: bool = True) -> list[Row]:
         table.append(
             (
                 *_asked(key, entry, effective),
-                spread(entry["perplexity"], entry["num_runs"]),
+                spread(entry["perplexity"]),
                 "-" if is_dense or dense is None else change(ppl, dense),
-                "-" if after is None else spread(after, entry["num_runs"]),
+                "-" if after is None else spread(after),
                 "-" if after is None or base is None else change(after["mean"], base["mean"]),
                 f"{entry['peak_memory_mib']['mean']:.1f}",
                 f"{entry['avg_cache_size']['mean']:.1f}",
@@ -63,13 +65,12 @@ def throughput_rows(results: dict[str, Any]) -> list[Row]:
         if "throughput" not in entry:
             continue
         load = entry["throughput"]
-        runs = load["num_runs"]
         table.append(
             (
                 *_asked(key, entry, effective),
-                spread(load["prefill_tokens_per_second"], runs, 0),
-                spread(load["decode_tokens_per_second"], runs, 0),
-                spread(load["output_tokens_per_second"], runs, 0),
+                spread(load["prefill_tokens_per_second"], 0),
+                spread(load["decode_tokens_per_second"], 0),
+                spread(load["output_tokens_per_second"], 0),
                 times(load["against_dense"]),
                 f"{load['peak_memory_mib']['mean']:.0f}",
                 f"{load['preemptions']['mean']:.0f}",
@@ -87,13 +88,12 @@ def normalised_rows(results: dict[str, Any]) -> list[Row]:
     for key, entry in results.items():
         if entry.get("bits_per_byte") is None:
             continue
-        runs = entry["num_runs"]
         table.append(
             (
                 *_asked(key, entry, effective),
-                spread(entry["word_perplexity"], runs),
-                spread(entry["byte_perplexity"], runs, 4),
-                spread(entry["bits_per_byte"], runs, 4),
+                spread(entry["word_perplexity"]),
+                spread(entry["byte_perplexity"], 4),
+                spread(entry["bits_per_byte"], 4),
             )
         )
     return table
@@ -235,20 +235,21 @@ def level_title(name: str) -> str:
     return f"budget {name}" if name.endswith(" tokens") else f"sparsity {name}"
 
 
-def spread(value: dict[str, float] | None, num_runs: int, digits: int = 2) -> str:
-    """Mean, with the standard deviation where there are several runs."""
+def spread(value: Estimate | None, digits: int = 2) -> str:
+    """Mean, with the standard deviation where there are several runs: ``23.30 (sd 0.12)``."""
     if value is None:
         return "-"
     mean = f"{value['mean']:.{digits}f}"
-    return mean if num_runs == 1 else f"{mean} ± {value['std']:.{digits}f}"
+    return mean if value["num_runs"] == 1 else f"{mean} (sd {value['std']:.{digits}f})"
 
 
-def times(ratio: dict[str, Any] | None, unit: str = "") -> str:
-    """A ratio and its interval, as ``statistics.ratio_interval`` gives them."""
+def times(ratio: Estimate | None, unit: str = "", digits: int = 2) -> str:
+    """A ratio, with its interval where there are several runs: ``1.16 [0.85, 1.59]``."""
     if ratio is None:
         return "-"
-    interval = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio["num_runs"] > 1 else ""
-    return f"{ratio['mean']:.2f}{unit}{interval}"
+    low, high = f"{ratio['low']:.{digits}f}", f"{ratio['high']:.{digits}f}"
+    interval = f" [{low}, {high}]" if ratio["num_runs"] > 1 else ""
+    return f"{ratio['mean']:.{digits}f}{unit}{interval}"
 
 
 def change(value: float, base: float, digits: int = 1) -> str:

@@ -63,7 +63,7 @@ def test_a_run_that_would_evict_nothing(refused, flags, remedies, monkeypatch):
         raise Planned
 
     # Each remedy, by itself, leads on to the runs; text and engine do not matter here.
-    monkeypatch.setattr("harness.sweep.offline.missing", stop)
+    monkeypatch.setattr("harness.sweep.loop.missing", stop)
     for flag, value in found:
         changed = [*flags, flag, value]
         if "--budget-tokens" in flags:
