@@ -40,15 +40,11 @@ from ..records.stored import (
 from ..report.ablation import ablation_rows
 from ..report.agreement import agreement_table
 from ..report.experiment import point_name
-from ..report.tables import caption, markdown, markdown_table, provenance_line, throughput_rows
-from .tables import (
-    batches_table,
-    bench_table,
-    headline_table,
-    load_table,
-    sampled_table,
-    settings_table,
-)
+from ..report.lines import caption, provenance_line
+from ..report.tables import markdown, markdown_table, throughput_rows
+from .load_table import load_table
+from .scoring_tables import sampled_table, settings_table
+from .tables import batches_table, bench_table, headline_table
 
 _KINDS = "table|bench|throughput|headline|load|ablation|settings|sampled|agreement"
 _MARKED = re.compile(rf"(<!-- ({_KINDS}): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)

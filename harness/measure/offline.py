@@ -21,7 +21,8 @@ from ..inputs.windows import Window
 from ..records.head import record_head
 from ..records.machine import device_memory_mib, process_peak_memory_mib
 from ..records.provenance import SCHEMA_VERSION
-from ..resources.engine import Engine, NotFinite, ScoredWindow
+from ..resources.engine import Engine
+from ..resources.scored import NotFinite, ScoredWindow
 from ..study.specification import OfflineRun, Perplexity, Throughput
 
 Progress = Callable[[int], None]

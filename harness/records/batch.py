@@ -34,7 +34,7 @@ def read_batch_record(path: Path) -> dict[str, Any]:
 
 
 def read_batch_records(folder: Path) -> list[dict[str, Any]]:
-    """The records of a folder in the order of the study: by seed, as they were measured.
+    """The records of a folder, by name.
 
     Raises:
         UsageError: none, one that cannot be read, or records that must not be mixed.

@@ -6,8 +6,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from .cells import change, differs, level, level_order, level_title, spread
 from .styles import DENSE_POINT, new_figure, save, shared_legend, styles
-from .tables import Row, change, differs, level, level_order, level_title, spread
+from .tables import Row
 
 Point = tuple[str, dict[str, Any]]
 """What was varied, in words, and the point's ``aggregated_results.json``."""

@@ -10,10 +10,12 @@ from ..analysis.bench_aggregate import aggregate_bench
 from ..records.batch import read_batch_records
 from ..records.files import write_json
 from ..records.stored import AGGREGATED, EXPERIMENT, point_of, read_experiment
+from .cells import times
 from .comparison import failures, time_rows
+from .lines import machine_line
 from .page import write_pages
 from .points import report_points
-from .tables import Row, machine_line, markdown, times
+from .tables import Row, markdown
 
 TITLE = "# Bench: "
 _NOTES = {

@@ -10,15 +10,14 @@ from ..analysis.aggregate import aggregate, significance
 from ..analysis.curves import curves
 from ..records.files import read_json, write_json
 from ..records.stored import AGGREGATED, FAILED, check_sources, read_load_records, read_records
+from .cells import differs
 from .expectations import expectation_rows
 from .figures import draw
+from .lines import caption, machine_line
 from .page import Figure, write_pages
 from .tables import (
     EFFECTIVE,
     Row,
-    caption,
-    differs,
-    machine_line,
     markdown,
     normalised_rows,
     result_rows,

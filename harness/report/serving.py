@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..analysis.estimate import Estimate
 from ..analysis.serving_aggregate import (
-    RATIOS,
     aggregate_serving,
     max_rates,
     with_shared_perplexity,
@@ -19,31 +17,17 @@ from ..records.provenance import identity
 from ..records.serving import read_serving_records
 from ..records.specifications import DENSE, STOCK
 from ..records.stored import AGGREGATED, FAILED
+from .lines import machine_line
 from .page import Figure, write_pages
 from .points import report_points, say
 from .serving_figures import draw_serving, label
-from .tables import machine_line, markdown, times
+from .serving_tables import load_rows, rate_rows, ratio_rows
+from .tables import markdown
 
 SLO = "slo.json"
 """The highest rates within the objectives, by method and budget."""
 _TITLE = "# Serving: "
 _FIRST = (STOCK, DENSE)
-_COLUMNS = {
-    "output_throughput": "output tok/s",
-    "request_throughput": "requests/s",
-    "time_to_first_token_ms.p50": "TTFT p50, ms",
-    "time_to_first_token_ms.p99": "TTFT p99, ms",
-    "time_per_output_token_ms.p50": "TPOT p50, ms",
-    "time_per_output_token_ms.p95": "TPOT p95, ms",
-    "end_to_end_latency_ms.p50": "latency p50, ms",
-    "goodput": "goodput, 1/s",
-    "mean_concurrency": "in batch, mean",
-    "peak_concurrency": "in batch, peak",
-    "kv_usage_mean": "KV pool held, mean",
-    "kv_mib_per_request": "KV MiB/request",
-    "preemptions": "preemptions",
-    "perplexity": "perplexity",
-}
 
 
 def report_serving_study(folder: Path) -> None:
@@ -118,7 +102,7 @@ def _page(
     interval = " Intervals: 95%, t distribution over seeds." if len(seeds) > 1 else ""
     parts.append(f"Seeds {', '.join(map(str, seeds))}; equal seeds are equal requests at equal "
                  f"intended times for every method.{interval}")  # fmt: skip
-    parts.append(markdown(_rows(entries)))
+    parts.append(markdown(load_rows(entries)))
     if records[0]["quality"]:
         counted = sum(r["shared_windows"] for r in records) / len(records)
         parts.append(
@@ -130,11 +114,11 @@ def _page(
             f"## Times {label(records[0]['run'])}",
             "Ratios at the same rate and seed, so under the same arrivals; geometric mean over "
             "seeds [95% interval].",
-            markdown(_ratio_rows(ratios)),
+            markdown(ratio_rows(ratios)),
         ]
     if rates:
         parts += ["## Highest rate within the objectives", _slo_line(records[0]),
-                  markdown(_rate_rows(rates))]  # fmt: skip
+                  markdown(rate_rows(rates))]  # fmt: skip
     return [*parts, "## Figures", *(Figure(stem, f"{title}.") for stem, title in figures)]
 
 
@@ -169,47 +153,6 @@ def _run(run: Mapping[str, Any]) -> str:
     return f"{label(run)}{rate}, seed {run['seed']}"
 
 
-def _rows(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    columns = {key: name for key, name in _COLUMNS.items() if any(e[key] for e in entries)}
-    with_rate = any(entry["request_rate"] is not None for entry in entries)
-    header = ("method", *(("rate, 1/s",) if with_rate else ()), *columns.values())
-    rows = [header]
-    for entry in entries:
-        rate = (f"{entry['request_rate']:g}",) if entry["request_rate"] is not None else ("-",)
-        rows.append(
-            (label(entry), *(rate if with_rate else ()), *(_cell(entry[key]) for key in columns))
-        )
-    return rows
-
-
-def _ratio_rows(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    columns = {
-        name: _COLUMNS[name].split(",")[0]
-        for name in RATIOS
-        if any(entry["against_baseline"][name] for entry in entries)
-    }
-    with_rate = any(entry["request_rate"] is not None for entry in entries)
-    rows = [("method", *(("rate, 1/s",) if with_rate else ()), *columns.values())]
-    for entry in entries:
-        cells = [times(entry["against_baseline"][name]) for name in columns]
-        rate = "-" if entry["request_rate"] is None else f"{entry['request_rate']:g}"
-        rows.append((label(entry), *((rate,) if with_rate else ()), *cells))
-    return rows
-
-
-def _rate_rows(rates: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("method", "highest rate kept, 1/s", "next rate tested, broken")]
-    for row in rates:
-        rows.append(
-            (
-                label(row),
-                "none" if row["max_rate"] is None else f"{row['max_rate']:g}",
-                "-" if row["first_broken"] is None else f"{row['first_broken']:g}",
-            )
-        )
-    return rows
-
-
 def _conditions(records: Sequence[Mapping[str, Any]]) -> str:
     record = records[0]
     counts = sorted({r["specification"]["num_requests"] for r in records})
@@ -241,16 +184,6 @@ def _slo_line(record: Mapping[str, Any]) -> str:
         for statistic, limit in statistics.items()
     ]
     return f"Objectives: {'; '.join(limits)}; every request succeeds; in every seed."
-
-
-def _cell(value: Estimate | None) -> str:
-    if value is None:
-        return "-"
-    digits = 0 if abs(value["mean"]) >= 100 else 1 if abs(value["mean"]) >= 10 else 2
-    text = f"{value['mean']:.{digits}f}"
-    if value["num_runs"] > 1:
-        text += f" ± {value['high'] - value['mean']:.{digits}f}"
-    return text
 
 
 def _order(record: Mapping[str, Any]) -> tuple[Any, ...]:

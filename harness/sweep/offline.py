@@ -12,8 +12,9 @@ from ..measure.offline import measure_perplexity, measure_throughput, warm_up
 from ..records.provenance import SCHEMA_VERSION, provenance
 from ..records.specifications import PERPLEXITY, VARIED, comparison
 from ..records.stored import LOAD_RECORDS, PERPLEXITY_RECORDS, read_record
-from ..resources.engine import Engine, NotFinite, UnfaithfulRun
+from ..resources.engine import Engine
 from ..resources.launch import device_type, preflight, running
+from ..resources.scored import NotFinite, UnfaithfulRun
 from ..study.plan import comparisons
 from ..study.settings import Study
 from ..study.specification import OfflineRun, Perplexity

@@ -10,7 +10,7 @@ from harness.cli import main
 from harness.errors import UsageError
 from harness.records.files import read_json
 from harness.report.experiment import report_experiment
-from harness.resources.engine import UnfaithfulRun
+from harness.resources.scored import UnfaithfulRun
 from harness.study.settings import Study
 from harness.sweep.offline import Sweep
 
