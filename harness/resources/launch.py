@@ -71,7 +71,7 @@ def check_batch_engine(specification: BatchEngineSpecification, num_tokens: int)
 
     arguments = engine_arguments(**worker_arguments(specification))
     known = {f.name for f in fields(EngineArgs)}
-    check_known(specification.arguments, known, "engine of a bench study")
+    check_known(specification.arguments, known, "the engine of a bench study")
     try:
         config = EngineArgs(**arguments).create_engine_config()
     except EvictionConfigError:
