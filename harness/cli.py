@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from vllm_plugins.config import EvictionConfigError
 
-from .commands import load, model, offline, report, serve, serve_sweep
+from .commands import bench, load, model, offline, report, serve, serve_sweep
 from .errors import UsageError
 
-COMMANDS = (offline, report, serve, load, serve_sweep, model)
+COMMANDS = (offline, serve, load, serve_sweep, bench, report, model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

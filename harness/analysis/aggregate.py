@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any
 
-from ..records.specifications import DENSE, effective_sparsity
+from ..records.specifications import DENSE
+from .estimate import Estimate
 from .perplexity import after_eviction, first_affected, perplexity, total
-from .statistics import disjoint, holm, paired_test, ratio_interval, summary
+from .statistics import disjoint, estimate, holm, paired_test, ratio_estimate
 
 METRICS = (
     "perplexity",
@@ -40,10 +41,10 @@ TESTED = ("all_tokens", "after_eviction")
 def aggregate(
     records: Sequence[dict[str, Any]], loads: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """``{"h2o_s0.9": {"method", "sparsity", "num_runs", metric: {mean, std, min, max}}}``.
+    """``{"h2o_s0.9": {"method", "sparsity", "num_runs", metric: Estimate}}``.
 
-    ``effective_sparsity`` is what the asked sparsity or budget comes to (see
-    ``specification.effective_sparsity``). Standard deviations are over runs (seeds).
+    ``effective_sparsity`` is what the asked sparsity or budget comes to. Standard deviations are
+    over runs (seeds).
     ``avg_memory_mib`` is ``avg_cache_size`` in MiB: per window, on average over its steps. Dense
     evicts nothing, so its ``perplexity_after_eviction`` is null; ``dense_after_eviction`` of the
     other keys is its perplexity on the very tokens theirs is over. ``throughput`` holds what the
@@ -57,20 +58,21 @@ def aggregate(
         entry: dict[str, Any] = {
             "method": runs[0]["method"],
             "sparsity": runs[0]["sparsity"],
-            "effective_sparsity": effective_sparsity(runs[0]["specification"]),
+            "budget_tokens": runs[0]["budget_tokens"],
+            "effective_sparsity": runs[0]["effective_sparsity"],
             "num_runs": len(runs),
             "num_windows": sum(len(run["windows"]) for run in runs),
         }
         for metric in METRICS:
-            entry[metric] = summary([run.get(metric) for run in runs])
-        entry["avg_memory_mib"] = summary([_average_memory_mib(run) for run in runs])
+            entry[metric] = estimate([run.get(metric) for run in runs])
+        entry["avg_memory_mib"] = estimate([_average_memory_mib(run) for run in runs])
         dense = [_dense_on_the_same(run, records) for run in runs]
         if not _is_dense(runs[0]) and all(value is not None for value in dense):
-            entry["dense_after_eviction"] = summary(dense)
+            entry["dense_after_eviction"] = estimate(dense)
         if key in by_load:
             entry["throughput"] = {
                 "num_runs": len(by_load[key]),
-                **{m: summary([run[m] for run in by_load[key]]) for m in LOAD_METRICS},
+                **{m: estimate([run[m] for run in by_load[key]]) for m in LOAD_METRICS},
                 "against_dense": _against_dense(by_load[key], loads),
             }
         results[key] = entry
@@ -157,11 +159,11 @@ def _dense_on_the_same(run: dict[str, Any], records: Iterable[dict[str, Any]]) -
 
 def _against_dense(
     runs: Sequence[dict[str, Any]], loads: Iterable[dict[str, Any]]
-) -> dict[str, Any] | None:
+) -> Estimate | None:
     speed = "output_tokens_per_second"
     dense = {load["seed"]: load[speed] for load in loads if _is_dense(load)}
     pairs = [(run[speed], dense[run["seed"]]) for run in runs if run["seed"] in dense]
-    return ratio_interval(pairs) if pairs and not _is_dense(runs[0]) else None
+    return ratio_estimate(pairs) if pairs and not _is_dense(runs[0]) else None
 
 
 def _average_memory_mib(run: dict[str, Any]) -> float:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from ..client.slo import holds
+from ..records.specifications import level
 from .perplexity import total
 from .quality import kept_to_chunk, perplexity_or_none
-from .statistics import mean_interval, ratio_interval
+from .statistics import estimate, ratio_estimate
 
 Metric = Callable[[Mapping[str, Any]], float | None]
 METRICS: dict[str, Metric] = {}
@@ -113,7 +112,7 @@ def with_shared_perplexity(records: Sequence[Mapping[str, Any]]) -> list[dict[st
         else {}
         for r in records
     ]
-    keys = [(r["run"]["request_rate"], r["run"]["seed"]) for r in records]
+    keys = [_load_of(record) for record in records]
     for key, windows in zip(keys, counted, strict=True):
         common[key] = common.get(key, set(windows)) & set(windows)
     return [
@@ -124,35 +123,6 @@ def with_shared_perplexity(records: Sequence[Mapping[str, Any]]) -> list[dict[st
         }
         for key, windows, record in zip(keys, counted, records, strict=True)
     ]
-
-
-def aggregate_sweep(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per method, sparsity and rate, in the order of ``records``.
-
-    Each metric is ``{mean, low, high, num_runs}`` with a 95% t interval over seeds (low = high =
-    mean for one seed), or None where a run lacks it.
-    """
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for record in records:
-        run = record["run"]
-        groups.setdefault((*_level(run), run["request_rate"]), []).append(record)
-    entries = []
-    for (method, sparsity, budget, rate), group in groups.items():
-        entry: dict[str, Any] = {
-            "method": method,
-            "sparsity": sparsity,
-            "budget_tokens": budget,
-            "request_rate": rate,
-            "num_runs": len(group),
-            "not_succeeded": sum(r["counts"]["planned"] - r["counts"]["succeeded"] for r in group),
-            "within_slo": [
-                holds(r["summary"]["steady"], r["run"]["slo"]) for r in group if r["run"]["slo"]
-            ],
-        }
-        for name, read in METRICS.items():
-            entry[name] = _interval([read(record) for record in group])
-        entries.append(entry)
-    return entries
 
 
 RATIOS = (
@@ -167,77 +137,82 @@ RATIOS = (
 )
 
 
-def against_baseline(records: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str, Any]]:
-    """Ratios to ``baseline`` (a method) at the same rate and seed, so at the same arrivals.
+def aggregate_serving(
+    records: Sequence[Mapping[str, Any]], baseline: str | None = None
+) -> dict[str, Any]:
+    """``{"h2o_s0.9_rate4": {"method", ..., "request_rate", "num_runs", metric: Estimate}}``.
 
-    Each is the geometric mean over seeds with a 95% t interval of the logarithm; None where a run
-    lacks the metric or it is 0. Empty without runs of the baseline.
+    A metric is None where a run lacks it. ``against_baseline`` has the ratios (``RATIOS``) to
+    the method ``baseline`` at the same rate and seed, so at the same arrivals; None for the
+    baseline itself, and where it has no such run. In the order of ``records``.
     """
-    keys = [(r["run"]["request_rate"], r["run"]["seed"]) for r in records]
-    base = {k: r for k, r in zip(keys, records, strict=True) if r["run"]["method"] == baseline}
-    groups: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
-    for key, record in zip(keys, records, strict=True):
-        run = record["run"]
-        if run["method"] != baseline and key in base:
-            group = *_level(run), run["request_rate"]
-            groups.setdefault(group, []).append((record, base[key]))
-    rows = []
-    for (method, sparsity, budget, rate), pairs in groups.items():
-        row: dict[str, Any] = {
-            "method": method,
-            "sparsity": sparsity,
-            "budget_tokens": budget,
-            "request_rate": rate,
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(record["key"], []).append(record)
+    base = {_load_of(r): r for r in records if r["method"] == baseline}
+    return {key: _entry(runs, baseline, base) for key, runs in groups.items()}
+
+
+def _entry(
+    runs: Sequence[Mapping[str, Any]],
+    baseline: str | None,
+    base: Mapping[tuple[Any, ...], Mapping[str, Any]],
+) -> dict[str, Any]:
+    first = runs[0]
+    entry: dict[str, Any] = {
+        name: first[name] for name in ("method", "sparsity", "budget_tokens", "effective_sparsity")
+    }
+    entry |= {
+        "request_rate": first["run"]["request_rate"],
+        "num_runs": len(runs),
+        "not_succeeded": sum(r["counts"]["planned"] - r["counts"]["succeeded"] for r in runs),
+        "within_slo": [
+            holds(r["summary"]["steady"], r["run"]["slo"]) for r in runs if r["run"]["slo"]
+        ],
+    }
+    for name, read in METRICS.items():
+        entry[name] = estimate([read(record) for record in runs])
+    pairs = [(r, base[_load_of(r)]) for r in runs if _load_of(r) in base]
+    entry["against_baseline"] = None
+    if pairs and first["method"] != baseline:
+        entry["against_baseline"] = {"baseline": baseline} | {
+            name: ratio_estimate(
+                [(METRICS[name](run), METRICS[name](other)) for run, other in pairs]
+            )
+            for name in RATIOS
         }
-        for name in RATIOS:
-            read = METRICS[name]
-            row[name] = ratio_interval([(read(record), read(other)) for record, other in pairs])
-        rows.append(row)
-    return rows
+    return entry
 
 
-def max_rates(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per method and sparsity, the highest tested rate up to which every seed kept the objectives.
+def max_rates(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """By method and budget, the highest tested rate up to which every seed kept the objectives.
 
     ``first_broken`` is the next tested rate, None where all were kept: the true limit lies between
     the two. ``max_rate`` is None where the lowest rate broke them already.
     """
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for entry in entries:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in entries.values():
         if entry["request_rate"] is not None and entry["within_slo"]:
-            groups.setdefault(_level(entry), []).append(entry)
-    rows = []
-    for (method, sparsity, budget), group in groups.items():
+            key = f"{entry['method']}_{level(entry['sparsity'], entry['budget_tokens'])}"
+            groups.setdefault(key, []).append(entry)
+    found: dict[str, Any] = {}
+    for key, group in groups.items():
         best = broken = None
         for entry in sorted(group, key=lambda entry: entry["request_rate"]):
             if not all(entry["within_slo"]):
                 broken = entry["request_rate"]
                 break
             best = entry["request_rate"]
-        rows.append(
-            {
-                "method": method,
-                "sparsity": sparsity,
-                "budget_tokens": budget,
-                "max_rate": best,
-                "first_broken": broken,
-            }
-        )
-    return rows
+        named = {name: group[0][name] for name in ("method", "sparsity", "budget_tokens")}
+        found[key] = {**named, "max_rate": best, "first_broken": broken}
+    return found
 
 
-def _level(run: Mapping[str, Any]) -> tuple[str, float, int | None]:
-    return run["method"], run["sparsity"], run.get("budget_tokens")
+def _load_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Equal for equal requests at equal times."""
+    return record["run"]["request_rate"], record["run"]["seed"]
 
 
 def _memory(record: Mapping[str, Any], name: str, statistic: str) -> float | None:
     values = record["memory"].get(name)
     return None if values is None else values[statistic]
-
-
-def _interval(values: list[float | None]) -> dict[str, float] | None:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return None
-    mean, low, high = mean_interval(np.asarray(known, dtype=np.float64))
-    return {"mean": mean, "low": low, "high": high, "num_runs": len(known)}

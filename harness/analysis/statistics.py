@@ -10,25 +10,56 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from .estimate import Estimate
+
 CONFIDENCE = 0.95
 POWER = 0.8
 NUM_RESAMPLES = 2000
+INTERVAL = "95%, Student's t over seeds"
+RATIO_INTERVAL = f"{INTERVAL}, of the logarithm of ratios paired by seed; the mean is geometric"
 MIN_UNITS = 5
 """A bootstrap of fewer units knows too few different resamples; the t interval is given then."""
 
 
-def summary(values: Sequence[float | None]) -> dict[str, float] | None:
-    """Mean, sample standard deviation (0 for one value), min and max; None if a value is."""
+def estimate(values: Sequence[float | None]) -> Estimate | None:
+    """A figure over runs, ``values`` one of each; None if a value is.
+
+    Raises:
+        ValueError: no value at all.
+
+    """
     if not values:
-        raise ValueError("a summary of no values")
-    if any(value is None for value in values):
+        raise ValueError("an estimate from no values")
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
         return None
-    array = np.asarray(values, dtype=np.float64)
+    array = np.asarray(known, dtype=np.float64)
+    mean, low, high = mean_interval(array)
+    return _estimate(array, mean, low, high, INTERVAL)
+
+
+def ratio_estimate(pairs: Sequence[tuple[float | None, float | None]]) -> Estimate | None:
+    """The pairs' ratios, first over second; None if a value is missing or 0, or there is no pair.
+
+    ``mean`` is geometric, and the interval that of the logarithm.
+    """
+    if not pairs or not all(a and b for a, b in pairs):
+        return None
+    ratios = np.array([a / b for a, b in pairs if a and b])
+    mean, low, high = (float(np.exp(value)) for value in mean_interval(np.log(ratios)))
+    return _estimate(ratios, mean, low, high, RATIO_INTERVAL)
+
+
+def _estimate(values: np.ndarray, mean: float, low: float, high: float, interval: str) -> Estimate:
     return {
-        "mean": float(array.mean()),
-        "std": float(array.std(ddof=1)) if len(array) > 1 else 0.0,
-        "min": float(array.min()),
-        "max": float(array.max()),
+        "mean": mean,
+        "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "low": low,
+        "high": high,
+        "num_runs": len(values),
+        "interval": interval,
     }
 
 
@@ -175,29 +206,6 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     margin = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * error
     return mean, mean - margin, mean + margin
-
-
-def ratio_interval(
-    pairs: Sequence[tuple[float | None, float | None]],
-) -> dict[str, Any] | None:
-    """Geometric mean of the pairs' ratios, first over second, with a 95% t interval.
-
-    Returns:
-        ``mean``, ``low``, ``high`` (all the same for one pair), ``num_runs`` and, in words,
-        ``method``; None if a value is missing or 0.
-
-    """
-    if not all(a and b for a, b in pairs):
-        return None
-    logarithms = np.log([a / b for a, b in pairs if a and b])
-    mean, low, high = (float(np.exp(value)) for value in mean_interval(logarithms))
-    return {
-        "mean": mean,
-        "low": low,
-        "high": high,
-        "num_runs": len(pairs),
-        "method": "geometric mean of paired ratios, 95% t interval of the logarithm",
-    }
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

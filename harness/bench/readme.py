@@ -4,7 +4,8 @@
 
 NAMEs lie under ``results``, the last argument. Kinds:
 
-- ``table``: a folder of records, or a benchmark's record;
+- ``table``: a folder of offline records, or a benchmark's record;
+- ``bench``: folders of bench records, one load after the other;
 - ``throughput``: the throughput pass of a folder of records;
 - ``headline``: an experiment whose points are texts;
 - ``load``: records of loads, side by side;
@@ -27,6 +28,7 @@ from typing import Any
 from ..analysis.aggregate import aggregate
 from ..errors import UsageError
 from ..records.files import read_json, write_text
+from ..records.former_names import load_in_todays_names
 from ..records.stored import (
     EXPERIMENT,
     FAILED,
@@ -38,10 +40,13 @@ from ..records.stored import (
 from ..report.ablation import ablation_rows
 from ..report.agreement import agreement_table
 from ..report.experiment import point_name
-from ..report.tables import caption, markdown, markdown_table, provenance_line, throughput_rows
-from .tables import bench_table, headline_table, load_table, sampled_table, settings_table
+from ..report.lines import caption, provenance_line
+from ..report.tables import markdown, markdown_table, throughput_rows
+from .load_table import load_table
+from .scoring_tables import sampled_table, settings_table
+from .tables import batches_table, bench_table, headline_table
 
-_KINDS = "table|throughput|headline|load|ablation|settings|sampled|agreement"
+_KINDS = "table|bench|throughput|headline|load|ablation|settings|sampled|agreement"
 _MARKED = re.compile(rf"(<!-- ({_KINDS}): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -109,9 +114,10 @@ def _below(folder: Path) -> list[dict[str, Any]]:
 
 _TABLES: dict[str, Callable[..., str]] = {
     "table": _table,
+    "bench": lambda *folders: batches_table(list(folders)),
     "throughput": _throughput,
     "headline": _headline,
-    "load": lambda *paths: load_table([read_json(path) for path in paths]),
+    "load": lambda *paths: load_table([load_in_todays_names(read_json(path)) for path in paths]),
     "ablation": _ablation,
     "settings": lambda folder: settings_table(_below(folder)),
     "sampled": lambda folder: sampled_table(_below(folder)),

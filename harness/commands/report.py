@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,17 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the report and say where it is."""
+    from ..records.stored import study_kind
+    from ..report.bench import report_bench_study
     from ..report.experiment import report_experiment
-    from ..report.serving import is_serving, report_serving_study
+    from ..report.serving import report_serving_study
 
     if not arguments.folder.is_dir():
         raise UsageError(f"{arguments.folder} is no folder; name the folder of an experiment")
-    make = report_serving_study if is_serving(arguments.folder) else report_experiment
-    make(arguments.folder)
+    makers: dict[str | None, Callable[[Path], Any]] = {
+        "serving": report_serving_study,
+        "bench": report_bench_study,
+    }
+    makers.get(study_kind(arguments.folder), report_experiment)(arguments.folder)
     print(f"{arguments.folder}/report.md, report.html")
     return 0

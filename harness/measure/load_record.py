@@ -27,7 +27,7 @@ from ..client.summary import (
 from ..client.target import Target
 from ..records.provenance import provenance, timestamp
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 OURS = "kv_eviction_"
 LAG_LIMIT_MS = 1.0
 """Above this median send lag the client, not the server, shapes the load."""
@@ -51,7 +51,7 @@ def load_record(
     started_at: float,
     stop_reason: str | None,
 ) -> dict[str, Any]:
-    """Schema version 1. All times are seconds from ``started_at`` (Unix time).
+    """Schema version 2. All times are seconds from ``started_at`` (Unix time).
 
     ``summary.all`` is over every request, ``summary.steady`` leaves out warm-up and cool-down;
     ``requests`` has one entry per succeeded load request, ``not_succeeded`` the others whole.
@@ -117,7 +117,8 @@ def load_record(
             "kv_cache_usage": "share of the pool's blocks that is held",
             "kv_eviction_live_share": "share still held of the full blocks of running requests "
             "that evict",
-            "effective_sparsity": "1 - mean kv_eviction_live_share; null: unknown",
+            "evicted_share": "1 - mean kv_eviction_live_share: what of the blocks was evicted, as "
+            "measured over the steady span; null: unknown",
         },
         **load_provenance(),
     }
@@ -129,7 +130,7 @@ def memory(
     """KV pool, what of it was held over the steady span (by the samples in it), and by how much
     counters grew over the run.
 
-    ``effective_sparsity`` is what eviction really came to: 1 minus the mean share of blocks that
+    ``evicted_share`` is what eviction really came to: 1 minus the mean share of blocks that
     requests which evict still held. None where no sample of the span knows that share.
     """
     result: dict[str, Any] = dict(cache_config)
@@ -146,7 +147,7 @@ def memory(
     shares = _inside(columns, LIVE_SHARE, span)
     if len(shares):
         result[LIVE_SHARE] = {"mean": float(shares.mean()), "min": float(shares.min())}
-    result["effective_sparsity"] = 1 - float(shares.mean()) if len(shares) else None
+    result["evicted_share"] = 1 - float(shares.mean()) if len(shares) else None
     counters = {"num_preemptions": "preemptions"} | {
         name: name
         for name in columns

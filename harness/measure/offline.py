@@ -18,10 +18,12 @@ from ..analysis.perplexity import (
     total,
 )
 from ..inputs.windows import Window
+from ..records.head import record_head
 from ..records.machine import device_memory_mib, process_peak_memory_mib
-from ..records.provenance import SCHEMA_VERSION, timestamp
-from ..resources.engine import Engine, NotFinite, ScoredWindow
-from ..study.specification import RunSpecification
+from ..records.provenance import SCHEMA_VERSION
+from ..resources.engine import Engine
+from ..resources.scored import NotFinite, ScoredWindow
+from ..study.specification import OfflineRun, Perplexity, Throughput
 
 Progress = Callable[[int], None]
 
@@ -54,7 +56,7 @@ def warm_up(engine: Engine, window: list[int]) -> None:
 
 
 def measure_perplexity(
-    run: RunSpecification, engine: Engine, windows: Sequence[Window],
+    run: OfflineRun, engine: Engine, windows: Sequence[Window],
     sizes: Sequence[dict[str, int]], progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Score a run's windows; ``sizes``: ``scored_text`` of each.
@@ -64,16 +66,18 @@ def measure_perplexity(
             ``UnfaithfulRun``: see ``Engine.score``.
 
     """
-    scored = engine.score([w for _, w in windows], run.settings, run.min_context, progress)
+    assert isinstance(run.measurement, Perplexity)
+    min_context = run.measurement.min_context
+    scored = engine.score([w for _, w in windows], run.settings, min_context, progress)
     for (start, _), result in zip(windows, scored.windows, strict=True):
-        _check_finite(start, result, run.min_context)
-    chunk = run.engine.prefill_chunk
+        _check_finite(start, result, min_context)
+    chunk = run.resource.prefill_chunk
     entries = [
         {
             "start": start,
             "eviction": result.record,
             **size,
-            **by_chunk(result.log_likelihoods, chunk, run.min_context),
+            **by_chunk(result.log_likelihoods, chunk, min_context),
         }
         for (start, _), size, result in zip(windows, sizes, scored.windows, strict=True)
     ]
@@ -81,7 +85,7 @@ def measure_perplexity(
     records = [entry["eviction"] for entry in entries]
     total_tokens = sum(total(entry)[1] for entry in entries)
     return {
-        **_head(run),
+        **record_head(run, SCHEMA_VERSION),
         "perplexity": perplexity(map(total, entries)),
         "perplexity_after_eviction": perplexity(evicted) if evicted else None,
         **normalised(entries),
@@ -98,19 +102,19 @@ def measure_perplexity(
 
 
 def measure_throughput(
-    run: RunSpecification, engine: Engine, prompts: Sequence[list[int]], progress: Progress
+    run: OfflineRun, engine: Engine, prompts: Sequence[list[int]], progress: Progress
 ) -> dict[str, Any]:
     """Serve a run's load twice: its prompts alone, then with their outputs."""
-    assert run.load is not None
-    load = run.load
-    short = [p[: 2 * run.engine.prefill_chunk] for p in prompts[: run.engine.kv_pool_windows]]
+    assert isinstance(run.measurement, Throughput)
+    load = run.measurement.load
+    short = [p[: 2 * run.resource.prefill_chunk] for p in prompts[: run.resource.kv_pool_windows]]
     engine.load(short, 4, run.settings)
     prefill_seconds, _ = engine.load(prompts, 1, run.settings, progress)
     seconds, records = engine.load(prompts, load.output_tokens, run.settings, progress)
     decode_seconds = seconds - prefill_seconds
     decoded = load.num_requests * (load.output_tokens - 1)
     return {
-        **_head(run),
+        **record_head(run, SCHEMA_VERSION),
         "prefill_tokens_per_second": load.num_requests * load.prompt_tokens / prefill_seconds,
         "output_tokens_per_second": load.num_requests * load.output_tokens / seconds,
         "decode_tokens_per_second": decoded / decode_seconds if decode_seconds > 0 else None,
@@ -131,19 +135,6 @@ def _check_finite(start: int, result: ScoredWindow, min_context: int) -> None:
             )
 
 
-def _head(run: RunSpecification) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "timestamp": timestamp(),
-        "key": run.key,
-        "method": run.method.name,
-        "level": run.level,
-        "sparsity": run.sparsity,
-        "effective_sparsity": run.effective_sparsity,
-        "seed": run.seed,
-    }
-
-
 def _memory(engine: Engine, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "peak_memory_mib": engine.peak_memory_mib(records),
@@ -156,10 +147,9 @@ def _memory(engine: Engine, records: Sequence[dict[str, Any]]) -> dict[str, Any]
     }
 
 
-def _foot(run: RunSpecification, engine: Engine) -> dict[str, Any]:
+def _foot(run: OfflineRun, engine: Engine) -> dict[str, Any]:
     return {
         "units": UNITS,
-        "specification_hash": run.hash,
         "specification": run.to_dict(),
         "engine": {
             "dtype": engine.dtype,

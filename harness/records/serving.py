@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import UnreadableFile
 from .files import read_json
+from .former_names import load_in_todays_names
 
 SERVING_RECORDS = "*_seed*.json"
 _OF_A_RECORD = (
@@ -35,7 +36,7 @@ def read_serving_record(path: Path) -> dict[str, Any]:
         raise UnreadableFile(
             f"{path} is no serving record ({what}); delete it, or move it elsewhere"
         )
-    return record
+    return load_in_todays_names(record)
 
 
 def read_serving_records(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:

@@ -10,7 +10,11 @@ from vllm_plugins.config import RequestSettings
 from vllm_plugins.policies import policy_names
 
 DENSE = "dense"
-VARIED = ("method", "sparsity", "budget_tokens", "seed")
+STOCK = "stock"
+"""vLLM without the plugin."""
+PERPLEXITY, THROUGHPUT, SERVING, BATCH = "perplexity", "throughput", "serving", "batch"
+"""Kinds of records."""
+VARIED = ("method", "policy", "args", "sparsity", "budget_tokens", "seed")
 """What differs between the runs of one comparison."""
 
 
@@ -20,25 +24,22 @@ def level(sparsity: float, budget_tokens: int | None) -> str:
 
 
 def comparison(specification: dict[str, Any]) -> str:
-    """``RunSpecification.comparison`` of a record's specification."""
+    """``Run.comparison`` of a record's specification."""
     return digest({k: v for k, v in specification.items() if k not in VARIED})
 
 
-def effective_sparsity(specification: dict[str, Any]) -> float:
-    """The sparsity that a run's settings come to, from the specification of its record.
+def effective_sparsity(
+    sparsity: float, budget_tokens: int | None, num_tokens: int, block_size: int, min_blocks: int
+) -> float:
+    """The sparsity that a budget comes to, at the end of a request of ``num_tokens``.
 
-    The plugin's own (``RequestSettings.effective_sparsity``), at the end of a window. Blocks are
-    whole and at least ``min_blocks`` stay: 0.9 of 1,024 tokens in blocks of 32 is 0.875. A budget
-    in tokens comes to a sparsity the same way. Dense: 0.
+    The plugin's own (``RequestSettings.effective_sparsity``). Blocks are whole and at least
+    ``min_blocks`` stay: 0.9 of 1,024 tokens in blocks of 32 is 0.875. A budget in tokens comes to
+    a sparsity the same way. Dense: 0.
     """
-    engine = specification["engine"]
     # A budget does not depend on the policy.
-    settings = RequestSettings(
-        DENSE, specification["sparsity"], specification.get("budget_tokens"), {}
-    )
-    return settings.effective_sparsity(
-        engine["context_length"], engine["block_size"], engine["eviction"]["min_blocks"]
-    )
+    settings = RequestSettings(DENSE, sparsity, budget_tokens, {})
+    return settings.effective_sparsity(num_tokens, block_size, min_blocks)
 
 
 def digest(value: Any) -> str:
@@ -49,8 +50,7 @@ def digest(value: Any) -> str:
 
 def order(record: dict[str, Any]) -> tuple[Any, ...]:
     """Sort key of records: registered policies in order, then by name, level and seed."""
-    known = policy_names()
+    known = [STOCK, *policy_names()]
     name = record["method"]
     rank = known.index(name) if name in known else len(known)
-    budget = record["specification"].get("budget_tokens") or 0
-    return rank, name, record["sparsity"], budget, record["seed"]
+    return rank, name, record["sparsity"], record["budget_tokens"] or 0, record["seed"]

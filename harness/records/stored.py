@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ from ..errors import UnreadableFile, UsageError
 from .files import read_json
 from .former_names import in_todays_names
 from .provenance import identity
-from .specifications import comparison, order
+from .specifications import BATCH, SERVING, comparison, order
 
 EXPERIMENT = "experiment.json"
 """The study, and where its time went."""
+OF_SERVING = "study.json"
+"""What the first serving studies have in its place."""
+AGGREGATED = "aggregated_results.json"
 FAILED = "failed"
 """Folder of runs that failed."""
 PERPLEXITY_RECORDS, LOAD_RECORDS = "*_seed*.json", "*_load*.json"
@@ -50,6 +54,43 @@ def read_experiment(path: Path) -> dict[str, Any]:
             f"{path} is no experiment.json; delete it, and kv-eviction offline makes it anew"
         )
     return {"sessions": [], **experiment}
+
+
+def point_of(folder: Path) -> dict[str, Any]:
+    """What an experiment's file says of the point whose records are in ``folder``; {} for none.
+
+    The file is in that folder, or above it where the study varies something.
+
+    Raises:
+        UnreadableFile: the file is damaged, or another program's.
+
+    """
+    for above in (folder, *folder.resolve().parents[:2]):
+        if (above / EXPERIMENT).is_file():
+            for point in read_experiment(above / EXPERIMENT)["comparisons"]:
+                if (above / point["folder"]).resolve() == folder.resolve():
+                    return point
+    return {}
+
+
+def study_kind(folder: Path) -> str | None:
+    """``serving``, ``bench`` or ``offline``, by the experiment's file or else by its records;
+    None: neither tells.
+
+    Raises:
+        UnreadableFile: the experiment's file is damaged, or another program's.
+
+    """
+    if (folder / EXPERIMENT).is_file():
+        return read_experiment(folder / EXPERIMENT).get("study", {}).get("kind", "offline")
+    if (folder / OF_SERVING).is_file():
+        return "serving"
+    for path in sorted(folder.glob(PERPLEXITY_RECORDS)):
+        with suppress(UnreadableFile):
+            record = read_json(path)
+            kind = record.get("kind") if isinstance(record, dict) else None
+            return {SERVING: "serving", BATCH: "bench"}.get(kind or "", "offline")
+    return None
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

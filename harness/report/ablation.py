@@ -6,8 +6,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from .cells import change, differs, level, level_order, level_title, spread
 from .styles import DENSE_POINT, new_figure, save, shared_legend, styles
-from .tables import Row, change, differs, level, level_order, level_title, spread
+from .tables import Row
 
 Point = tuple[str, dict[str, Any]]
 """What was varied, in words, and the point's ``aggregated_results.json``."""
@@ -31,7 +32,7 @@ def ablation_rows(points: list[Point], effective: bool = True) -> list[Row]:
                 cells.append("-")
                 continue
             value, dense = results[key]["perplexity"], results.get("dense_s0.0")
-            text = spread(value, results[key]["num_runs"])
+            text = spread(value)
             if dense is not None and entry["method"] != "dense":
                 text += f" ({change(value['mean'], dense['perplexity']['mean'])})"
             if effective and differs(results[key]):

@@ -8,7 +8,9 @@ from ..analysis.perplexity import mean_perplexity
 from ..errors import UsageError
 from ..records.former_names import eviction_of
 from ..records.specifications import DENSE
-from .tables import Row, change, level, markdown, provenance_line
+from .cells import change, level
+from .lines import provenance_line
+from .tables import Row, markdown
 
 Records = list[dict[str, Any]]
 _OF_ENGINE = ("model", "context_length", "prefill_chunk", "block_size", "protocol")

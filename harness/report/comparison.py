@@ -9,16 +9,15 @@ from typing import Any
 from ..analysis.aggregate import aggregate, significance
 from ..analysis.curves import curves
 from ..records.files import read_json, write_json
-from ..records.stored import FAILED, check_sources, read_load_records, read_records
+from ..records.stored import AGGREGATED, FAILED, check_sources, read_load_records, read_records
+from .cells import differs
 from .expectations import expectation_rows
 from .figures import draw
+from .lines import caption, machine_line
 from .page import Figure, write_pages
 from .tables import (
     EFFECTIVE,
     Row,
-    caption,
-    differs,
-    machine_line,
     markdown,
     normalised_rows,
     result_rows,
@@ -50,7 +49,7 @@ def report_comparison(
     check_sources(folder, [records[0], *loads[:1]])
     results, tests = aggregate(records, loads), significance(records)
     extra = curves(records, results)
-    write_json(folder / "aggregated_results.json", results)
+    write_json(folder / AGGREGATED, results)
     write_json(folder / "significance_tests.json", tests)
     write_json(folder / "curves.json", extra)
     figures = draw(folder, results, tests, extra, caption(records[0]))

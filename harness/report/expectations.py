@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .tables import Row, change, differs, level, times
+from .cells import change, differs, level, times
+from .tables import Row
 
 TOLERANCE = 0.05
 """A run stands beside an expectation whose sparsity is this close to its effective one."""

@@ -14,9 +14,11 @@ from ..records.stored import (
     read_records,
 )
 from .ablation import ablation_rows, draw_ablation
+from .cells import differs
 from .comparison import TIMINGS, failures, report_comparison, time_rows
+from .lines import caption, machine_line
 from .page import Figure, write_pages
-from .tables import caption, differs, machine_line, markdown
+from .tables import markdown
 
 _AT = "; *at*: the effective sparsity, where blocks that always stay leave another than was asked"
 

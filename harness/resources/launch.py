@@ -7,10 +7,15 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from ..errors import UsageError
+from ..study.batch_specification import BatchEngineSpecification
+from ..study.points import check_known
 from ..study.specification import EngineSpecification
+from .batch_engine import worker_arguments
+from .batch_worker import engine_arguments
 from .engine import Engine, bytes_per_block
 
 
@@ -45,6 +50,41 @@ def preflight(specification: EngineSpecification) -> Any:
         config = _at_full_length(specification, arguments, refusal)
     check_engine(config)
     return config
+
+
+def check_batch_engine(specification: BatchEngineSpecification, num_tokens: int) -> None:
+    """Refuse what a batch engine could not be started with, without starting anything.
+
+    Args:
+        specification: of the engine.
+        num_tokens: of the longest request.
+
+    Raises:
+        UsageError: vLLM refuses model or settings. ``EvictionConfigError``: eviction does.
+
+    """
+    _quiet()
+    from vllm import EngineArgs
+
+    from vllm_plugins import EvictionConfigError
+    from vllm_plugins.refusals.engine import check_engine
+
+    arguments = engine_arguments(**worker_arguments(specification))
+    known = {f.name for f in fields(EngineArgs)}
+    check_known(specification.arguments, known, "the engine of a bench study")
+    try:
+        config = EngineArgs(**arguments).create_engine_config()
+    except EvictionConfigError:
+        raise
+    except Exception as error:  # whatever Transformers and vLLM find wrong with a model
+        raise UsageError(f"vLLM refuses {specification.model}: {_reason(error)}") from None
+    if num_tokens > (length := config.model_config.max_model_len):
+        raise UsageError(
+            f"a request of the load has {num_tokens} tokens at its end, more than the {length} "
+            f"that {specification.model} takes here; lower it, or set engine.max_model_len"
+        )
+    if specification.eviction is not None:
+        check_engine(config)
 
 
 @contextmanager

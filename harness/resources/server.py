@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
-import re
-import signal
 import socket
 import subprocess
 import sys
@@ -20,10 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..errors import UsageError
-
-_PDEATHSIG = 1  # prctl(2)
-_TERMINATE_S = 20.0
-_ERROR_LINE = re.compile(r"\b(\w*(?:Error|Exception|Interrupt)): (.+)")
+from .processes import PATIENCE_S, end_group, last_error, start
 
 
 class ServerError(RuntimeError):
@@ -111,7 +104,7 @@ def serving(
     *,
     startup_timeout_s: float = 600.0,
     environment: dict[str, str] | None = None,
-    patience_s: float = _TERMINATE_S,
+    patience_s: float = PATIENCE_S,
 ) -> Iterator[Server]:
     """Run ``command`` as a server for the duration of the block.
 
@@ -132,14 +125,12 @@ def serving(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        process = subprocess.Popen(
+        process = start(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
+            environment or {},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, **(environment or {})},
-            preexec_fn=_end_with_parent,
         )
     server = Server(process, f"http://127.0.0.1:{port}", log)
     try:
@@ -147,36 +138,6 @@ def serving(
         yield server
     finally:
         end_group(process, patience_s)
-
-
-def end_group(process: subprocess.Popen[bytes], patience_s: float) -> None:
-    """End a session's leader and everything in it: asked first, then killed."""
-    deadline = time.monotonic() + patience_s
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        while time.monotonic() < deadline and _group_alive(process):
-            time.sleep(0.05)
-        deadline = time.monotonic() + patience_s
-        if not _group_alive(process):
-            break
-    process.wait()
-
-
-def last_error(log: Path) -> str:
-    """The most telling line of a log: the last that names an error, else the last at all.
-
-    vLLM's parent process only says that its child failed; that is no answer.
-    """
-    try:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        return "no log"
-    found = [match for line in lines if (match := _ERROR_LINE.search(line))]
-    telling = [match for match in found if "Engine core initialization failed" not in match[2]]
-    if telling:
-        return f"{telling[-1][1]}: {telling[-1][2]}"
-    return lines[-1].strip() if lines else "an empty log"
 
 
 def _wait_until_healthy(server: Server, timeout_s: float) -> None:
@@ -189,18 +150,3 @@ def _wait_until_healthy(server: Server, timeout_s: float) -> None:
             return
         time.sleep(0.25)
     raise ServerError(f"the server did not answer within {timeout_s:g} s (log: {server.log})")
-
-
-def _group_alive(process: subprocess.Popen[bytes]) -> bool:
-    process.poll()  # reap the leader: a zombie would keep the group alive
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _end_with_parent() -> None:
-    """In the child, before exec: SIGTERM when the starting process dies."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGTERM)

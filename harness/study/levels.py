@@ -11,8 +11,9 @@ from typing import Any
 from vllm_plugins.config import EvictionConfig, RequestSettings, parse_sparsity
 
 from ..errors import UsageError
-from ..records.specifications import DENSE
-from .specification import EngineSpecification, Method, RunSpecification
+from ..records.specifications import DENSE, STOCK
+from .run import Budget, Method
+from .specification import EngineSpecification, OfflineRun
 
 _MAX_LENGTHENING = 64
 """A context this many times as long is no advice any more."""
@@ -35,6 +36,8 @@ def method_for(value: Any) -> Method:
     args = value.get("args") or {}
     if not isinstance(args, dict):
         raise UsageError(f"args of a method are {args!r}; give a mapping of parameter to value")
+    if args and value["policy"] == STOCK:
+        raise UsageError("method stock is vLLM without the plugin and takes no args; drop them")
     parts = "-".join(str(v) for v in args.values())
     name = str(value.get("name") or (f"{value['policy']}-{parts}" if parts else value["policy"]))
     if len(name) > 100 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*(_[A-Za-z0-9.+-]+)*", name):
@@ -47,35 +50,33 @@ def method_for(value: Any) -> Method:
 
 def levels_for(
     methods: Sequence[Any], sparsities: Sequence[Any], budgets: Sequence[Any] = ()
-) -> list[tuple[Method, float, int | None]]:
-    """Every (method, sparsity, budget in tokens) of a comparison; ``dense`` once.
+) -> list[tuple[Method, Budget]]:
+    """Every method under every budget of a comparison; ``dense`` and ``stock`` once.
 
     Raises:
         UsageError: nothing to run, or two methods of one name. ``EvictionConfigError``: a
         sparsity is out of range.
 
     """
-    levels: list[tuple[Method, float, int | None]] = []
-    for budget in budgets:
-        if type(budget) is not int:
-            raise UsageError(f"--budget-tokens is {budget!r}; give whole numbers of tokens")
+    levels: list[tuple[Method, Budget]] = []
+    for tokens in budgets:
+        if type(tokens) is not int:
+            raise UsageError(f"--budget-tokens is {tokens!r}; give whole numbers of tokens")
     for method in map(method_for, methods):
-        if method.policy == DENSE:
-            wanted: list[tuple[float, int | None]] = [(0.0, None)]
+        if method.policy in (DENSE, STOCK):
+            wanted = [Budget()]
         else:
-            wanted = [(parse_sparsity("sparsity", s), None) for s in sparsities]
-            wanted += [(0.0, budget) for budget in budgets]
-        for sparsity, budget in wanted:
-            if (method, sparsity, budget) not in levels:
-                levels.append((method, sparsity, budget))
-    if len({(m.name, s, b) for m, s, b in levels}) < len(levels):
+            wanted = [Budget(parse_sparsity("sparsity", s)) for s in sparsities]
+            wanted += [Budget(tokens=tokens) for tokens in budgets]
+        levels += [(method, b) for b in wanted if (method, b) not in levels]
+    if len({(method.name, budget) for method, budget in levels}) < len(levels):
         raise UsageError("two methods bear the same name; give them a name each")
     if not levels:
         raise UsageError("nothing to run; name at least one of --methods and one --sparsity")
     return levels
 
 
-def check_levels(engine: EngineSpecification, runs: Sequence[RunSpecification]) -> None:
+def check_levels(engine: EngineSpecification, runs: Sequence[OfflineRun]) -> None:
     """Refuse what the plugin would refuse, and what would evict nothing, before an engine starts.
 
     Raises:
@@ -108,8 +109,8 @@ def _evicts(settings: RequestSettings, engine: EngineSpecification) -> bool:
     return processed // engine.block_size > keep
 
 
-def _evicts_nothing(run: RunSpecification, settings: RequestSettings) -> str:
-    engine = run.engine
+def _evicts_nothing(run: OfflineRun, settings: RequestSettings) -> str:
+    engine = run.resource
     keep = settings.keep(engine.context_length, engine.block_size, engine.eviction["min_blocks"])
     asked = f"--sparsity {settings.sparsity:g}"
     if settings.budget_tokens is not None:

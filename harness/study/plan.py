@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,23 +14,16 @@ from ..errors import UsageError
 from ..inputs.corpora import describe
 from ..inputs.models import fingerprint, recorded_name, resolve_model
 from ..inputs.text import Text
+from ..records.specifications import STOCK
 from .levels import check_levels, levels_for
+from .points import Comparison, comparisons_of
+from .run import Run
 from .settings import Study, short_name
-from .specification import EngineSpecification, Load, RunSpecification
+from .specification import EngineSpecification, Load, OfflineRun, Perplexity, Throughput
 
 _EVICTION = ("layer_groups", "score", "score_half_life", "score_queries", "score_query_stride",
              "score_layer_stride", "sink_blocks",
              "min_blocks", "policy_args")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One point of a study: runs that stand in one table, and where they go."""
-
-    varied: dict[str, Any]
-    folder: Path
-    runs: tuple[Any, ...]
-    """``RunSpecification`` or ``ServingRun``."""
 
 
 def comparisons(study: Study, folder: Path, device: str) -> list[Comparison]:
@@ -47,22 +38,14 @@ def comparisons(study: Study, folder: Path, device: str) -> list[Comparison]:
         UsageError: a setting, model or text is wrong. ``EvictionConfigError``: of the plugin.
 
     """
-    points = []
     text_of = cache(describe)  # local files are read whole for their hash: once, not per point
-    for values in itertools.product(*study.vary.values()):
-        varied = dict(zip(study.vary, values, strict=True))
-        point = Study.parse({**_settings(replace(study, vary={})), **varied})
-        shown = {name: _shown(name, value) for name, value in varied.items()}
-        target = folder.joinpath(*(slug(f"{name}={value}") for name, value in shown.items()))
-        points.append(Comparison(shown, target, tuple(_runs(point, device, text_of))))
-    if len({point.folder for point in points}) < len(points):
-        raise UsageError("vary lists the same value twice; drop one")
-    return points
-
-
-def slug(text: str) -> str:
-    """``text`` as a file name."""
-    return re.sub(r"[^A-Za-z0-9.=+-]+", "-", text).strip("-")
+    plain = _settings(replace(study, vary={}))
+    return comparisons_of(
+        study.vary,
+        folder,
+        lambda varied: _runs(Study.parse({**plain, **varied}), device, text_of),
+        _shown,
+    )
 
 
 def seeds_for(num_runs: int | None, seeds: Sequence[int] | None) -> tuple[int, ...]:
@@ -96,11 +79,16 @@ def _settings(study: Study) -> dict[str, Any]:
 
 def _runs(
     study: Study, device: str, text_of: Callable[[str, str | None, str], Text]
-) -> list[RunSpecification]:
+) -> list[OfflineRun]:
     from vllm_plugins.refusals.engine import check_block_size
 
     seeds = seeds_for(study.num_runs, study.seeds)
     levels = levels_for(study.methods, study.sparsity, study.budget_tokens)
+    if any(method.policy == STOCK for method, _ in levels):
+        raise UsageError(
+            "method stock is vLLM without the plugin, which keeps no score of windows; give dense, "
+            "or measure stock with kv-eviction bench or serve-sweep"
+        )
     check_block_size(study.block_size)
     _check_window(study)
     if study.protocol == "decode" and device != "cuda":
@@ -129,25 +117,15 @@ def _runs(
         model_path=path,
     )
     text = text_of(study.dataset, study.text_column, study.document_mode)
-    runs = [
-        RunSpecification(
-            engine,
-            method,
-            text,
-            seed,
-            sparsity,
-            budget,
-            num_samples=study.num_samples,
-            min_context=study.min_context,
-        )
-        for seed in seeds
-        for method, sparsity, budget in levels
+    perplexity = Perplexity(text, study.num_samples, study.min_context)
+    runs: list[OfflineRun] = [
+        Run(engine, method, budget, seed, perplexity) for seed in seeds for method, budget in levels
     ]
     check_levels(engine, runs)
     if study.throughput:
-        load = _load(study, engine)
+        throughput = Throughput(text, _load(study, engine))
         runs += [
-            replace(run, num_samples=0, min_context=1, load=load)
+            replace(run, measurement=throughput)
             for run in runs
             if run.seed in seeds[: study.load_runs]
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from vllm_plugins.config import EvictionConfig, check_renamed
 from ..errors import UsageError
 from ..inputs.corpora import DEFAULT_DATASET, DOCUMENT_MODES, has_rows
 from ..inputs.models import DEFAULT_MODEL, recorded_name
+from .points import check_known
 from .specification import PROTOCOLS
 
 _MAX_NAME_BYTES = 200
@@ -76,11 +76,7 @@ class Study:
         """
         known = {f.name for f in fields(cls)}
         check_renamed(settings)
-        for name in settings:
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known: {sorted(known)}"
-                raise UsageError(f"unknown study setting {name!r}; {hint}")
+        check_known(settings, known, "a study")
         values = dict(settings)
         if isinstance(values.get("dataset"), (list, tuple)):
             # Several texts are what varies first.

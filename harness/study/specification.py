@@ -1,14 +1,14 @@
-"""Frozen records that say everything about a run, and the hash that tells two runs apart."""
+"""What an offline run is measured on, and what is measured there."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..inputs.text import Text
-from ..records.specifications import DENSE, comparison, digest, effective_sparsity, level
+from ..records.specifications import PERPLEXITY, THROUGHPUT
+from .run import Run
 
-PERPLEXITY, THROUGHPUT = "perplexity", "throughput"
 PROTOCOLS = ("chunked", "decode")
 _NOT_RECORDED = ("model_path", "dataset_path")
 
@@ -43,14 +43,10 @@ class EngineSpecification:
         """A chunk of every window in flight fits into one step."""
         return max(self.prefill_chunk * self.kv_pool_windows, self.max_num_seqs)
 
-
-@dataclass(frozen=True)
-class Method:
-    """A policy with its parameters, under the name that tables and figures use."""
-
-    name: str
-    policy: str
-    args: dict[str, Any] = field(default_factory=dict)
+    @property
+    def min_blocks(self) -> int:
+        """So many blocks of a window stay, whatever its sparsity."""
+        return self.eviction["min_blocks"]
 
 
 @dataclass(frozen=True)
@@ -63,72 +59,74 @@ class Load:
 
 
 @dataclass(frozen=True)
-class RunSpecification:
-    """One method at one sparsity or budget, on one seed's windows, for one measurement."""
+class _OfText:
+    """A measurement that reads a text and takes whole windows."""
 
-    engine: EngineSpecification
-    method: Method
     text: Text
-    seed: int
-    sparsity: float = 0.0
-    budget_tokens: int | None = None
-    num_samples: int = 0
+
+    @property
+    def key_suffix(self) -> str:
+        return ""
+
+    def request_tokens(self, engine: EngineSpecification) -> int:
+        return engine.context_length
+
+    def _stored(
+        self, run: OfflineRun, num_samples: int, min_context: int, load: Load | None
+    ) -> dict[str, Any]:
+        engine, text = asdict(run.resource), asdict(self.text)
+        for name in _NOT_RECORDED:
+            engine.pop(name, None)
+            text.pop(name, None)
+        return {
+            "dataset": self.text.dataset,
+            "engine": engine,
+            "method": asdict(run.method),
+            "text": text,
+            "seed": run.seed,
+            "sparsity": run.budget.sparsity,
+            "budget_tokens": run.budget.tokens,
+            "num_samples": num_samples,
+            "min_context": min_context,
+            "load": None if load is None else asdict(load),
+        }
+
+
+@dataclass(frozen=True)
+class Perplexity(_OfText):
+    """Log-probs of known windows."""
+
+    num_samples: int
+    """Windows."""
     min_context: int = 1
     """First token of a window that is scored."""
-    load: Load | None = None
-    """Given: throughput is measured under it; None: perplexity."""
 
     @property
-    def measure(self) -> str:
-        return PERPLEXITY if self.load is None else THROUGHPUT
+    def kind(self) -> str:
+        return PERPLEXITY
+
+    def file_suffix(self, run: OfflineRun) -> str:
+        return f"_ctx{run.resource.context_length}_seed{run.seed}"
+
+    def stored(self, run: OfflineRun) -> dict[str, Any]:
+        return self._stored(run, self.num_samples, self.min_context, None)
+
+
+@dataclass(frozen=True)
+class Throughput(_OfText):
+    """Speed under a saturating load of prompts from a text; no log-probs."""
+
+    load: Load
 
     @property
-    def level(self) -> str:
-        """Runs of equal level are compared: ``s0.9``, or ``b256`` for a budget in tokens."""
-        return level(self.sparsity, self.budget_tokens)
+    def kind(self) -> str:
+        return THROUGHPUT
 
-    @property
-    def key(self) -> str:
-        """Key of the run's method and sparsity in ``aggregated_results.json``."""
-        return f"{self.method.name}_{self.level}"
+    def file_suffix(self, run: OfflineRun) -> str:
+        return f"_ctx{run.resource.context_length}_load{run.seed}"
 
-    @property
-    def file_name(self) -> str:
-        """Name of the run's record."""
-        kind = "seed" if self.measure == PERPLEXITY else "load"
-        return f"{self.key}_ctx{self.engine.context_length}_{kind}{self.seed}.json"
+    def stored(self, run: OfflineRun) -> dict[str, Any]:
+        return self._stored(run, 0, 1, self.load)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Per-request settings (``SamplingParams.extra_args``)."""
-        settings: dict[str, Any] = {"kv_policy": self.method.policy}
-        if self.method.args:
-            settings["kv_policy_args"] = self.method.args
-        if self.budget_tokens is not None:
-            settings["kv_budget_tokens"] = self.budget_tokens
-        elif self.method.policy != DENSE:
-            settings["kv_sparsity"] = self.sparsity
-        return settings
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values, without what differs between machines."""
-        values = asdict(self)
-        for part in ("engine", "text"):
-            for name in _NOT_RECORDED:
-                values[part].pop(name, None)
-        return {"dataset": self.text.dataset, **values}
-
-    @property
-    def hash(self) -> str:
-        """The same for the same run on every machine."""
-        return digest(self.to_dict())
-
-    @property
-    def comparison(self) -> str:
-        """Shared by runs that may stand in one table: all but method, level and seed."""
-        return comparison(self.to_dict())
-
-    @property
-    def effective_sparsity(self) -> float:
-        """The share of a whole window's blocks that the run evicts; see the function."""
-        return effective_sparsity(self.to_dict())
+OfflineRun: TypeAlias = Run[EngineSpecification, Perplexity | Throughput]

@@ -10,7 +10,7 @@ from ..errors import UnreadableFile
 from ..records.files import write_json
 from ..records.provenance import SCHEMA_VERSION
 from ..records.stored import EXPERIMENT, read_experiment
-from ..study.plan import Comparison
+from ..study.points import Comparison
 from .session import Session
 
 
@@ -42,7 +42,11 @@ class Experiment:
                 "schema_version": SCHEMA_VERSION,
                 "study": self._study,
                 "comparisons": [
-                    {"varied": p.varied, "folder": str(p.folder.relative_to(self._folder))}
+                    {
+                        "varied": p.varied,
+                        "folder": str(p.folder.relative_to(self._folder)),
+                        "keys": list(dict.fromkeys(run.key for run in p.runs)),
+                    }
                     for p in points
                 ],
                 "sessions": [*self._sessions, session.to_dict()],

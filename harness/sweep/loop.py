@@ -9,55 +9,25 @@ time went stands in ``experiment.json``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from vllm_plugins.config import EvictionConfigError
 
 from ..errors import UnwritableFile, UsageError
 from ..records.files import write_json
+from ..records.head import record_head
 from ..records.output import RecordElsewhere, save_record
-from ..records.provenance import timestamp
-from ..records.stored import FAILED
-from ..study.plan import Comparison
+from ..study.points import Comparison
 from .experiment import Experiment
+from .job import Job
+from .resume import Records, missing
 from .session import Session
 
 Progress = Callable[[str, int], None]
 """Hears what goes on, and how many units of work it was (0: it begins)."""
-
-
-class Run(Protocol):
-    """One measurement, completely specified."""
-
-    @property
-    def key(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def file_name(self) -> str: ...
-    @property
-    def hash(self) -> str: ...
-    def to_dict(self) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run that is to be measured, and where its record goes."""
-
-    folder: Path
-    run: Any
-
-    @property
-    def path(self) -> Path:
-        return self.folder / self.run.file_name
-
-    @property
-    def failed_path(self) -> Path:
-        return self.folder / FAILED / self.run.file_name
 
 
 class BrokenOff(Exception):
@@ -71,13 +41,18 @@ class BrokenOff(Exception):
 class Sweep(ABC):
     """One invocation of a study.
 
-    Subclasses fill ``points``, ``jobs`` and ``source`` before they call ``run``.
+    Subclasses set ``source``, and call ``plan``, before ``run`` is called.
 
     Args:
         folder: of the experiment.
         study: its settings, for ``experiment.json``.
 
     """
+
+    records: ClassVar[Records]
+    """How this kind of study stores its runs."""
+    elsewhere: ClassVar[str] = "--output-dir"
+    """The flag that names another folder."""
 
     expected: ClassVar[tuple[type[Exception], ...]] = (UsageError, EvictionConfigError, BrokenOff)
     """Errors whose message alone is the reason a reader needs."""
@@ -92,14 +67,34 @@ class Sweep(ABC):
         self.points: Sequence[Comparison] = ()
         self.jobs: Sequence[Job] = ()
         self.source: dict[str, Any] = {}
+        """Schema version, versions, hardware and code of this process."""
 
-    @abstractmethod
-    def resource_of(self, run: Any) -> Hashable:
+    def plan(self, points: Sequence[Comparison], redo: bool) -> None:
+        """Find out which runs of ``points`` have no record yet.
+
+        Args:
+            points: of the study.
+            redo: measure again what other code or another specification measured.
+
+        Raises:
+            UsageError: a record in the folder does not belong to this study.
+
+        """
+        self.points = points
+        self.jobs, damaged = missing(points, self.records, self.source, redo, self.elsewhere)
+        self.notes += damaged
+        self.session.runs_skipped = sum(len(p.runs) for p in points) - len(self.jobs)
+
+    def resource_of(self, run: Any) -> Any:
         """Runs with equal resources share a start."""
+        return run.resource
 
     @abstractmethod
     def started(self, job: Job) -> AbstractContextManager[Any]:
         """What runs are measured on, started and warmed up for the duration of the block."""
+
+    def prepare(self, resource: Any, job: Job) -> None:  # noqa: B027  nothing, for most kinds
+        """What a run needs on a resource before it is measured; counts as warm-up."""
 
     @abstractmethod
     def measure(self, resource: Any, job: Job, advance: Callable[[int], None]) -> dict[str, Any]:
@@ -141,14 +136,24 @@ class Sweep(ABC):
         except (OSError, UnwritableFile) as error:
             reason = getattr(error, "strerror", None) or error
             raise UsageError(f"cannot write to {self.folder}: {reason}") from None
-        resources = dict.fromkeys(self.resource_of(job.run) for job in self.jobs)
         try:
-            for resource in resources:
-                jobs = [job for job in self.jobs if self.resource_of(job.run) == resource]
+            for jobs in self.by_resource():
                 self._run_on_one(jobs, progress)
         finally:
             with suppress(UnwritableFile):
                 self._save_session()
+
+    def by_resource(self) -> list[list[Job]]:
+        """The jobs of each resource, in the order of the first. Resources have no hash."""
+        groups: list[tuple[Any, list[Job]]] = []
+        for job in self.jobs:
+            resource = self.resource_of(job.run)
+            there = next((jobs for other, jobs in groups if other == resource), None)
+            if there is None:
+                groups.append((resource, [job]))
+            else:
+                there.append(job)
+        return [jobs for _, jobs in groups]
 
     def _run_on_one(self, jobs: Sequence[Job], progress: Progress) -> None:
         """All jobs of one resource; it is started anew only where a failure may have broken it."""
@@ -181,6 +186,8 @@ class Sweep(ABC):
 
         progress(f"{job.run.key}, seed {job.run.seed}", 0)
         try:
+            with self.session.part("warm_up"):
+                self.prepare(resource, job)
             with self.session.part("measuring"):
                 record = self.measure(resource, job, advance)
             save_record(job.path, record)
@@ -203,17 +210,15 @@ class Sweep(ABC):
             reason = f"{type(error).__name__}: {reason}"
         self.failures.append((job.run.file_name, reason))
         self.session.runs_failed += 1
-        head = {
-            "timestamp": timestamp(),
+        made = {
+            **self.source,
+            **getattr(error, "record", {}),
+            **record_head(job.run, self.source["schema_version"]),
             "status": "failed",
             "reason": reason,
-            "key": job.run.key,
-            "seed": job.run.seed,
-            "specification_hash": job.run.hash,
             "specification": job.run.to_dict(),
-            **self.source,
         }
-        write_json(job.failed_path, {**getattr(error, "record", {}), **head})
+        write_json(job.failed_path, made)
         self._save_session()
 
     def _save_session(self) -> None:

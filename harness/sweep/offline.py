@@ -10,20 +10,39 @@ from typing import Any, ClassVar
 from ..errors import UsageError
 from ..measure.offline import measure_perplexity, measure_throughput, warm_up
 from ..records.provenance import SCHEMA_VERSION, provenance
-from ..records.specifications import VARIED, comparison
+from ..records.specifications import PERPLEXITY, VARIED, comparison
 from ..records.stored import LOAD_RECORDS, PERPLEXITY_RECORDS, read_record
-from ..resources.engine import Engine, NotFinite, UnfaithfulRun
+from ..resources.engine import Engine
 from ..resources.launch import device_type, preflight, running
+from ..resources.scored import NotFinite, UnfaithfulRun
 from ..study.plan import comparisons
 from ..study.settings import Study
-from ..study.specification import PERPLEXITY, EngineSpecification, RunSpecification
-from .loop import Job
+from ..study.specification import OfflineRun, Perplexity
+from .job import Job
 from .loop import Sweep as Loop
-from .resume import Records, changes, missing
+from .resume import Records, changes
 from .texts import Texts
 
 MEASURING = ("harness.measure.offline", "harness.resources.launch", "harness.sweep.texts")
 """What a record depends on, beside the plugin."""
+
+
+class _Stored(Records):
+    patterns = (PERPLEXITY_RECORDS, LOAD_RECORDS)
+
+    def read(self, path: Path) -> dict[str, Any]:
+        return read_record(path)
+
+    def specification(self, record: dict[str, Any]) -> dict[str, Any]:
+        return record["specification"]
+
+    def stray(self, record: dict[str, Any], runs: Sequence[OfflineRun]) -> str | None:
+        there = record["specification"]
+        mates = [run for run in runs if run.kind == record["kind"]]
+        if not mates or comparison(there) == mates[0].comparison:
+            return None
+        ours = {k: v for k, v in mates[0].to_dict().items() if k not in VARIED}
+        return f"belongs to another comparison ({changes(there, ours)})"
 
 
 class Sweep(Loop):
@@ -39,6 +58,8 @@ class Sweep(Loop):
 
     """
 
+    records = _Stored()
+    elsewhere = "--experiment-name"
     expected: ClassVar = (*Loop.expected, UnfaithfulRun, NotFinite)
 
     def __init__(self, study: Study, folder: Path, redo: bool = False) -> None:
@@ -51,12 +72,7 @@ class Sweep(Loop):
                 **provenance(MEASURING, device),
             }
         with self.session.part("plan"):
-            self.points = comparisons(study, folder, device)
-            self.jobs, damaged = missing(
-                self.points, _Stored(), SCHEMA_VERSION, self.source, redo, "--experiment-name"
-            )
-            self.notes += damaged
-        self.session.runs_skipped = sum(len(p.runs) for p in self.points) - len(self.jobs)
+            self.plan(comparisons(study, folder, device), redo)
         try:
             with self.session.part("read"):
                 self.texts = Texts([job.run for job in self.jobs])
@@ -70,22 +86,19 @@ class Sweep(Loop):
             self.texts.check()
         self.notes += self.texts.notes
 
-    def resource_of(self, run: RunSpecification) -> _Same:
-        return _Same(run.engine)
-
     @contextmanager
     def started(self, job: Job) -> Iterator[Engine]:
         """A running engine that has taken its first steps."""
         with ExitStack() as stack:
             with self.session.part("engine"):
-                engine = stack.enter_context(running(job.run.engine))
+                engine = stack.enter_context(running(job.run.resource))
             with self.session.part("warm_up"):
                 warm_up(engine, self.texts.any_window(job.run))
             yield engine
 
     def measure(self, engine: Engine, job: Job, advance: Callable[[int], None]) -> dict[str, Any]:
         run = job.run
-        if run.measure == PERPLEXITY:
+        if run.kind == PERPLEXITY:
             windows = self.texts.windows(run)
             sizes = self.texts.sizes(run, windows)
             record = measure_perplexity(run, engine, windows, sizes, advance)
@@ -93,43 +106,15 @@ class Sweep(Loop):
             record = measure_throughput(run, engine, self.texts.prompts(run), advance)
         return {**record, **self.texts.source(run), **self.source}
 
-    def size(self, run: RunSpecification) -> int:
-        return run.num_samples if run.load is None else 2 * run.load.num_requests
+    def size(self, run: OfflineRun) -> int:
+        measurement = run.measurement
+        if isinstance(measurement, Perplexity):
+            return measurement.num_samples
+        return 2 * measurement.load.num_requests
 
     def healthy_after(self, error: Exception) -> bool:
         return isinstance(error, UnfaithfulRun)
 
     def _preflight(self) -> None:
-        for resource in dict.fromkeys(self.resource_of(job.run) for job in self.jobs):
-            preflight(resource.specification)
-
-
-class _Same:
-    """An engine's specification as a key: it holds mappings, which have no hash."""
-
-    def __init__(self, specification: EngineSpecification) -> None:
-        self.specification = specification
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.specification == other.specification
-
-    def __hash__(self) -> int:
-        return hash((self.specification.model, self.specification.context_length))
-
-
-class _Stored(Records):
-    patterns = (PERPLEXITY_RECORDS, LOAD_RECORDS)
-
-    def read(self, path: Path) -> dict[str, Any]:
-        return read_record(path)
-
-    def specification(self, record: dict[str, Any]) -> dict[str, Any]:
-        return record["specification"]
-
-    def stray(self, record: dict[str, Any], runs: Sequence[RunSpecification]) -> str | None:
-        there = record["specification"]
-        mates = [r for r in runs if (r.load is None) == (there.get("load") is None)]
-        if not mates or comparison(there) == mates[0].comparison:
-            return None
-        ours = {k: v for k, v in mates[0].to_dict().items() if k not in VARIED}
-        return f"belongs to another comparison ({changes(there, ours)})"
+        for jobs in self.by_resource():
+            preflight(jobs[0].run.resource)

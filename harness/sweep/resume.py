@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import UnreadableFile, UsageError
 from ..records.provenance import identity
-from ..study.plan import Comparison
-from .loop import Job
+from ..study.points import Comparison
+from .job import Job
 
 
 class Records(ABC):
@@ -40,7 +40,6 @@ class Records(ABC):
 def missing(
     points: Sequence[Comparison],
     records: Records,
-    schema_version: int,
     source: dict[str, Any],
     redo: bool,
     elsewhere: str,
@@ -50,8 +49,7 @@ def missing(
     Args:
         points: of the study.
         records: how its runs are stored.
-        schema_version: of the records that this process writes.
-        source: ``records.provenance`` of this process.
+        source: ``records.provenance`` of this process, and the schema version of its records.
         redo: measure again where a record differs, instead of refusing.
         elsewhere: the flag that names another folder.
 
@@ -63,7 +61,7 @@ def missing(
             study and could not stand in a table with them.
 
     """
-    here = identity({"schema_version": schema_version, **source})
+    here = identity(source)
     jobs, damaged = [], []
     for point in points:
         wanted = {run.file_name: run for run in point.runs}

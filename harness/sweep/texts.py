@@ -11,7 +11,7 @@ from ..inputs.corpora import load_documents, resolved_revision, resolved_split, 
 from ..inputs.text import Text
 from ..inputs.tokens import encode, load_tokenizer, scored_text
 from ..inputs.windows import Window, draw_prompts, draw_windows
-from ..study.specification import RunSpecification
+from ..study.specification import OfflineRun, Perplexity, Throughput
 
 
 class Texts:
@@ -25,7 +25,7 @@ class Texts:
 
     """
 
-    def __init__(self, runs: Sequence[RunSpecification]) -> None:
+    def __init__(self, runs: Sequence[OfflineRun]) -> None:
         self._runs = runs
         self._tokenizer = cache(load_tokenizer)
         self._source = cache(self._read_source)
@@ -35,12 +35,12 @@ class Texts:
         # One worker: a tokenizer must not be used by two threads.
         worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
         for run in runs:
-            key = run.engine.model_path, run.text
+            key = run.resource.model_path, run.measurement.text
             if key not in self._documents:
-                documents = load_documents(run.text)
-                self._skipped[run.text] = documents.skipped_rows
+                documents = load_documents(run.measurement.text)
+                self._skipped[run.measurement.text] = documents.skipped_rows
                 self._documents[key] = worker.submit(
-                    encode, self._tokenizer(key[0]), run.text.document_mode, documents
+                    encode, self._tokenizer(key[0]), run.measurement.text.document_mode, documents
                 )
         worker.shutdown(wait=False)
 
@@ -57,44 +57,48 @@ class Texts:
 
         """
         for run in self._runs:
-            if run.load is None:
+            if isinstance(run.measurement, Perplexity):
                 self.windows(run)
             else:
                 self.prompts(run)
 
-    def windows(self, run: RunSpecification) -> list[Window]:
+    def windows(self, run: OfflineRun) -> list[Window]:
         """Windows of a perplexity run."""
-        return draw_windows(self._tokens(run), run.num_samples, run.engine.context_length, run.seed)
+        assert isinstance(run.measurement, Perplexity)
+        return draw_windows(
+            self._tokens(run), run.measurement.num_samples, run.resource.context_length, run.seed
+        )
 
-    def sizes(self, run: RunSpecification, windows: Sequence[Window]) -> list[dict[str, int]]:
+    def sizes(self, run: OfflineRun, windows: Sequence[Window]) -> list[dict[str, int]]:
         """``scored_text`` of each of a run's windows, decoded once for all methods."""
-        tokenizer = self._tokenizer(run.engine.model_path)
+        assert isinstance(run.measurement, Perplexity)
+        min_context = run.measurement.min_context
+        tokenizer = self._tokenizer(run.resource.model_path)
         sizes = []
         for _, window in windows:
-            key = (run.min_context, *window)
+            key = (min_context, *window)
             if key not in self._sizes:
-                self._sizes[key] = scored_text(tokenizer, window, run.min_context)
+                self._sizes[key] = scored_text(tokenizer, window, min_context)
             sizes.append(self._sizes[key])
         return sizes
 
-    def prompts(self, run: RunSpecification) -> list[list[int]]:
+    def prompts(self, run: OfflineRun) -> list[list[int]]:
         """Prompts of a throughput run."""
-        assert run.load is not None
-        return draw_prompts(
-            self._tokens(run), run.load.num_requests, run.load.prompt_tokens, run.seed
-        )
+        assert isinstance(run.measurement, Throughput)
+        load = run.measurement.load
+        return draw_prompts(self._tokens(run), load.num_requests, load.prompt_tokens, run.seed)
 
-    def source(self, run: RunSpecification) -> dict[str, Any]:
+    def source(self, run: OfflineRun) -> dict[str, Any]:
         """What the run's text was read from: hub commit and split, where it has them, and how
         many rows without text were left out."""
-        return self._source(run.text)
+        return self._source(run.measurement.text)
 
-    def any_window(self, run: RunSpecification) -> list[int]:
+    def any_window(self, run: OfflineRun) -> list[int]:
         """Tokens to warm an engine up with."""
-        return draw_prompts(self._tokens(run), 1, run.engine.context_length // 2 + 1, 0)[0]
+        return draw_prompts(self._tokens(run), 1, run.resource.context_length // 2 + 1, 0)[0]
 
-    def _tokens(self, run: RunSpecification) -> list[list[int]]:
-        return self._documents[run.engine.model_path, run.text].result()
+    def _tokens(self, run: OfflineRun) -> list[list[int]]:
+        return self._documents[run.resource.model_path, run.measurement.text].result()
 
     def _read_source(self, text: Text) -> dict[str, Any]:
         return {

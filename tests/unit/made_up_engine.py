@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import harness.sweep.offline as sweep_module
-from harness.resources.engine import Scored, ScoredWindow
+from harness.resources.scored import Scored, ScoredWindow
 from harness.study.settings import Study
 from harness.sweep.offline import Sweep
 

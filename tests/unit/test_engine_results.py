@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness.resources.engine import Engine, UnfaithfulRun
+from harness.resources.engine import Engine
+from harness.resources.scored import UnfaithfulRun
 from harness.study.specification import EngineSpecification
 
 SPECIFICATION = EngineSpecification(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.analysis.aggregate import aggregate, significance
+from harness.analysis.estimate import Estimate
 from harness.analysis.perplexity import after_eviction, by_chunk, perplexity, total
 from harness.bench.readme import fill
 from harness.errors import UsageError
@@ -78,7 +79,7 @@ def test_aggregate_has_the_documented_keys(records):
         "peak_memory_mib",
         "avg_cache_size",
     ):
-        assert set(entry[metric]) == {"mean", "std", "min", "max"}
+        assert set(entry[metric]) == Estimate.__required_keys__
     assert results["dense_s0.0"]["perplexity_after_eviction"] is None
     # Only the tokens after the first eviction were shifted, by 0.3 nats.
     ratio = entry["perplexity_after_eviction"]["mean"] / entry["dense_after_eviction"]["mean"]

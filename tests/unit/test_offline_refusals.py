@@ -63,7 +63,7 @@ def test_a_run_that_would_evict_nothing(refused, flags, remedies, monkeypatch):
         raise Planned
 
     # Each remedy, by itself, leads on to the runs; text and engine do not matter here.
-    monkeypatch.setattr("harness.sweep.offline.missing", stop)
+    monkeypatch.setattr("harness.sweep.loop.missing", stop)
     for flag, value in found:
         changed = [*flags, flag, value]
         if "--budget-tokens" in flags:
@@ -185,6 +185,7 @@ def test_a_flag_under_its_former_name(refused, flags):
         ({"vary": {"score_every": [1, 8]}}, "score_every is now called score_query_stride"),
         ({"seeds": ["a"]}, "--seeds must be different whole numbers"),
         ({"budget_tokens": ["256"]}, "--budget-tokens is '256'"),
+        ({"methods": ["stock"]}, "measure stock with kv-eviction bench or serve-sweep"),
         ({"methods": [{"policy": "cab", "args": [1]}]}, "args of a method are [1]"),
         ({"methods": [{"policy": "cab", "name": "x" * 300}]}, "at most 100"),
     ],

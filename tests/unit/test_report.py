@@ -115,7 +115,7 @@ def test_claims_stand_beside_what_was_measured(results):
 def test_throughput_of_several_load_runs_has_its_spread(records):
     loads = [load_record("dense", 0.0, seed, speed) for seed, speed in enumerate((90.0, 110.0))]
     _, row = throughput_rows(aggregate(records, loads))
-    assert row[4] == "100 ± 14"
+    assert row[4] == "100 (sd 14)"
 
 
 def test_throughput_against_dense_is_paired_by_load_run(records):

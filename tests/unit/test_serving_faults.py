@@ -27,7 +27,7 @@ def test_a_good_server(tmp_path, capsys):
                               "--slo", "time_to_first_token_ms:5000")  # fmt: skip
     assert status == 0
     assert record["complete"]
-    assert record["schema_version"] == 1
+    assert record["schema_version"] == 2
     assert record["counts"]["succeeded"] == 6
     assert record["requests"]["output_tokens"] == [5] * 6
     summary = record["summary"]["all"]

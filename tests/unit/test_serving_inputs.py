@@ -246,7 +246,7 @@ def test_a_study_that_cannot_be(changes, sentence, tmp_path, capsys):
 def test_arguments_of_a_policy_that_only_the_server_knows_are_its_own_to_check():
     settings = {"kv_policy_args": '{"local": 0.5}'}
     study = ServingStudy.parse({**STUDY, **of_load(settings=settings)})
-    assert study.runs()[0].load.settings == settings
+    assert study.runs()[0].measurement.load.settings == settings
 
 
 @pytest.mark.parametrize(

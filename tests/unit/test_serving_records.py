@@ -113,8 +113,8 @@ def test_a_record_that_cannot_be_read_is_left_out_and_named(content, copy, capsy
     assert "the report leaves it out" in error
     page = (copy / "report.md").read_text()
     assert "- `cab_s0.9_rate1_seed0.json` cannot be read and is left out" in page
-    entries = json.loads((copy / "aggregated_results.json").read_text())["entries"]
-    assert {entry["method"]: entry["num_runs"] for entry in entries}["cab"] == 2
+    results = json.loads((copy / "aggregated_results.json").read_text())
+    assert results["cab_s0.9_rate1"]["num_runs"] == 2
 
 
 @pytest.mark.parametrize("name", ["study.json", "aggregated_results.json", "report.md"])

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from harness.analysis.quality import kept_to_chunk
 from harness.analysis.serving_aggregate import (
-    against_baseline,
-    aggregate_sweep,
+    aggregate_serving,
     max_rates,
     with_shared_perplexity,
 )
@@ -30,6 +29,7 @@ from harness.client.summary import (
     token_timeline,
 )
 from harness.errors import UsageError
+from harness.records.former_names import load_in_todays_names
 
 STREAM = (
     b": ping\r\n\r\ndata: one\r\n\r\nevent: x\ndata: two\ndata: more\n\n"
@@ -199,7 +199,7 @@ def test_a_run_with_failures_keeps_no_objective():
 
 def serving_record(method, rate, seed, ttft):
     run = [result(i, 0.0, 0.0, [ttft, ttft + 1.0]) for i in range(3)]
-    return {
+    return load_in_todays_names({
         "run": {"method": method, "sparsity": 0.9 if method != "dense" else 0.0,
                 "request_rate": rate, "seed": seed,
                 "slo": {"time_to_first_token_ms": {"p99": 2000}}},
@@ -207,7 +207,7 @@ def serving_record(method, rate, seed, ttft):
         "memory": {"kv_cache_memory_bytes": 1 << 20, "kv_cache_usage": {"mean": 0.5, "max": 1.0},
                    "num_requests_running": {"mean": 2.0, "max": 3.0}},
         "summary": {"steady": summarize(run, run, (0.0, 5.0), True, {})},
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def test_the_highest_rate_is_the_last_before_the_first_that_breaks():
@@ -218,14 +218,14 @@ def test_the_highest_rate_is_the_last_before_the_first_that_breaks():
         for seed, ttft in enumerate(pair)
     ]
     records.append(serving_record("dense", 1.0, 0, 3.0))
-    entries = aggregate_sweep(records)
+    entries = aggregate_serving(records)
     h2o = {"method": "h2o", "sparsity": 0.9, "budget_tokens": None}
     dense = {"method": "dense", "sparsity": 0.0, "budget_tokens": None}
-    assert max_rates(entries) == [
-        {**h2o, "max_rate": 2.0, "first_broken": 4.0},
-        {**dense, "max_rate": None, "first_broken": 1.0},
-    ]
-    first = entries[0]
+    assert max_rates(entries) == {
+        "h2o_s0.9": {**h2o, "max_rate": 2.0, "first_broken": 4.0},
+        "dense_s0.0": {**dense, "max_rate": None, "first_broken": 1.0},
+    }
+    first = entries["h2o_s0.9_rate1"]
     assert first["num_runs"] == 2
     ttft = first["time_to_first_token_ms.p50"]
     assert ttft["mean"] == pytest.approx(1050)
@@ -238,13 +238,16 @@ def test_ratios_are_paired_by_seed():
     # Seeds differ threefold, the method by a steady factor of two: the interval is tight.
     records = [serving_record("dense", 1.0, seed, t) for seed, t in enumerate((1.0, 3.0, 2.0))]
     records += [serving_record("h2o", 1.0, seed, t) for seed, t in enumerate((0.5, 1.5, 1.0))]
-    (row,) = against_baseline(records, "dense")
-    assert (row["method"], row["request_rate"]) == ("h2o", 1.0)
+    results = aggregate_serving(records, "dense")
+    assert results["dense_s0.0_rate1"]["against_baseline"] is None
+    row = results["h2o_s0.9_rate1"]["against_baseline"]
+    assert row["baseline"] == "dense"
     ratio = row["time_to_first_token_ms.p50"]
     assert ratio["mean"] == pytest.approx(0.5)
     assert ratio["high"] == pytest.approx(0.5)
     assert row["perplexity"] is None
-    assert against_baseline(records[3:], "dense") == []
+    alone = aggregate_serving(records[3:], "dense")
+    assert alone["h2o_s0.9_rate1"]["against_baseline"] is None
 
 
 def quality_row(window, log_likelihood, steps=4, preemptions=0, evicted=3):

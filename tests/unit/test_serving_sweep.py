@@ -17,8 +17,10 @@ from harness.errors import UsageError
 from harness.measure.load import Outcome
 from harness.measure.load_record import MEASURING
 from harness.records.code import import_closure
+from harness.resources.processes import last_error
 from harness.resources.serve_flags import serve_flags
-from harness.resources.server import ServerError, free_port, last_error, serving
+from harness.resources.server import ServerError, free_port, serving
+from harness.study.serving_specification import server_settings
 from harness.study.serving_study import ServingStudy
 from harness.sweep import serving as sweep
 
@@ -42,7 +44,7 @@ def stub_servers(monkeypatch, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
 
-    def command(study, model, run):
+    def command(run):
         return [*STUB, *modes.get(run.method.name, ["good"])]
 
     monkeypatch.setattr(sweep, "server_command", command)
@@ -452,9 +454,9 @@ def test_methods_may_have_parameters_names_and_budgets():
     made = ServingStudy.parse({**STUDY, "methods": methods, "rates": [20], "seeds": [0]})
     forman, budget = made.runs()
     assert [r.key for r in (forman, budget)] == ["cab-forman_s0.9_rate20", "h2o_b1024_rate20"]
-    assert made.settings(forman)["policy_args"] == {"cab": {"bridge_definition": "forman"}}
-    assert made.settings(budget)["budget_tokens"] == 1024
-    assert "sparsity" not in made.settings(budget)
+    assert server_settings(forman)["policy_args"] == {"cab": {"bridge_definition": "forman"}}
+    assert server_settings(budget)["budget_tokens"] == 1024
+    assert "sparsity" not in server_settings(budget)
 
 
 def test_what_varies_has_a_table_of_its_own(stub_servers, tmp_path):
@@ -473,9 +475,9 @@ def test_what_varies_has_a_table_of_its_own(stub_servers, tmp_path):
 
 def test_a_file_that_is_no_study(tmp_path):
     (tmp_path / "s.yaml").write_text("a: [")
-    with pytest.raises(UsageError, match="is not YAML"):
+    with pytest.raises(UsageError, match="cannot read the study"):
         ServingStudy.read(tmp_path / "s.yaml")
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(UsageError, match="No such file"):
         ServingStudy.read(tmp_path / "t.yaml")
 
 
@@ -483,4 +485,4 @@ def test_the_committed_studies_are_valid():
     folder = Path(__file__).parents[2] / "scripts" / "studies" / "serving"
     studies = [ServingStudy.read(path) for path in sorted(folder.glob("*.yaml"))]
     assert studies
-    assert all(run.load.num_requests > 0 for s in studies for run in s.runs())
+    assert all(run.measurement.load.num_requests > 0 for s in studies for run in s.runs())

@@ -141,7 +141,7 @@ def test_the_record_holds_the_sparsity_that_was_in_force(tmp_path, capsys):
     share = record["memory"]["kv_eviction_live_share"]
     values = record["samples"]["kv_eviction_live_share"]
     assert share == {"mean": pytest.approx(sum(values) / len(values)), "min": min(values)}
-    assert record["memory"]["effective_sparsity"] == pytest.approx(1 - share["mean"])
+    assert record["memory"]["evicted_share"] == pytest.approx(1 - share["mean"])
     assert "of the blocks that dense would hold" in capsys.readouterr().out
 
 
@@ -158,7 +158,7 @@ def test_settings_that_a_server_without_the_plugin_ignores_are_told(tmp_path):
 def test_the_sparsity_is_unknown_where_nothing_evicts(metrics, tmp_path, capsys):
     with running(pages={"/metrics": metrics}) as (address, _):
         _, record = load(address, tmp_path)
-    assert record["memory"]["effective_sparsity"] is None
+    assert record["memory"]["evicted_share"] is None
     assert "kv_eviction_live_share" not in record["memory"]
     assert record["warnings"] == [w for w in record["warnings"] if "/metrics" not in w]
     assert "dense would hold" not in capsys.readouterr().out

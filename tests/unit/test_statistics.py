@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from harness.analysis.estimate import Estimate
 from harness.analysis.statistics import (
     disjoint,
+    estimate,
     holm,
     interval,
     mean_interval,
     paired_test,
-    summary,
+    ratio_estimate,
 )
 from harness.inputs.windows import draw_windows
 
@@ -177,12 +179,27 @@ def test_holm():
     assert holm([]) == []
 
 
-def test_summary():
-    assert summary([1.0, 3.0]) == {"mean": 2.0, "std": math.sqrt(2), "min": 1.0, "max": 3.0}
-    assert summary([2.0])["std"] == 0.0
-    assert summary([None, 1.0]) is None
+def test_an_estimate_tells_spread_and_interval():
+    made = estimate([1.0, 3.0])
+    assert made["mean"] == 2.0
+    assert (made["std"], made["min"], made["max"]) == (math.sqrt(2), 1.0, 3.0)
+    assert (made["low"], made["high"]) == mean_interval(np.array([1.0, 3.0]))[1:]
+    assert (made["num_runs"], made["interval"]) == (2, "95%, Student's t over seeds")
+    assert set(made) == Estimate.__required_keys__
+    one = estimate([2.0])
+    assert (one["std"], one["low"], one["high"]) == (0.0, 2.0, 2.0)
+    assert estimate([None, 1.0]) is None
     with pytest.raises(ValueError, match="no values"):
-        summary([])
+        estimate([])
+
+
+def test_a_ratio_is_paired_and_geometric():
+    made = ratio_estimate([(2.0, 1.0), (8.0, 1.0)])
+    assert made["mean"] == pytest.approx(4.0)
+    assert (made["min"], made["max"]) == (2.0, 8.0)
+    assert made["low"] * made["high"] == pytest.approx(16.0)
+    assert ratio_estimate([(1.0, 0.0)]) is None
+    assert ratio_estimate([]) is None
 
 
 def test_mean_interval():

@@ -9,7 +9,7 @@ from harness.errors import UsageError
 from harness.records.specifications import order
 from harness.study.plan import comparisons
 from harness.study.settings import Study, read_study
-from harness.study.specification import RunSpecification
+from harness.study.specification import OfflineRun
 from vllm_plugins.config import EvictionConfig, EvictionConfigError
 
 STUDIES = sorted((Path(__file__).resolve().parents[2] / "scripts" / "studies").glob("*.yaml"))
@@ -27,7 +27,7 @@ def points(settings, device="cpu", folder=Path("out")):
     return comparisons(Study.parse(settings), folder, device)
 
 
-def runs(settings, device="cpu") -> list[RunSpecification]:
+def runs(settings, device="cpu") -> list[OfflineRun]:
     (point,) = points(settings, device)
     return list(point.runs)
 
@@ -102,20 +102,20 @@ def test_the_effective_sparsity_is_what_the_plugins_budget_leaves(model, setting
     dense, h2o = runs({"model": str(model), "methods": ["dense", "h2o"], **settings})
     assert h2o.effective_sparsity == pytest.approx(effective)
     assert dense.effective_sparsity == 0.0
-    config = EvictionConfig.parse(h2o.engine.eviction)
-    asked = config.request_settings(h2o.settings, h2o.engine.block_size)
-    keep = asked.keep(h2o.engine.context_length, h2o.engine.block_size, config.min_blocks)
-    blocks = h2o.engine.context_length / h2o.engine.block_size
+    config = EvictionConfig.parse(h2o.resource.eviction)
+    asked = config.request_settings(h2o.settings, h2o.resource.block_size)
+    keep = asked.keep(h2o.resource.context_length, h2o.resource.block_size, config.min_blocks)
+    blocks = h2o.resource.context_length / h2o.resource.block_size
     assert h2o.effective_sparsity == pytest.approx(max(0, 1 - keep / blocks))
 
 
 def test_devices_settle_what_is_left_open(model):
-    cpu, cuda = (runs({"model": str(model)}, device)[0].engine for device in ("cpu", "cuda"))
+    cpu, cuda = (runs({"model": str(model)}, device)[0].resource for device in ("cpu", "cuda"))
     assert (cpu.enforce_eager, cpu.dtype) == (True, "float32")
     assert (cuda.enforce_eager, cuda.dtype) == (False, "auto")
-    assert runs({"model": str(model), "enforce_eager": True}, "cuda")[0].engine.enforce_eager
+    assert runs({"model": str(model), "enforce_eager": True}, "cuda")[0].resource.enforce_eager
     forced = runs({"model": str(model), "protocol": "decode"}, "cuda")[0]
-    assert forced.engine.protocol == "decode"
+    assert forced.resource.protocol == "decode"
     with pytest.raises(UsageError, match="only CUDA has; use --protocol chunked"):
         runs({"model": str(model), "protocol": "decode"}, "cpu")
 
@@ -130,7 +130,7 @@ def test_what_varies_gets_folders_and_shares_engines_where_it_can(model, tmp_pat
         for name in ("a.txt", "b.txt")
         for chunk in (32, 64)
     ]
-    engines = [point.runs[0].engine for point in made]
+    engines = [point.runs[0].resource for point in made]
     assert engines[0] == engines[2] != engines[1] == engines[3]
     assert str(tmp_path) not in str(Study.parse({"dataset": texts}).to_dict())
 
@@ -141,23 +141,23 @@ def test_several_texts_and_their_throughput_passes_share_one_engine(model, tmp_p
     full = read_study(next(path for path in STUDIES if path.stem == "full_evaluation"))
     texts = [f"text:{tmp_path}/a.txt", f"text:{tmp_path}/b.txt"]
     made = points({**full, "model": str(model), "dataset": texts}, "cuda")
-    assert len({str(run.engine) for point in made for run in point.runs}) == 1
-    assert [sum(r.load is not None for r in point.runs) for point in made] == [39, 39]
-    assert made[0].runs[0].engine.eviction["score_query_stride"] == 1
+    assert len({str(run.resource) for point in made for run in point.runs}) == 1
+    assert [sum(r.kind == "throughput" for r in point.runs) for point in made] == [39, 39]
+    assert made[0].runs[0].resource.eviction["score_query_stride"] == 1
 
 
 def test_throughput_is_a_pass_of_its_own(model):
     made = runs({"model": str(model), "methods": ["h2o"], "sparsity": [0.5], "num_runs": 3,
                  "throughput": True, "load_runs": 1, "max_num_seqs": 16})  # fmt: skip
-    assert [run.measure for run in made] == ["perplexity"] * 3 + ["throughput"]
-    load = made[-1].load
+    assert [run.kind for run in made] == ["perplexity"] * 3 + ["throughput"]
+    load = made[-1].measurement.load
     assert (load.num_requests, load.prompt_tokens, load.output_tokens) == (32, 896, 128)
     assert made[-1].file_name == "h2o_s0.5_ctx1024_load0.json"
-    assert made[-1].engine == made[0].engine
+    assert made[-1].resource == made[0].resource
 
 
 def test_a_lone_window_still_gets_an_engine_for_two(model):
-    engine = runs({"model": str(model), "max_num_seqs": 1})[0].engine
+    engine = runs({"model": str(model), "max_num_seqs": 1})[0].resource
     assert (engine.max_num_seqs, engine.kv_pool_windows) == (2, 2)
     assert engine.max_num_batched_tokens == 128
 
@@ -227,7 +227,7 @@ def test_the_studies_that_come_with_the_project(path, model):
 
 def test_records_are_in_the_same_order_whenever_they_were_made():
     def record(method, sparsity, seed):
-        return {"method": method, "sparsity": sparsity, "seed": seed, "specification": {}}
+        return {"method": method, "sparsity": sparsity, "seed": seed, "budget_tokens": None}
 
     wanted = [("dense", 0.0, 0), ("h2o", 0.5, 0), ("h2o", 0.5, 1), ("h2o", 0.9, 0),
               ("cab", 0.5, 0), ("cab-forman", 0.5, 0)]  # fmt: skip

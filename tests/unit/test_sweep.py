@@ -6,11 +6,12 @@ from contextlib import contextmanager
 import pytest
 
 import harness.sweep.offline as sweep_module
+from harness.analysis.estimate import Estimate
 from harness.cli import main
 from harness.errors import UsageError
 from harness.records.files import read_json
 from harness.report.experiment import report_experiment
-from harness.resources.engine import UnfaithfulRun
+from harness.resources.scored import UnfaithfulRun
 from harness.study.settings import Study
 from harness.sweep.offline import Sweep
 
@@ -166,10 +167,10 @@ def test_results_have_the_documented_metrics(engines, settings, tmp_path):
     for metric in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte",
                    "avg_cache_size", "peak_memory_mib", "process_peak_memory_mib",
                    "blocks_evicted", "decision_seconds"):  # fmt: skip
-        assert set(entry[metric]) == {"mean", "std", "min", "max"}, metric
+        assert set(entry[metric]) == Estimate.__required_keys__, metric
     for metric in ("prefill_tokens_per_second", "decode_tokens_per_second",
                    "output_tokens_per_second", "preemptions"):  # fmt: skip
-        assert set(entry["throughput"][metric]) == {"mean", "std", "min", "max"}, metric
+        assert set(entry["throughput"][metric]) == Estimate.__required_keys__, metric
     # 4 requests of 224 + 32 tokens; the made-up engine takes a second an output token.
     assert entry["throughput"]["prefill_tokens_per_second"]["mean"] == 4 * 224
     assert entry["throughput"]["decode_tokens_per_second"]["mean"] == 4

@@ -1,0 +1,95 @@
+"""From bench records to figures per method and budget, over seeds. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from ..records.specifications import STOCK
+from .roofline import largest_ratio
+from .statistics import estimate, ratio_estimate
+
+METRICS = ("output_tokens_per_second", "seconds", "preemptions", "engine_start_seconds")
+_SPEED = "output_tokens_per_second"
+_UNSCORED = "streaming"
+"""The policy that evicts without scores: beside it stands what scores cost."""
+
+Record = Mapping[str, Any]
+
+
+def aggregate_bench(records: Sequence[Record], keys: Sequence[str] = ()) -> dict[str, Any]:
+    """``{"h2o_s0.9": {"method", "sparsity", ..., "num_runs", metric: Estimate}}``.
+
+    ``against_stock`` is the ratio of output tokens per second, paired by seed, to the first method
+    that is stock vLLM; None without one. ``median_*`` are medians over seeds and their ratios:
+    ``against_streaming`` to eviction of as many blocks without scores. ``roofline`` is the largest
+    ratio to stock that the GPU allows, where its numbers are known. ``scoring_share`` is the share
+    of the batches' time that went into scores, by phase.
+
+    Args:
+        records: of one study's point.
+        keys: in the order of the result; others come behind, stock first.
+
+    """
+    groups: dict[str, list[Record]] = {key: [] for key in keys}
+    for record in sorted(records, key=lambda r: (r["policy"] != STOCK, r["key"], r["seed"])):
+        groups.setdefault(record["key"], []).append(record)
+    groups = {key: runs for key, runs in groups.items() if runs}
+    stock = next((runs for runs in groups.values() if runs[0]["policy"] == STOCK), None)
+    return {key: _entry(runs, stock, groups) for key, runs in groups.items()}
+
+
+def _entry(
+    runs: Sequence[Record], stock: Sequence[Record] | None, groups: Mapping[str, Sequence[Record]]
+) -> dict[str, Any]:
+    first = runs[0]
+    unscored = next((g for g in groups.values() if _evicts_alike(g[0], first)), None)
+    entry: dict[str, Any] = {
+        name: first[name]
+        for name in ("method", "policy", "sparsity", "budget_tokens", "effective_sparsity")
+    }
+    entry["num_runs"] = len(runs)
+    for metric in METRICS:
+        entry[metric] = estimate([run.get(metric) for run in runs])
+    return entry | {
+        "against_stock": _paired(runs, stock),
+        "median_output_tokens_per_second": _median(runs),
+        "median_against_stock": stock and _median(runs) / _median(stock),
+        "median_against_streaming": unscored and _median(runs) / _median(unscored),
+        "median_preemptions": median(r["preemptions"] for r in runs if r["preemptions"] is not None)
+        if entry["preemptions"]
+        else None,
+        "roofline": stock and largest_ratio(first, stock[0]),
+        "scoring_share": _scoring_share(runs),
+    }
+
+
+def _evicts_alike(record: Record, other: Record) -> bool:
+    return (
+        record["policy"] == _UNSCORED
+        and other["policy"] != STOCK
+        and record["effective_sparsity"] > 0
+        and all(record[name] == other[name] for name in ("sparsity", "budget_tokens"))
+    )
+
+
+def _paired(runs: Sequence[Record], stock: Sequence[Record] | None) -> Any:
+    if stock is None or runs is stock:
+        return None
+    base = {record["seed"]: record[_SPEED] for record in stock}
+    return ratio_estimate([(r[_SPEED], base[r["seed"]]) for r in runs if r["seed"] in base])
+
+
+def _median(runs: Sequence[Record]) -> float:
+    return median(run[_SPEED] for run in runs)
+
+
+def _scoring_share(runs: Sequence[Record]) -> dict[str, float]:
+    wall = sum(run["seconds"] for run in runs)
+    phases = sorted({phase for run in runs for phase in run.get("scoring_seconds", {})})
+    shares = {
+        phase: sum(run["scoring_seconds"].get(phase, 0.0) for run in runs) / wall
+        for phase in phases
+    }
+    return {phase: share for phase, share in shares.items() if share}

@@ -1,0 +1,53 @@
+"""The bench records of a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import UnreadableFile, UsageError
+from .files import read_json
+from .specifications import BATCH, digest
+from .stored import check_sources
+
+BATCH_RECORDS = "*_seed*.json"
+_OF_A_RECORD = ("schema_version", "kind", "key", "method", "policy", "sparsity", "budget_tokens",
+                "effective_sparsity", "seed", "seconds", "output_tokens",
+                "output_tokens_per_second", "preemptions", "specification", "versions",
+                "hardware", "timestamp")  # fmt: skip
+"""What a report or a resumed study takes from it."""
+
+
+def read_batch_record(path: Path) -> dict[str, Any]:
+    """One run's record.
+
+    Raises:
+        UnreadableFile: it is none, or cut short.
+
+    """
+    record = read_json(path)
+    lacking = [n for n in _OF_A_RECORD if not isinstance(record, dict) or n not in record]
+    if lacking or record["kind"] != BATCH:
+        what = f"it has no {lacking[0]}" if lacking else f"its kind is {record['kind']!r}"
+        raise UnreadableFile(f"{path} is no bench record ({what}); delete it, or move it elsewhere")
+    return record
+
+
+def read_batch_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of a folder, by name.
+
+    Raises:
+        UsageError: none, one that cannot be read, or records that must not be mixed.
+
+    """
+    records = [read_batch_record(path) for path in sorted(folder.glob(BATCH_RECORDS))]
+    if not records:
+        raise UsageError(f"{folder} holds no bench record; name the folder of a bench study")
+    check_sources(folder, records)
+    for record in records[1:]:
+        if digest(record["specification"]["load"]) != digest(records[0]["specification"]["load"]):
+            raise UsageError(
+                f"{folder} mixes records of different loads ({record['key']} and "
+                f"{records[0]['key']}); move one kind to a folder of its own"
+            )
+    return records

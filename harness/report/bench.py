@@ -1,0 +1,144 @@
+"""The report of a bench study: its records in, a table, figures' numbers and pages out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..analysis.bench_aggregate import aggregate_bench
+from ..records.batch import read_batch_records
+from ..records.files import write_json
+from ..records.stored import AGGREGATED, EXPERIMENT, point_of, read_experiment
+from .cells import times
+from .comparison import failures, time_rows
+from .lines import machine_line
+from .page import write_pages
+from .points import report_points
+from .tables import Row, markdown
+
+TITLE = "# Bench: "
+_NOTES = {
+    "of stock": "*of stock*: the ratio of the medians over seeds",
+    "by seed": "*by seed*: the geometric mean of the ratios to stock of equal seeds [95%, "
+    "Student's t over seeds of the logarithm]",
+    "roofline allows": "*roofline allows*: what bytes and FLOPs allow "
+    "(`harness/analysis/roofline.py`)",
+    "of streaming": "*of streaming*: against equally many evictions without scores",
+}
+
+
+def report_bench_study(folder: Path) -> None:
+    """The report of each point of a study; where it varies something, a page that lists them.
+
+    Raises:
+        UsageError: no record in any of them, or records that must not be mixed.
+
+    """
+    report_points(folder, f"{TITLE}{folder.resolve().name}", report_bench)
+
+
+def report_bench(folder: Path) -> None:
+    """Write table and pages of a folder of bench records.
+
+    Raises:
+        UsageError: no record, one that cannot be read, or records that must not be mixed.
+
+    """
+    results, records = bench_results(folder)
+    write_json(folder / AGGREGATED, results)
+    first = records[0]
+    rows = bench_rows([(first["specification"]["load"], results)])
+    parts = [
+        f"{TITLE}{folder.resolve().name}",
+        _conditions(first, results),
+        f"{machine_line(first)}; code {first.get('code', 'unknown')}; {first['timestamp'][:10]}.",
+        markdown(rows),
+    ]
+    if notes := [note for column, note in _NOTES.items() if column in rows[0]]:
+        parts.append(f"{'; '.join(notes)}.")
+    if failed := failures(folder):
+        lines = [f"- {f['key']}, seed {f['seed']}: {f['reason']}" for f in failed]
+        parts += ["## Failed runs", "\n".join(lines)]
+    path = folder / EXPERIMENT
+    if path.is_file() and (sessions := read_experiment(path)["sessions"]):
+        parts += ["Where the time went, by session:", markdown(time_rows(sessions))]
+    write_pages(folder, parts)
+
+
+def bench_results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Aggregated results of a folder in the order of its study, and the records behind them.
+
+    Raises:
+        UsageError: see ``report_bench``.
+
+    """
+    records = read_batch_records(folder)
+    return aggregate_bench(records, point_of(folder).get("keys", ())), records
+
+
+def bench_rows(loads: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[Row]:
+    """Header and rows: each load with its aggregated results.
+
+    Columns that no row fills are left out.
+    """
+    header = ("load", "method", "sparsity", "output tok/s", "of stock", "by seed",
+              "roofline allows", "reached", "of streaming", "preemptions",
+              "share of time on scores, by phase")  # fmt: skip
+    rows = [
+        (f"{load['num_requests']} x ({load['prompt_tokens']} + {load['output_tokens']})",
+         *_cells(entry))
+        for load, results in loads
+        for entry in results.values()
+    ]  # fmt: skip
+    kept = [i for i in range(len(header)) if any(row[i] != "-" for row in rows)]
+    return [tuple(row[i] for i in kept) for row in [header, *rows]]
+
+
+def _cells(entry: Mapping[str, Any]) -> Row:
+    speed, ratio = entry["median_output_tokens_per_second"], entry["median_against_stock"]
+    bound, unscored = entry["roofline"], entry["median_against_streaming"]
+    repeated = entry["num_runs"] > 1
+    preemptions = entry["median_preemptions"]
+    return (
+        entry["method"].replace("-", " "),
+        _budget(entry),
+        f"{speed:.0f}" if speed >= 100 else f"{speed:.1f}",
+        "-" if ratio is None else _ratio(ratio),
+        times(entry["against_stock"], "x", 3) if repeated else "-",
+        "-" if bound is None else f"{bound:.2f}x",
+        "-" if bound is None or ratio is None else f"{100 * ratio / bound:.0f}%",
+        "-" if unscored is None else f"{unscored:.3f}x",
+        "-" if preemptions is None else f"{preemptions:g}",
+        ", ".join(
+            f"{phase.replace('_', ' ')} {100 * share:.1f}%"
+            for phase, share in entry["scoring_share"].items()
+        )
+        or "-",
+    )
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}x" if value > 1.2 else f"{value:.3f}x"
+
+
+def _budget(entry: Mapping[str, Any]) -> str:
+    """What a row's requests may keep, and what that comes to where it is another number."""
+    effective = entry["effective_sparsity"]
+    if entry["budget_tokens"] is not None:
+        return f"{entry['budget_tokens']:,} tokens ({effective:.3g})" if effective else "0"
+    asked = f"{entry['sparsity']:g}"
+    return asked if asked == f"{effective:.3g}" else f"{asked} ({effective:.3g})"
+
+
+def _conditions(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    engine, load = record["specification"]["engine"], record["specification"]["load"]
+    seeds = max(entry["num_runs"] for entry in results.values())
+    starts = ", engines started anew for each" if engine["rounds"] else ""
+    return (
+        f"{Path(engine['model']).name}, blocks of {engine['block_size']} tokens. Batches of "
+        f"{load['num_requests']} requests of {load['prompt_tokens']} random tokens, all there at "
+        f"the start, {load['output_tokens']} output tokens each; {seeds} seed(s){starts}. Medians "
+        "over seeds. In brackets: the effective sparsity, where blocks that always stay leave "
+        "another than was asked."
+    )

@@ -1,0 +1,146 @@
+"""The child's side of ``batch_engine``: a vLLM engine that runs a batch per line of its input.
+
+The first line starts the engine, each further one is a batch; an answer is one line of JSON. What
+vLLM prints goes to the log, as standard output carries the answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class Worker:
+    """A vLLM engine in this process."""
+
+    def __init__(self, question: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        eviction, block_size = question["eviction"], question["block_size"]
+        started = time.perf_counter()
+        self._llm = LLM(**engine_arguments(**question), disable_log_stats=False)
+        self._scores = eviction is not None
+        config = self._llm.llm_engine.vllm_config
+        # A block holds one group's layers.
+        blocks = config.cache_config.num_gpu_blocks // (eviction or {}).get("layer_groups", 1)
+        self.ready = {
+            "engine_start_seconds": time.perf_counter() - started,
+            "kv_cache_tokens": blocks * block_size,
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        }
+
+    def run(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """See ``BatchEngine.run``."""
+        import numpy as np
+        from vllm import SamplingParams
+
+        vocabulary = self._llm.llm_engine.model_config.get_vocab_size()
+        size = (batch["num_requests"], batch["prompt_tokens"])
+        tokens = np.random.default_rng(batch["seed"]).integers(0, vocabulary, size=size)
+        prompts = [{"prompt_token_ids": prompt} for prompt in tokens.tolist()]
+        params = SamplingParams(
+            max_tokens=batch["output_tokens"],
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=batch["settings"] or None,
+        )
+        preempted, scored = self._preemptions(), self._scoring_seconds()
+        started = time.perf_counter()
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        answers = [list(output.outputs[0].token_ids) for output in outputs]
+        records = [(o.kv_transfer_params or {}).get("kv_eviction", {}) for o in outputs]
+        return {
+            "seconds": seconds,
+            "output_tokens": sum(map(len, answers)),
+            "preemptions": self._preemptions() - preempted,
+            "eviction": summary(records),
+            "tokens_sha256": hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
+            "scoring_seconds": {
+                phase: total - scored.get(phase, 0.0)
+                for phase, total in self._scoring_seconds().items()
+            },
+        }
+
+    def shutdown(self) -> None:
+        """End the engine."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _preemptions(self) -> int:
+        """So far, by vLLM's own counter: stock counts like the others."""
+        return sum(m.value for m in self._llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+    def _scoring_seconds(self) -> dict[str, float]:
+        """So far, by phase; none without the plugin."""
+        if not self._scores:
+            return {}
+        connector = self._llm.llm_engine.engine_core.engine_core.scheduler.connector
+        return dict(connector.scoring_seconds)
+
+
+def engine_arguments(
+    arguments: dict[str, Any], block_size: int, eviction: dict[str, Any] | None
+) -> dict[str, Any]:
+    """All engine arguments of vLLM, as ``worker_arguments`` tells them."""
+    if eviction is None:
+        return {**arguments, "block_size": block_size, "enable_prefix_caching": False}
+    from vllm_plugins import eviction_engine_args
+
+    return {**arguments, **eviction_engine_args(block_size=block_size, **eviction)}
+
+
+def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """What was evicted over all requests of a batch, of their records; None without the plugin."""
+    if not any(records):
+        return None
+    return {
+        "average_blocks": sum(r["average_blocks"] for r in records) / len(records),
+        "effective_sparsity": sum(r["effective_sparsity"] for r in records) / len(records),
+        "peak_blocks": max(r["peak_blocks"] for r in records),
+        "blocks_evicted": sum(r["blocks_evicted"] for r in records),
+        "decisions": sum(r["decisions"] for r in records),
+        "decision_seconds": sum(r["decision_seconds"] for r in records),
+        "policy_errors": sum("policy_error" in r for r in records),
+    }
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints is no answer
+
+    def answer(make: Callable[[], dict[str, Any]]) -> bool:
+        try:
+            made = make()
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            made = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        print(json.dumps(made), file=answers, flush=True)
+        return "error" not in made
+
+    worker: Worker | None = None
+
+    def begin() -> dict[str, Any]:
+        nonlocal worker
+        worker = Worker(json.loads(sys.stdin.readline()))
+        return worker.ready
+
+    if answer(begin) and worker is not None:
+        for line in sys.stdin:
+            batch = json.loads(line)
+            answer(lambda: worker.run(batch))  # noqa: B023  called at once
+        worker.shutdown()
+    sys.stdout.flush()
+    os._exit(0)  # all is answered; an engine can stumble while the interpreter exits
+
+
+if __name__ == "__main__":
+    main()

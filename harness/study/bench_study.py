@@ -1,0 +1,214 @@
+"""A bench study: batches on engines of their own, stock vLLM against eviction; from a YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from vllm_plugins.config import EvictionConfig
+
+from ..client.checks import check_json, check_numbers
+from ..errors import UsageError
+from ..inputs.models import DEFAULT_MODEL, fingerprint, recorded_name, resolve_model
+from ..records.specifications import STOCK
+from .batch_specification import Batch, BatchEngineSpecification, BatchRun
+from .levels import levels_for
+from .own_settings import own_settings
+from .points import (
+    Comparison,
+    check_file_names,
+    check_known,
+    check_seeds,
+    check_vary,
+    comparisons_of,
+    with_varied,
+)
+from .run import Run
+from .settings import check_folder_name, read_study
+
+_OF_A_METHOD = ("sparsity", "budget_tokens", "seeds")
+_OF_AN_ENGINE = ("eviction", "start")
+"""What a method may say about the engine that it runs on."""
+_KINDS = {
+    **dict.fromkeys(("methods", *_OF_A_METHOD), list),
+    **dict.fromkeys(("eviction", "engine", "environment", "load", "vary"), dict),
+}
+_NAMES = {list: "list", dict: "mapping"}
+_OURS = ("model", "block_size", "enable_prefix_caching", "kv_transfer_config", "scheduler_cls",
+         "logits_processors", "disable_log_stats")  # fmt: skip
+"""Engine arguments that follow from other settings."""
+
+
+@dataclass(frozen=True)
+class BenchStudy:
+    """Methods x sparsities x seeds; the keys of a study's YAML file."""
+
+    name: str | None = None
+    """Of the study's folder; None: the file's."""
+    model: str = DEFAULT_MODEL
+    methods: tuple[Any, ...] = (STOCK, "h2o", "cab")
+    """Names, or ``{policy: h2o, name: h2o-all, args: {}, sparsity: [0.9], budget_tokens: [1024],
+    seeds: [0], eviction: {score_query_stride: 1}, start: 2}`` with some of these."""
+    sparsity: tuple[float, ...] = (0.9,)
+    budget_tokens: tuple[int, ...] = ()
+    """Absolute budgets, beside the sparsities."""
+    seeds: tuple[int, ...] = (0,)
+    """Repeats: each has prompts of its own, the same for every method."""
+    rounds: bool = False
+    """Engines start anew for each seed, so that slow changes of the machine meet all methods
+    alike; else all seeds of an engine run in one start."""
+    block_size: int = 32
+    eviction: dict[str, Any] = field(default_factory=dict)
+    """Server-wide eviction settings; those of a method are laid over them."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Engine arguments of vLLM, names with underscores."""
+    environment: dict[str, str] = field(default_factory=dict)
+    startup_timeout_s: float = 600.0
+    batch_timeout_s: float = 3600.0
+    load: dict[str, Any] = field(default_factory=dict)
+    """Fields of ``Batch``."""
+    vary: dict[str, list[Any]] = field(default_factory=dict)
+    """Setting to values, like ``load.num_requests``: each combination is a table of its own."""
+
+    @classmethod
+    def read(cls, path: Path) -> BenchStudy:
+        """Read and check a study.
+
+        Raises:
+            UsageError: no such file, not YAML, or a setting is wrong.
+
+        """
+        return cls.parse(read_study(path))
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> BenchStudy:
+        """From untyped settings."""
+        check_known(values, (f.name for f in fields(cls)), "a bench study")
+        for name, kind in _KINDS.items():
+            if not isinstance(values.get(name, kind()), kind):
+                raise UsageError(f"{name} of a bench study must be a {_NAMES[kind]}")
+        lists = {name: tuple(values[name]) for name, kind in _KINDS.items()
+                 if kind is list and name in values}  # fmt: skip
+        study = cls(**{**values, **lists})
+        study._validate()
+        return study
+
+    def points(self, folder: Path) -> list[Comparison]:
+        """The runs of each point of ``vary``, and the folder of their records."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "vary"}
+        return comparisons_of(
+            self.vary, folder, lambda varied: BenchStudy.parse(with_varied(values, varied)).runs()
+        )
+
+    def runs(self) -> list[BatchRun]:
+        """Every run, one seed's after the other; those of ``vary`` apart."""
+        path = resolve_model(self.model)
+        model = {"model": recorded_name(self.model), "model_fingerprint": fingerprint(path)}
+        batch = self._batch()
+        sides: list[tuple[int, BatchRun]] = []
+        for entry in self.methods:
+            own = own_settings(entry, vars(self), _OF_A_METHOD)
+            entry, of_engine = _split(own["method"])
+            levels = levels_for([entry], own["sparsity"], own["budget_tokens"])
+            for method, budget in levels:
+                engine = BatchEngineSpecification(
+                    **model,
+                    block_size=self.block_size,
+                    eviction=self._eviction(method.policy, of_engine),
+                    arguments=self.engine,
+                    environment={name: str(value) for name, value in self.environment.items()},
+                    start=of_engine.get("start", 1),
+                    rounds=self.rounds,
+                    startup_timeout_s=self.startup_timeout_s,
+                    batch_timeout_s=self.batch_timeout_s,
+                    model_path=path,
+                )
+                for place, seed in enumerate(check_seeds(own["seeds"])):
+                    sides.append((place, Run(engine, method, budget, seed, batch)))
+        return [run for _, run in sorted(sides, key=lambda side: side[0])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as given, files without their folders."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "model": recorded_name(self.model)}
+
+    def _validate(self) -> None:
+        if not self.methods or not self.seeds:
+            raise UsageError("a bench study needs at least one of methods and one of seeds")
+        if self.name is not None:
+            check_folder_name(self.name, "name")
+        check_numbers(
+            type(self), {k: v for k, v in vars(self).items() if k != "name" or v is not None}
+        )
+        if type(self.rounds) is not bool:
+            raise UsageError(f"rounds is {self.rounds!r}; give true or false")
+        if self.block_size < 1:
+            raise UsageError(f"block_size is {self.block_size}; give at least 1")
+        for name in ("startup_timeout_s", "batch_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} is {getattr(self, name):g}; give a number above 0")
+        for name in ("eviction", "engine", "environment"):
+            check_json(name, getattr(self, name))
+        if ours := [name for name in _OURS if name in self.engine]:
+            raise UsageError(
+                f"engine.{ours[0]} follows from other settings of a bench study; remove it"
+            )
+        runs = self.runs()
+        check_file_names(runs)
+        for run in runs:
+            _check_run(run)
+        can_vary = _KINDS.keys() | {"block_size", "model", "rounds"}
+        check_vary(self.vary, can_vary - {"vary"})
+
+    def _eviction(self, policy: str, of_engine: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Settings of a method's engine; requests choose their method and budget themselves."""
+        if policy == STOCK:
+            if "eviction" in of_engine:
+                raise UsageError("method stock is vLLM without the plugin; drop its eviction")
+            return None
+        laid = {**self.eviction, **of_engine.get("eviction", {})}
+        for name in ("policy", "sparsity", "budget_tokens"):
+            if name in laid:
+                raise UsageError(f"eviction.{name} is set by methods and sparsity; remove it")
+        return EvictionConfig.parse({**laid, "policy": "dense"}).to_dict()
+
+    def _batch(self) -> Batch:
+        check_known(self.load, (f.name for f in fields(Batch)), "the load of a bench study")
+        for f in list(fields(Batch))[:3]:
+            if f.name not in self.load:
+                raise UsageError(f"load of a bench study has no {f.name}; give a whole number")
+        check_numbers(Batch, self.load)
+        for name, value in self.load.items():
+            if value < 1:
+                raise UsageError(f"load.{name} is {value}; give at least 1")
+        return Batch(**self.load)
+
+
+def _split(entry: Any) -> tuple[Any, dict[str, Any]]:
+    """A method as ``levels_for`` takes it, and what it says about its engine."""
+    if not isinstance(entry, Mapping):
+        return entry, {}
+    own = {name: entry[name] for name in _OF_AN_ENGINE if name in entry}
+    if not isinstance(own.get("eviction", {}), dict):
+        raise UsageError(f"eviction of method {dict(entry)} must be a mapping")
+    start = own.get("start", 1)
+    if type(start) is not int or start < 1:
+        raise UsageError(f"start of method {dict(entry)} must be a whole number of at least 1")
+    check_json("eviction of a method", own)
+    return {k: v for k, v in entry.items() if k not in own}, own
+
+
+def _check_run(run: BatchRun) -> None:
+    """Refuse what the engine or the plugin would refuse, before one starts."""
+    engine, longest = run.resource, run.measurement.max_tokens
+    length = engine.arguments.get("max_model_len")
+    if type(length) is int and longest > length:
+        raise UsageError(
+            f"a request of the load has {longest} tokens at its end, more than "
+            f"engine.max_model_len {length}; raise the one or lower the other"
+        )
+    if engine.eviction is not None:
+        config = EvictionConfig.parse(engine.eviction)
+        config.request_settings(run.settings, engine.block_size)

@@ -1,0 +1,283 @@
+"""Bench studies on stub engines: refusals, the loop, interruption, resuming, reports."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.cli import main
+from harness.errors import UsageError
+from harness.resources import batch_engine
+from harness.resources.batch_worker import summary
+from harness.study.bench_study import BenchStudy
+from harness.sweep import bench as sweep
+
+ROOT = Path(__file__).parents[2]
+STUB = [sys.executable, "-m", "tests.unit.batch_stub"]
+ALL_SCORES = {"score_query_stride": 1, "score_layer_stride": 1}
+STUDY = {
+    "methods": ["stock", "h2o", {"policy": "h2o", "name": "h2o-all", "eviction": ALL_SCORES}],
+    "sparsity": [0.9],
+    "seeds": [0, 1],
+    "engine": {"max_model_len": 512},
+    "load": {"num_requests": 4, "prompt_tokens": 448, "output_tokens": 64},
+}
+KEYS = ("stock_s0.0", "h2o_s0.9", "h2o-all_s0.9")
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def stubs(monkeypatch):
+    """Let sweeps start stubs; the list has the log of each start."""
+    starts = []
+
+    def engine(specification, log, original=batch_engine.batch_engine):
+        starts.append(log.stem)
+        return original(specification, log)
+
+    monkeypatch.setattr(batch_engine, "worker_command", lambda: STUB)
+    monkeypatch.setattr(sweep, "batch_engine", engine)
+    monkeypatch.setattr(sweep, "check_batch_engine", lambda specification, num_tokens: None)
+    monkeypatch.setattr(sweep, "device_type", lambda: "cpu")
+    return starts
+
+
+@pytest.fixture
+def study(model, tmp_path):
+    def arguments(*flags, **changes):
+        path = tmp_path / "demo.yaml"
+        path.write_text(json.dumps({**STUDY, "model": model, **changes}))
+        return ["bench", str(path), "--output-dir", str(tmp_path / "out"), *flags]
+
+    return arguments
+
+
+def records(folder):
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*_seed*.json")}
+
+
+def test_a_study_is_measured_reported_and_skipped(stubs, study, tmp_path, capsys):
+    folder = tmp_path / "out" / "demo"
+    assert main(study()) == 0
+    assert stubs == list(KEYS), "an engine each: stock, sampled scores, all scores"
+    found = records(folder)
+    assert set(found) == {f"{key}_seed{seed}" for key in KEYS for seed in (0, 1)}
+    record = found["h2o_s0.9_seed1"]
+    assert (record["kind"], record["method"], record["policy"]) == ("batch", "h2o", "h2o")
+    assert record["output_tokens_per_second"] == pytest.approx(256 / 0.55)
+    assert record["effective_sparsity"] == 0.75  # 4 of 16 blocks always stay
+    assert record["specification"]["load"]["num_requests"] == 4
+    assert record["specification"]["engine"]["eviction"]["score_query_stride"] == 8
+    assert found["stock_s0.0_seed0"]["specification"]["engine"]["eviction"] is None
+    report = (folder / "report.md").read_text()
+    rows = [line for line in report.splitlines() if line.startswith("| 4 x (448 + 64)")]
+    assert [row.split(" | ")[1] for row in rows] == ["stock", "h2o", "h2o all"]
+    assert "| 0.9 (0.75) | 489 | 2.00x | 2.000x [2.000, 2.000] |" in rows[1]
+    results = json.loads((folder / "aggregated_results.json").read_text())
+    assert list(results) == list(KEYS)
+    assert results["h2o_s0.9"]["against_stock"]["num_runs"] == 2
+    (session,) = json.loads((folder / "experiment.json").read_text())["sessions"]
+    assert (session["engine_starts"], session["runs_done"]) == (3, 6)
+    capsys.readouterr()
+    assert main(study()) == 0
+    assert "6 runs were there already" in capsys.readouterr().out
+    assert len(stubs) == 3
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.md").read_text().count("\n") >= report.count("\n")
+
+
+def test_rounds_start_every_engine_anew_for_each_seed(stubs, study):
+    assert main(study(rounds=True)) == 0
+    assert stubs == [*KEYS, *(f"{key}.2" for key in KEYS)]
+
+
+def test_equal_engines_start_apart_where_asked(stubs, study, tmp_path):
+    again = {"policy": "stock", "name": "stock-again", "start": 2}
+    streaming = {"policy": "streaming", "sparsity": [0.5], "budget_tokens": [128]}
+    assert main(study(methods=["stock", again, "h2o", streaming], seeds=[0])) == 0
+    assert stubs == ["stock_s0.0", "stock-again_s0.0", "h2o_s0.9"]
+    keys = [*stubs, "streaming_s0.5", "streaming_b128"]
+    results = json.loads((tmp_path / "out" / "demo" / "aggregated_results.json").read_text())
+    assert list(results) == keys
+    assert results["stock-again_s0.0"]["against_stock"]["mean"] == 1.0
+
+
+def test_what_varies_has_a_table_of_its_own_and_a_study_may_have_a_name(stubs, study, tmp_path):
+    vary = {"load.output_tokens": [8, 16]}
+    arguments = study(vary=vary, name="named", methods=["stock"], seeds=[0])
+    assert main(arguments) == 0
+    folder = tmp_path / "out" / "named"
+    for tokens in (8, 16):
+        point = f"load.output-tokens={tokens}"
+        assert records(folder / point)["stock_s0.0_seed0"]["output_tokens"] == 4 * tokens
+        assert f"({point}/report.md)" in (folder / "report.md").read_text()
+    assert main(["report", str(folder)]) == 0
+
+
+def test_other_code_is_refused_and_redone(stubs, study, tmp_path, capsys):
+    assert main(study(methods=["stock"], seeds=[0])) == 0
+    path = tmp_path / "out" / "demo" / "stock_s0.0_seed0.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "code": "another"}))
+    assert main(study(methods=["stock"], seeds=[0])) == 2
+    assert "was made by another code" in capsys.readouterr().err
+    assert main(study("--redo", methods=["stock"], seeds=[0])) == 0
+    assert json.loads(path.read_text())["code"] != "another"
+    changed = {**STUDY["load"], "num_requests": 5}
+    assert main(study(methods=["stock"], seeds=[1], load=changed)) == 2
+    assert "load.num_requests 4 there, 5 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mode", "failed", "starts", "reason"),
+    [
+        ("no_start", {"stock_s0.0_seed0", "stock_s0.0_seed1"}, 1, "this model cannot be"),
+        ("die", {"stock_s0.0_seed1"}, 1, "ended with status 7: RuntimeError: out of memory"),
+        ("error", {"stock_s0.0_seed1"}, 1, "CUDA is unwell"),
+        ("policy", {"h2o_s0.9_seed1"}, 1, "policy h2o failed for 1 requests"),
+    ],
+)
+def test_what_fails_is_kept_apart_and_tried_again(
+    stubs, study, tmp_path, capsys, mode, failed, starts, reason
+):
+    method = "h2o" if mode == "policy" else "stock"
+    engine = {**STUDY["engine"], "load_format": mode}
+    # A warm-up and the first seed come before the third batch.
+    assert main(study(methods=[method], engine=engine)) == 1
+    assert len(stubs) == starts
+    folder = tmp_path / "out" / "demo"
+    told = records(folder / "failed")
+    assert set(told) == failed
+    for record in told.values():
+        assert reason in record["reason"]
+        assert (record["kind"], record["status"]) == ("batch", "failed")
+        assert record["level"] in ("s0.0", "s0.9")
+    error = capsys.readouterr().err
+    assert reason in error
+    assert "Traceback" not in error
+    if mode != "no_start":
+        assert reason in (folder / "report.md").read_text()
+    assert not psutil.Process().children(recursive=True)
+
+
+def test_a_batch_that_never_ends(stubs, study, tmp_path):
+    engine = {**STUDY["engine"], "load_format": "slow"}
+    assert main(study(methods=["stock"], seeds=[0], engine=engine, batch_timeout_s=1)) == 1
+    (failed,) = records(tmp_path / "out" / "demo" / "failed").values()
+    assert "did not finish a batch within 1 s" in failed["reason"]
+    assert not psutil.Process().children(recursive=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_leaves_no_process_and_resumes(number, stubs, study, tmp_path, capsys):
+    code = (
+        "import sys; from harness.resources import batch_engine; from harness.sweep import bench; "
+        f"batch_engine.worker_command = lambda: {STUB!r}; bench.device_type = lambda: 'cpu'; "
+        "bench.check_batch_engine = lambda *a: None; "
+        "from harness.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *study(methods=["stock"])], stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "SLOW": "1"},
+    )  # fmt: skip
+    for line in process.stderr:
+        if line.startswith("stock_s0.0, seed 0"):
+            break
+    time.sleep(0.5)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted; finished runs are kept, the same command resumes" in error
+    assert "Traceback" not in error
+    assert not any(child.is_running() for child in children)
+    assert main(study(methods=["stock"])) == 0
+    assert len(records(tmp_path / "out" / "demo")) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"metods": []}, "unknown setting 'metods' of a bench study; did you mean 'methods'?"),
+        ({"methods": []}, "at least one of methods"),
+        ({"methods": "h2o"}, "methods of a bench study must be a list"),
+        ({"methods": ["h3o"]}, "h3o"),
+        ({"methods": ["h2o", "h2o"]}, "h2o_s0.9_seed0 twice"),
+        ({"methods": [{"policy": "h2o", "sparsity": 0.5}]}, "sparsity of method"),
+        ({"methods": [{"policy": "h2o", "start": 0}]}, "start of method"),
+        ({"methods": [{"policy": "h2o", "eviction": 3}]}, "eviction of method"),
+        ({"methods": [{"policy": "h2o", "eviction": {"x": 3}}]}, "unknown eviction setting 'x'"),
+        ({"methods": [{"policy": "stock", "eviction": {}}]}, "drop its eviction"),
+        ({"methods": [{"policy": "stock", "args": {"a": 1}}]}, "takes no args"),
+        ({"eviction": {"policy": "h2o"}}, "eviction.policy is set by methods"),
+        ({"eviction": {"request_policies": ["cab"]}}, "'h2o' is not offered"),
+        ({"sparsity": [1.5]}, "give a number from 0"),
+        ({"budget_tokens": [40]}, "give at least 64"),
+        ({"seeds": [-1]}, "seeds has -1"),
+        ({"seeds": []}, "one of seeds"),
+        ({"rounds": 3}, "rounds is 3; give true or false"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"engine": {"model": "x"}}, "engine.model follows from other settings"),
+        ({"engine": {"max_model_len": 511}}, "512 tokens at its end, more than"),
+        ({"load": {}}, "load of a bench study has no num_requests"),
+        ({"load": {**STUDY["load"], "rate": 3}}, "unknown setting 'rate' of the load"),
+        ({"load": {**STUDY["load"], "output_tokens": 0}}, "load.output_tokens is 0"),
+        ({"load": {**STUDY["load"], "output_tokens": "8"}}, "output_tokens is '8'"),
+        ({"vary": {"colour": [1]}}, "no setting that can vary"),
+        ({"vary": {"load.output_tokens": [8, 8]}}, "the same value twice"),
+        ({"name": "a/b"}, "plain name of a folder"),
+        ({"model": "/nowhere"}, "holds no config.json"),
+        ({"startup_timeout_s": 0}, "startup_timeout_s is 0"),
+    ],
+)
+def test_bad_studies(changes, sentence, stubs, study, tmp_path, capsys):
+    assert main(study(**changes)) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert not stubs
+
+
+def test_a_folder_without_records_has_no_report(tmp_path, capsys):
+    (tmp_path / "experiment.json").write_text(
+        '{"study": {"kind": "bench"}, "comparisons": [{"varied": {}, "folder": "."}]}'
+    )
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no bench record" in capsys.readouterr().err
+
+
+def test_the_committed_studies_are_valid(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    paths = sorted((ROOT / "scripts" / "studies" / "bench").glob("*.yaml"))
+    studies = {path.stem: BenchStudy.read(path) for path in paths}
+    assert set(studies) == {
+        "default", "headline", "layer_groups", "long", "overhead", "short", "tight"
+    }  # fmt: skip
+    for study in studies.values():
+        assert study.runs()[0].method.policy == "stock"
+
+
+def test_what_was_evicted_over_a_batch():
+    record = {"average_blocks": 4.0, "effective_sparsity": 0.5, "peak_blocks": 6,
+              "blocks_evicted": 3, "decisions": 2, "decision_seconds": 0.1}  # fmt: skip
+    made = summary([record, {**record, "average_blocks": 2.0, "policy_error": "x"}])
+    assert (made["average_blocks"], made["peak_blocks"], made["policy_errors"]) == (3.0, 6, 1)
+    assert summary([{}, {}]) is None
+
+
+def test_a_study_that_is_no_file():
+    with pytest.raises(UsageError, match="cannot read the study"):
+        BenchStudy.read(Path("/nowhere.yaml"))
