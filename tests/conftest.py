@@ -15,16 +15,29 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED_TEXTS = ROOT.parent / "shared" / "data" / "text"
+# Processes that tests start run this checkout too, in whatever folder, whatever is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+TEST_DATA = "KV_EVICTION_TEST_DATA"
+
+
+def data_file(name: str) -> Path:
+    """A file that is no part of the repository; the test is skipped where it cannot be had.
+
+    A folder that was named and lacks the file is a mistake, not a reason to skip.
+    """
+    named = os.environ.get(TEST_DATA)
+    path = (Path(named) if named else ROOT.parent / "shared" / "data") / name
+    if named and not path.is_file():
+        pytest.fail(f"{TEST_DATA} is {named}, which has no {name}")
+    if not path.is_file():
+        pytest.skip(f"needs {name}; name a folder that has it with {TEST_DATA}")
+    return path
 
 
 @pytest.fixture(scope="session")
 def wiki_test() -> str:
     """WikiText-2 raw test; not part of the repository."""
-    path = SHARED_TEXTS / "wiki.test.raw"
-    if not path.is_file():
-        pytest.skip(f"needs WikiText-2 raw test at {path}")
-    return path.read_text(encoding="utf-8")
+    return data_file("text/wiki.test.raw").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

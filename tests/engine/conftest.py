@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from harness.study.settings import ALL_SCORES  # as the tests' references have it
+
+from ..conftest import ROOT
 
 SMOLLM2_ARGUMENTS = {
     "dtype": "float32",  # CPUs without bfloat16 units are many times slower in it
@@ -35,42 +40,145 @@ def end(llm: Any) -> None:
     gc.collect()
 
 
+class EngineSlot:
+    """The one engine of this process. It is kept until another is asked for."""
+
+    def __init__(self) -> None:
+        self._key, self._llm = "", None
+
+    def get(self, key: str, start: Callable[[], Any]) -> Any:
+        """The engine of ``key``, started where it does not run."""
+        if self._llm is None or self._key != key:
+            self.leave()
+            self._key, self._llm = key, start()
+        return self._llm
+
+    def leave(self) -> None:
+        """End what runs."""
+        if self._llm is not None:
+            end(self._llm)
+        self._llm = None
+
+
+@pytest.fixture(scope="package")
+def engine_slot():
+    """For tests that share engines, also across modules."""
+    slot = EngineSlot()
+    yield slot
+    slot.leave()
+
+
+@pytest.fixture
+def no_engine(engine_slot):
+    """For tests that start an engine of their own."""
+    engine_slot.leave()
+
+
 @pytest.fixture(scope="module")
-def smollm2_engine(smollm2):
+def smollm2_engine(smollm2, engine_slot):
     """Every method and sparsity through per-request settings; integrity checked at every step."""
     from vllm import LLM
 
     from vllm_plugins import eviction_engine_args
 
-    llm = LLM(
-        smollm2,
-        **SMOLLM2_ARGUMENTS,
-        disable_log_stats=False,
-        **eviction_engine_args(
-            policy="dense", check_integrity=True, trace_decisions=True, **ALL_SCORES
+    return engine_slot.get(
+        "smollm2",
+        lambda: LLM(
+            smollm2,
+            **SMOLLM2_ARGUMENTS,
+            disable_log_stats=False,
+            **eviction_engine_args(
+                policy="dense", check_integrity=True, trace_decisions=True, **ALL_SCORES
+            ),
         ),
     )
-    yield llm
-    end(llm)
-
-
-@pytest.fixture(scope="session")
-def offline_figure(smollm2, canterbury, tmp_path_factory):
-    """What ``kv-eviction offline`` records of H2O at 0.6: four windows of 320, chunks of 64."""
-    folder = tmp_path_factory.mktemp("figure")
-    done = offline(folder, "--methods", "h2o", "--sparsity", "0.6", "--num-samples", "4")
-    assert done.returncode == 0, done.stderr[-3000:]
-    (path,) = (folder / "e").glob("h2o*_seed0.json")
-    return json.loads(path.read_text())
 
 
 def offline(folder: Any, *arguments: str, **options: Any) -> Any:
     """The command as a user runs it, in ``folder``, experiment ``e``, windows of 320 tokens."""
-    command = [sys.executable, "-m", "harness", "offline", "--context-length", "320"]
-    command += ["--num-samples", "3", "--output-dir", str(folder), "--experiment-name", "e"]
+    command = [*HARNESS, *OFFLINE, "--output-dir", str(folder), *arguments]
     return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, cwd=folder, check=False, **options
+        command, capture_output=True, text=True, cwd=folder, check=False, **options
     )
+
+
+HARNESS = (sys.executable, "-m", "harness")
+OFFLINE = ("offline", "--experiment-name", "e", "--context-length", "320")
+
+
+@pytest.fixture(scope="session")
+def readme_policy(tmp_path_factory):
+    """The policy of README.md's section "Add a policy", installed: its name and its folder."""
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("## Add a policy", 1)[1].split("\n## ", 1)[0]
+    code, project = re.findall(r"```(?:python|toml)\n(.*?)```", section, re.DOTALL)
+    assert len(code.splitlines()) <= 20
+    entry = re.search(r'"kv_eviction.policies"\]\n(.+) = "(.+)"', project)
+    name, target = entry.groups()
+    module = target.split(":")[0]
+    folder = tmp_path_factory.mktemp("policy")
+    (folder / f"{module}.py").write_text(code)
+    metadata = folder / f"{module}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[kv_eviction.policies]\n{name} = {target}\n")
+    return name, folder
+
+
+@pytest.fixture(scope="session")
+def evaluation(smollm2, canterbury, readme_policy, tmp_path_factory):
+    """Records, by method, of ``kv-eviction offline`` with the model and the text that it comes
+    with: dense, H2O and README.md's policy at 0.6; four windows of 320, chunks of 64."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    name, package = readme_policy
+    methods = ("dense", "h2o", name)
+    done = offline(
+        folder, "--methods", *methods, "--sparsity", "0.6", "--num-samples", "4",
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((os.environ["PYTHONPATH"], str(package)))},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        method: json.loads(path.read_text())
+        for method in methods
+        for path in (folder / "e").glob(f"{method}_*_seed0.json")
+    }
+
+
+@pytest.fixture(scope="session")
+def wiki_windows(smollm2, wiki_test):
+    """Every 25th window of the committed evaluation: its records, and the tokens of each."""
+    folder = ROOT / "results" / "full-evaluation" / "dataset=text-wiki.test.raw"
+    record = json.loads((folder / "dense_s0_ctx2048_seed0.json").read_text())
+    windows = record["windows"][::25]
+    assert len(windows) == 2
+    return windows, windows_of(smollm2, wiki_test, [window["start"] for window in windows], 2048)
+
+
+@pytest.fixture(scope="session")
+def wiki_losses(smollm2, wiki_windows):
+    """Nats a token of each of ``wiki_windows``, by Transformers."""
+    return transformers_losses(smollm2, wiki_windows[1])
+
+
+def windows_of(folder: str, text: str, starts: list[int], length: int) -> list[list[int]]:
+    """The tokens of ``text`` from each of ``starts`` on."""
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids
+    return [tokens[start : start + length] for start in starts]
+
+
+def transformers_losses(folder: str, windows: list[list[int]]) -> list[float]:
+    """Nats a token of each window by Transformers in float32, one forward pass a window."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    losses = []
+    for window in windows:
+        tokens = torch.tensor([window])
+        with torch.inference_mode():
+            losses.append(model(tokens, labels=tokens).loss.item())
+    return losses
 
 
 TINY = {
@@ -127,20 +235,55 @@ def make_tiny(folder: str, engine: dict[str, Any] | None = None, **settings: Any
     )
 
 
-@pytest.fixture(scope="module")
-def tiny_engines(tiny_llama):
-    """Make an engine over the random model; the last one made is kept, the others ended."""
-    running: dict[str, Any] = {}
+@pytest.fixture(scope="package")
+def tiny_engines(tiny_llama, engine_slot):
+    """Make an engine over the random model, or take the last one made if it is the same."""
 
     def make(engine: dict[str, Any] | None = None, **settings: Any) -> Any:
         key = repr((engine, settings))
-        if key not in running:
-            for llm in running.values():
-                end(llm)
-            running.clear()
-            running[key] = make_tiny(tiny_llama[0], engine, **settings)
-        return running[key]
+        return engine_slot.get(key, lambda: make_tiny(tiny_llama[0], engine, **settings))
 
-    yield make
-    for llm in running.values():
-        end(llm)
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_llama(smollm2, tmp_path_factory):
+    """Folder of a small random Llama that reads text: with SmolLM2's tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("small-llama")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**TINY, "vocab_size": len(tokenizer), "tie_word_embeddings": True})
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def small_text(canterbury):
+    return canterbury[:400_000]
+
+
+@pytest.fixture(scope="session")
+def small_inputs(small_llama, small_text, tmp_path_factory):
+    """Flags of ``kv-eviction offline`` for that model and text."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(small_text, encoding="utf-8")
+    return "--model", small_llama, "--dataset", f"text:{text}", "--num-samples", "3"
+
+
+# Ten runs of three windows, and five loads.
+SWEEP = (
+    *("--methods", "dense", "h2o", "cab", "--sparsity", "0.5", "0.6", "--num-runs", "2"),
+    *("--throughput", "--load-runs", "1", "--load-requests", "4", "--load-output-tokens", "8"),
+)
+
+
+@pytest.fixture(scope="session")
+def experiment(small_inputs, tmp_path_factory):
+    """Folder of an undisturbed sweep of the small model, and how its process ended."""
+    folder = tmp_path_factory.mktemp("offline")
+    done = offline(folder, *small_inputs, *SWEEP)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "e", done

@@ -14,17 +14,23 @@ from pathlib import Path
 
 
 def answers(llm, prompts, max_tokens, extra_args=None):
-    """Prompt log-probs and greedy tokens with their log-probs, all requests at once."""
+    """Prompt log-probs and greedy tokens with their log-probs, all requests at once.
+
+    ``extra_args``: one for each prompt.
+    """
     from vllm import SamplingParams
 
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=0.0,
-        prompt_logprobs=0,
-        logprobs=0,
-        ignore_eos=True,
-        extra_args=extra_args,
-    )
+    params = [
+        SamplingParams(
+            max_tokens=max_tokens,
+            temperature=0.0,
+            prompt_logprobs=0,
+            logprobs=0,
+            ignore_eos=True,
+            extra_args=extra,
+        )
+        for extra in extra_args or [None] * len(prompts)
+    ]
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     result = []
     for prompt, output in zip(prompts, outputs, strict=True):

@@ -11,7 +11,7 @@ from harness.study.specification import EngineSpecification
 from vllm_plugins.config import EvictionConfig
 
 
-def test_the_last_position_is_scored_as_transformers_does(tiny_llama, monkeypatch):
+def test_the_last_position_is_scored_as_transformers_does(tiny_llama, no_engine, monkeypatch):
     folder, model = tiny_llama
     length = model.config.max_position_embeddings
     eviction = EvictionConfig.parse({"policy": "dense", **ALL_SCORES}).to_dict()

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from .conftest import TINY, end, make_tiny
+from .conftest import TINY, make_tiny
 
 LENGTH = 512
 
 
 @pytest.fixture(scope="module")
-def windowed(tmp_path_factory):
+def windowed(engine_slot, tmp_path_factory):
     """A random Mistral whose window is as long as its longest sequence: engine and model."""
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -18,9 +18,8 @@ def windowed(tmp_path_factory):
     model = MistralForCausalLM(MistralConfig(**config)).float().eval()
     folder = tmp_path_factory.mktemp("tiny-mistral")
     model.save_pretrained(folder)
-    llm = make_tiny(str(folder), {"max_model_len": LENGTH})
-    yield llm, model
-    end(llm)
+    llm = engine_slot.get("windowed", lambda: make_tiny(str(folder), {"max_model_len": LENGTH}))
+    return llm, model
 
 
 def score(llm, prompt, extra):

@@ -8,7 +8,7 @@ from vllm_plugins.policies.cab import cab
 
 from . import oracle
 
-TOKENS = np.random.default_rng(3).integers(0, 256, size=700).tolist()
+TOKENS = np.random.default_rng(3).integers(0, 256, size=600).tolist()
 KEEP = 7  # blocks of 32
 
 CASES = {

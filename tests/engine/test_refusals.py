@@ -140,7 +140,9 @@ MULTI = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_e
         ({"kv_transfer_config": MULTI}, "drop kv_transfer_config, MultiConnector"),
     ],
 )
-def test_a_hand_written_configuration_is_refused_too(changed, sentence, tiny_llama, monkeypatch):
+def test_a_hand_written_configuration_is_refused_too(
+    changed, sentence, tiny_llama, no_engine, monkeypatch
+):
     """Without our checks in front, the engine itself refuses with the sentence."""
     from vllm import LLM
     from vllm.model_executor.model_loader import base_loader

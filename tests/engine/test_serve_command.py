@@ -1,4 +1,7 @@
-"""``kv-eviction serve`` with a user's flags: no memory named, scores that see eviction."""
+"""``kv-eviction serve`` with a user's flags: no memory named, scores that see eviction.
+
+The model is small: it is compiled, as no flag says otherwise, and that takes time for each layer.
+"""
 
 import json
 import math
@@ -9,14 +12,16 @@ import pytest
 
 from harness.resources.server import free_port, serving
 
+from .conftest import windows_of
+
 
 @pytest.fixture(scope="module")
-def server(smollm2, tmp_path_factory):
+def server(small_llama, tmp_path_factory):
     command = [
-        sys.executable, "-m", "harness", "serve", "smollm2-135m", "--policy", "h2o",
+        sys.executable, "-m", "harness", "serve", small_llama, "--policy", "h2o",
         "--sparsity", "0.6", "--dtype", "float32",
         "--score-query-stride", "1", "--score-layer-stride", "1",
-        "--score-chunk", "64",
+        "--score-chunk", "64", "--served-model-name", "small",
     ]  # fmt: skip
     log = tmp_path_factory.mktemp("server") / "log"
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_LOGGING_LEVEL": "INFO"}
@@ -27,7 +32,7 @@ def server(smollm2, tmp_path_factory):
 def post(server, path, body):
     request = urllib.request.Request(
         f"{server.base_url}/v1/{path}",
-        json.dumps({"model": "smollm2-135m", **body}).encode(),
+        json.dumps({"model": "small", **body}).encode(),
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=120) as response:
@@ -41,14 +46,13 @@ def test_it_starts_without_a_memory_flag_and_says_what_it_chose(server):
 
 
 def test_scoring_by_echo_measures_eviction_as_offline_does(
-    server, offline_figure, canterbury, smollm2
+    server, experiment, small_text, small_llama
 ):
     """As lm-eval asks: token ids, echoed with their log-probs, one token made."""
-    from transformers import AutoTokenizer
-
-    tokens = AutoTokenizer.from_pretrained(smollm2)(canterbury, add_special_tokens=False).input_ids
-    for window in offline_figure["windows"][:2]:
-        prompt = tokens[window["start"] :][:320]
+    record = json.loads((experiment[0] / "h2o_s0.6_ctx320_seed0.json").read_text())
+    windows = record["windows"][:2]
+    prompts = windows_of(small_llama, small_text, [window["start"] for window in windows], 320)
+    for window, prompt in zip(windows, prompts, strict=True):
         answer = post(
             server, "completions", {"prompt": prompt, "max_tokens": 1, "logprobs": 1, "echo": True}
         )

@@ -13,14 +13,15 @@ from vllm_plugins.policies import policy_names
 from .conftest import SMOLLM2_ARGUMENTS, connector_of
 from .stock_reference import answers
 
-LENGTHS = (700, 300, 1030, 64)
-MAX_TOKENS = 64
+# Whole blocks of 32 and parts of one; one chunk of 64, and many.
+LENGTHS = (330, 150, 545, 64, 97, 210)
+MAX_TOKENS = 34  # each request fills a block and starts another
 
 
 @pytest.fixture(scope="module")
 def prompts(smollm2_engine, canterbury):
     tokens = smollm2_engine.get_tokenizer()(canterbury[:40_000]).input_ids
-    starts = [100, 2000, 3000, 6000]
+    starts = range(0, 6000, 1000)
     return [tokens[s : s + n] for s, n in zip(starts, LENGTHS, strict=True)]
 
 
@@ -41,9 +42,11 @@ def stock(smollm2, prompts, tmp_path_factory):
 
 
 def generate(llm, prompts, extra_args, **options):
+    """``extra_args``: of all requests, or a list of each one's."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0.0, extra_args=extra_args, **options)
+    each = extra_args if isinstance(extra_args, list) else [extra_args] * len(prompts)
+    params = [SamplingParams(temperature=0.0, extra_args=extra, **options) for extra in each]
     return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
 
@@ -51,9 +54,15 @@ def records(outputs):
     return [output.kv_transfer_params["kv_eviction"] for output in outputs]
 
 
-@pytest.mark.parametrize("policy", policy_names())
-def test_sparsity_0_equals_stock(policy, smollm2_engine, prompts, stock):
-    extra = {"kv_policy": policy, "kv_sparsity": 0}
+@pytest.mark.parametrize("first", [0, 3])
+def test_sparsity_0_equals_stock(first, smollm2_engine, prompts, stock):
+    """A policy a request, all in one batch; then each with a prompt of another length."""
+    names = policy_names()
+    assert len(prompts) >= len(names)
+    extra = [
+        {"kv_policy": names[(first + i) % len(names)], "kv_sparsity": 0}
+        for i in range(len(prompts))
+    ]
     assert answers(smollm2_engine, prompts, MAX_TOKENS, extra) == stock
 
 
@@ -64,26 +73,28 @@ def test_scoring_alone_changes_nothing(smollm2_engine, prompts, stock):
         "kv_budget_tokens": 100_000,
         "kv_policy_args": {"bridge_definition": "forman"},
     }
-    assert answers(smollm2_engine, prompts, MAX_TOKENS, extra) == stock
+    assert answers(smollm2_engine, prompts, MAX_TOKENS, [extra] * len(prompts)) == stock
 
 
-@pytest.mark.parametrize("policy", [name for name in policy_names() if name != "dense"])
-def test_budget_holds_at_sparsity_09(policy, smollm2_engine, canterbury):
+def test_budgets_hold_at_sparsity_09(smollm2_engine, canterbury):
+    """A window for each policy, side by side."""
+    length = 1024
     tokens = smollm2_engine.get_tokenizer()(canterbury[:40_000]).input_ids
-    windows = [tokens[:2048], tokens[2048:4096]]
+    policies = [name for name in policy_names() if name != "dense"]
+    windows = [tokens[i * length :][:length] for i in range(len(policies))]
     connector = connector_of(smollm2_engine)
     before = connector.ledger.totals["blocks_evicted"]
-    extra = {"kv_policy": policy, "kv_sparsity": 0.9}
+    extra = [{"kv_policy": policy, "kv_sparsity": 0.9} for policy in policies]
     made = records(generate(smollm2_engine, windows, extra, max_tokens=32, ignore_eos=True))
-    keep, chunk_blocks = math.ceil(0.1 * 2048 / 32), 64 // 32
-    for record in made:
+    keep, chunk_blocks = math.ceil(0.1 * length / 32), 64 // 32
+    for policy, record in zip(policies, made, strict=True):
         assert record["policy"] == policy
-        assert record["peak_blocks"] == keep + chunk_blocks
-        # 2,048 + 31 tokens were written to 65 blocks; keep + the one being written are left.
-        assert record["blocks_evicted"] == 64 - keep
-        assert record["first_eviction_tokens"] == (keep + 2) // 2 * 64
-        assert all(0 in entry["kept"] for entry in record["trace"]), "the sink stays"
-        assert all(len(entry["kept"]) <= keep for entry in record["trace"])
+        assert record["peak_blocks"] == keep + chunk_blocks, policy
+        # All but the last token were written, to whole blocks and one more; keep + that one stay.
+        assert record["blocks_evicted"] == length // 32 - keep, policy
+        assert record["first_eviction_tokens"] == (keep + 2) // 2 * 64, policy
+        assert all(0 in entry["kept"] for entry in record["trace"]), f"the sink stays: {policy}"
+        assert all(len(entry["kept"]) <= keep for entry in record["trace"]), policy
     evicted = sum(record["blocks_evicted"] for record in made)
     assert connector.ledger.totals["blocks_evicted"] - before == evicted
     idle(connector)
@@ -97,20 +108,15 @@ def idle(connector):
     assert connector.ledger.requests == {}
 
 
-@pytest.mark.parametrize(("context", "expected"), [(1024, 29.22), (2048, 24.34)])
-def test_dense_perplexity_is_that_of_transformers(context, expected, smollm2_engine, wiki_test):
-    """Reference: Transformers, float32, the first 8,192 tokens in windows without overlap."""
-    tokens = smollm2_engine.get_tokenizer()(wiki_test[:100_000]).input_ids[:8192]
-    windows = [tokens[i : i + context] for i in range(0, 8192, context)]
+def test_dense_perplexity_is_that_of_transformers(smollm2_engine, wiki_windows, wiki_losses):
+    """In long windows, chunk by chunk, against one pass."""
+    _, windows = wiki_windows
     outputs = generate(
         smollm2_engine, windows, {"kv_policy": "dense"}, max_tokens=1, prompt_logprobs=0
     )
-    nll = [
-        -output.prompt_logprobs[i][window[i]].logprob
-        for window, output in zip(windows, outputs, strict=True)
-        for i in range(1, context)
-    ]
-    assert math.exp(sum(nll) / len(nll)) == pytest.approx(expected, rel=0.01)
+    for window, output, loss in zip(windows, outputs, wiki_losses, strict=True):
+        log_probs = [output.prompt_logprobs[i][window[i]].logprob for i in range(1, len(window))]
+        assert -sum(log_probs) / len(log_probs) == pytest.approx(loss, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
-from harness.cli import main as cli
-
 METRICS = """vllm:num_preemptions_total{engine="0"} %d
 vllm:num_requests_running{engine="0"} 2.0
 vllm:num_requests_waiting{engine="0"} 0.0
@@ -167,6 +165,8 @@ def running(mode="good", after=0, **options):
 
 def load(address, folder, *arguments, requests=6):
     """``kv-eviction load`` on a stub: exit status, and the record if there is one."""
+    from harness.cli import main as cli  # not in a stub's own process: it takes a second to import
+
     output = folder / "record.json"
     status = cli(
         ["load", "--base-url", address, "--output", str(output), "--num-requests", str(requests),

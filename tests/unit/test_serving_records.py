@@ -97,6 +97,7 @@ def test_a_copy_of_a_study_gives_the_same_report(copy):
     assert {"report.html", "aggregated_results.json"} <= {path.name for path in copy.iterdir()}
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_first_report_takes_the_name_of_its_folder(copy):
     (copy / "report.md").unlink()
     assert main(["report", str(copy)]) == 0
@@ -104,6 +105,7 @@ def test_the_first_report_takes_the_name_of_its_folder(copy):
 
 
 @pytest.mark.parametrize("content", ["", '{"run": {"method": "cab", "spar', "[1, 2]", "{}", "\0"])
+@pytest.mark.usefixtures("blank_figures")
 def test_a_record_that_cannot_be_read_is_left_out_and_named(content, copy, capsys):
     # The first by name, which used to decide what the folder holds.
     (copy / "cab_s0.9_rate1_seed0.json").write_text(content)
@@ -118,6 +120,7 @@ def test_a_record_that_cannot_be_read_is_left_out_and_named(content, copy, capsy
 
 
 @pytest.mark.parametrize("name", ["study.json", "aggregated_results.json", "report.md"])
+@pytest.mark.usefixtures("blank_figures")
 def test_files_that_follow_from_others_may_be_broken(name, copy):
     (copy / name).write_bytes(b"\xff{")
     assert main(["report", str(copy)]) == 0
@@ -130,6 +133,7 @@ def test_a_folder_without_a_readable_record(copy, capsys):
     assert f"{copy} holds no complete serving record" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_report_on_a_server_without_metrics(copy):
     for path in copy.glob("*_seed*.json"):
         record = json.loads(path.read_text())

@@ -38,7 +38,7 @@ STUDY = {
 
 
 @pytest.fixture
-def stub_servers(monkeypatch, tmp_path):
+def rendering_stub_servers(monkeypatch, tmp_path):
     """Let sweeps start stubs: ``modes`` by method."""
     modes = {}
     (tmp_path / "model").mkdir()
@@ -49,6 +49,11 @@ def stub_servers(monkeypatch, tmp_path):
 
     monkeypatch.setattr(sweep, "server_command", command)
     return modes
+
+
+@pytest.fixture
+def stub_servers(rendering_stub_servers, blank_figures):
+    return rendering_stub_servers
 
 
 def study(tmp_path, **changes):
@@ -71,7 +76,7 @@ def children():
     return psutil.Process().children(recursive=True)
 
 
-def test_a_sweep_reports_and_resumes(stub_servers, tmp_path, capsys):
+def test_a_sweep_reports_and_resumes(rendering_stub_servers, tmp_path, capsys):
     assert main(study(tmp_path)) == 0
     found = records(tmp_path)
     assert set(found) == {

@@ -60,6 +60,7 @@ def untimed(folder):
     return said, (folder / "significance_tests.json").read_text(), figures
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_failed_run_is_recorded_and_the_sweep_goes_on(engines, settings, tmp_path):
     engines.at_run = {2: RuntimeError("out of memory"), 4: UnfaithfulRun("took 9 steps")}
     sweep = run(settings, tmp_path / "e")
@@ -77,6 +78,7 @@ def test_a_failed_run_is_recorded_and_the_sweep_goes_on(engines, settings, tmp_p
     assert not list((tmp_path / "e" / "failed").glob("*.json")), "mended by the second attempt"
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_an_engine_that_does_not_start_fails_its_runs_only(engines, settings, tmp_path):
     starts = engines.running
 
@@ -135,6 +137,7 @@ def test_more_methods_and_seeds_may_be_added(engines, settings, tmp_path):
     assert (sweep.session.runs_skipped, sweep.session.runs_done) == (4, NUM_RUNS - 4)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_command_reports_and_returns_what_happened(engines, settings, tmp_path, capsys):
     study = tmp_path / "study.yaml"
     varied = {**settings, "num_runs": 1, "vary": {"sink_blocks": [0, 1]}}
@@ -160,6 +163,7 @@ def test_the_command_reports_and_returns_what_happened(engines, settings, tmp_pa
     assert (folder / "sink-blocks=1" / "significance_tests.json").read_text() == before
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_results_have_the_documented_metrics(engines, settings, tmp_path):
     run(settings, tmp_path / "e")
     report_experiment(tmp_path / "e")
