@@ -27,7 +27,7 @@ from .policies import (
 SCORES = ("default", "sum", "mean", "decay")
 BLOCK, TOKEN = GRANULARITIES = ("block", "token")
 DEFAULT_SCORES = {BLOCK: "sum", TOKEN: "mean"}
-"""By measurement (results/granularity): what ``score="default"`` means at each granularity."""
+"""What ``score="default"`` means at each granularity."""
 REQUEST_KEYS = (
     "kv_policy", "kv_sparsity", "kv_budget_tokens", "kv_policy_args", "kv_granularity"
 )  # fmt: skip
@@ -121,9 +121,9 @@ class EvictionConfig:
     """So many first blocks of a sequence are never evicted, at block granularity."""
     sink_tokens: int = 4
     """So many first tokens of a sequence are never evicted, at token granularity."""
-    slack_tokens: int = 64
+    slack_tokens: int = 32
     """At token granularity a request is packed when it holds so many tokens, in whole blocks, more
-    than its budget. By measurement (results/granularity): up to 128 cost no quality."""
+    than its budget: on average it holds half of that more. Less slack means more packing."""
     min_blocks: int = 4
     """No relative budget is smaller than this."""
     score: str = "default"

@@ -8,6 +8,7 @@ Every case times FlashAttention on the same batch in the same process (CUDA even
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import Any
 
 from ..records.files import write_json
@@ -60,8 +61,10 @@ class Case:
         self.max_len, self.max_queries = max(lens), max(queries for queries, _ in rows)
         starts = torch.tensor([0] + [queries for queries, _ in rows]).cumsum(0)
         self.starts = starts.to(device="cuda", dtype=torch.int32)
-        self.flags = torch.full((len(rows),), 3, dtype=torch.int32, device="cuda")
+        self.flags = torch.full((len(rows),), 15, dtype=torch.int32, device="cuda")
         self.mass = torch.zeros(blocks + 1, dtype=torch.int64, device="cuda")
+        self.token_mass = torch.zeros(blocks + 1, kv_heads, block_size, device="cuda")
+        self.token_peak = torch.zeros_like(self.token_mass)
         self.version = get_flash_attn_version(head_size=self.head_size)
         self.lse = self.attend()
 
@@ -90,11 +93,13 @@ class Case:
             return_softmax_lse=True,
         )[1]
 
-    def score(self, **options: Any) -> None:
-        """The batch's block mass."""
+    def score(self, by_token: bool, **options: Any) -> None:
+        """The batch's attention mass, by block, or by token and head with the largest ever."""
+        from vllm_plugins.kernels.attention_mass import Queries
         from vllm_plugins.kernels.block_mass import add_block_mass
+        from vllm_plugins.kernels.token_mass import add_token_mass
 
-        add_block_mass(
+        queries = Queries(
             self.query,
             self.cache,
             self.lse,
@@ -102,13 +107,17 @@ class Case:
             self.lens,
             self.starts,
             self.flags,
-            self.mass,
-            rows=(0, len(self.rows)),
-            max_seq_len=self.max_len,
-            one_query=self.max_queries == 1,
-            scale=self.head_size**-0.5,
-            **options,
+            self.head_size**-0.5,
         )
+        options |= {
+            "rows": (0, len(self.rows)),
+            "max_seq_len": self.max_len,
+            "one_query": self.max_queries == 1,
+        }
+        if by_token:
+            add_token_mass(queries, self.token_mass, self.token_peak, **options)
+        else:
+            add_block_mass(queries, self.mass, **options)
 
 
 def median_ms(function: Any) -> float:
@@ -127,7 +136,7 @@ def copy_bandwidth() -> float:
 
 
 def tiles(decode: bool, sweep: bool) -> list[Any]:
-    from vllm_plugins.kernels.block_mass import Tile
+    from vllm_plugins.kernels.attention_mass import Tile
 
     if not sweep:
         return [None]
@@ -153,19 +162,21 @@ def main() -> None:
             case = Case(SHAPES[shape], rows, arguments.block_size)
             decode = name.startswith("decode")
             attention = median_ms(case.attend)
-            for window in (None,) if decode else (None, 32):
+            windows = (None,) if decode else (None, 32)
+            for by_token, window in itertools.product((False, True), windows):
                 best = None
                 for tile in tiles(decode, arguments.sweep):
                     for programs in (1024, 2048, 4096) if decode and arguments.sweep else (2048,):
                         options = {"tile": tile, "window": window, "programs": programs}
                         try:
-                            ms = median_ms(lambda o=options, c=case: c.score(**o))
+                            ms = median_ms(lambda o=options, c=case, t=by_token: c.score(t, **o))
                         except Exception as error:  # a tile too large for shared memory
                             print(f"  {tile}: {type(error).__name__}")
                             continue
                         entry = {
                             "shape": shape,
                             "batch": name,
+                            "scores": "tokens" if by_token else "blocks",
                             "block_size": arguments.block_size,
                             "window": window,
                             "tile": vars(tile) if tile else "default",
@@ -180,7 +191,7 @@ def main() -> None:
                             best = entry
                 assert best is not None
                 print(
-                    f"{shape:13} {name:20} window {window or 'all':>3}  "
+                    f"{shape:13} {name:20} {best['scores']} window {window or 'all':>3}  "
                     f"{best['ms'] * 1e3:8.1f} us  FlashAttention {attention * 1e3:8.1f} us  "
                     f"ratio {best['ms'] / attention:5.2f}  "
                     f"{100 * best['share_of_copy_bandwidth']:5.1f}% of copy  "

@@ -93,7 +93,7 @@ def _kernels(record: dict[str, Any]) -> str:
         decode = entry["batch"].startswith("decode")
         table.append(
             (
-                entry["batch"],
+                entry["batch"] + (", by token" if entry.get("scores") == "tokens" else ""),
                 "all" if entry["window"] is None else f"last {entry['window']}",
                 f"{entry['ms'] * 1e3:.0f}",
                 f"{entry['attention_ms'] * 1e3:.0f}",

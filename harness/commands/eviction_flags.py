@@ -6,12 +6,16 @@ import argparse
 import json
 from typing import Any
 
-from vllm_plugins.config import RENAMED, SCORES, check_renamed
+from vllm_plugins.config import GRANULARITIES, RENAMED, SCORES, check_renamed
 
 from ..errors import UsageError
 
 _COUNT = {"type": int, "metavar": "N"}
 _FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "granularity": (
+        "block: one set of blocks for all heads; token: every head keeps its own tokens",
+        {"choices": GRANULARITIES},
+    ),
     "layer_groups": ("groups of layers with victims of their own", {"type": int, "metavar": "G"}),
     "score": ("how attention mass adds up", {"choices": SCORES}),
     "score_half_life": ("for --score decay", {"type": int, "metavar": "TOKENS"}),
@@ -19,6 +23,8 @@ _FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "score_query_stride": ("during decode score every N-th query, N times", _COUNT),
     "score_layer_stride": ("score every N-th layer of a group", _COUNT),
     "sink_blocks": ("first blocks that are never evicted", _COUNT),
+    "sink_tokens": ("the same in tokens, with --granularity token", _COUNT),
+    "slack_tokens": ("tokens over budget at which heads are packed", _COUNT),
     "min_blocks": ("no relative budget is smaller", _COUNT),
 }
 

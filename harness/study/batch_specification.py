@@ -74,7 +74,7 @@ class Batch:
         for name in ("startup_timeout_s", "batch_timeout_s", "model_path"):
             del engine[name]
         return {
-            "method": asdict(run.method),
+            "method": run.method.to_dict(),
             "sparsity": run.budget.sparsity,
             "budget_tokens": run.budget.tokens,
             "seed": run.seed,

@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from vllm_plugins.config import EvictionConfig, RequestSettings, parse_sparsity
+from vllm_plugins.config import (
+    GRANULARITIES,
+    EvictionConfig,
+    RequestSettings,
+    parse_sparsity,
+)
 
 from ..errors import UsageError
 from ..records.specifications import DENSE, STOCK
@@ -20,7 +25,7 @@ _MAX_LENGTHENING = 64
 
 
 def method_for(value: Any) -> Method:
-    """A method as given: a policy's name, or ``{policy, name, args}``.
+    """A method as given: a policy's name, or ``{policy, name, args, granularity}``.
 
     Raises:
         UsageError: neither; or a name that no file can bear.
@@ -30,22 +35,29 @@ def method_for(value: Any) -> Method:
         return Method(value, value)
     if not isinstance(value, dict) or "policy" not in value:
         raise UsageError(f"a method is {value!r}; give a policy's name or {{policy, name, args}}")
-    unknown = set(value) - {"policy", "name", "args"}
+    unknown = set(value) - {"policy", "name", "args", "granularity"}
     if unknown:
-        raise UsageError(f"a method has {sorted(unknown)}; it takes policy, name and args")
+        raise UsageError(
+            f"a method has {sorted(unknown)}; it takes policy, name, args and granularity"
+        )
+    granularity = value.get("granularity")
+    if granularity not in (None, *GRANULARITIES):
+        raise UsageError(
+            f"granularity of a method is {granularity!r}; use one of: {', '.join(GRANULARITIES)}"
+        )
     args = value.get("args") or {}
     if not isinstance(args, dict):
         raise UsageError(f"args of a method are {args!r}; give a mapping of parameter to value")
     if args and value["policy"] == STOCK:
         raise UsageError("method stock is vLLM without the plugin and takes no args; drop them")
-    parts = "-".join(str(v) for v in args.values())
+    parts = "-".join(map(str, [*args.values(), *filter(None, [granularity])]))
     name = str(value.get("name") or (f"{value['policy']}-{parts}" if parts else value["policy"]))
     if len(name) > 100 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*(_[A-Za-z0-9.+-]+)*", name):
         raise UsageError(
             f"a method's name is {name!r:.60}; use letters, digits, '.', '+', '-' or '_', at most "
             "100 of them"
         )
-    return Method(name, value["policy"], args)
+    return Method(name, value["policy"], args, granularity)
 
 
 def levels_for(
@@ -106,6 +118,8 @@ def _evicts(settings: RequestSettings, engine: EngineSpecification) -> bool:
         processed = (length - 1) // engine.prefill_chunk * engine.prefill_chunk
         budgeted = length
     keep = settings.keep(budgeted, engine.block_size, engine.eviction["min_blocks"])
+    if settings.rule is not None:
+        keep += engine.eviction["slack_tokens"] // engine.block_size
     return processed // engine.block_size > keep
 
 

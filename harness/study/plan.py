@@ -21,9 +21,9 @@ from .run import Run
 from .settings import Study, short_name
 from .specification import EngineSpecification, Load, OfflineRun, Perplexity, Throughput
 
-_EVICTION = ("layer_groups", "score", "score_half_life", "score_queries", "score_query_stride",
-             "score_layer_stride", "sink_blocks",
-             "min_blocks", "policy_args")  # fmt: skip
+_EVICTION = ("granularity", "layer_groups", "score", "score_half_life", "score_queries",
+             "score_query_stride", "score_layer_stride", "sink_blocks", "sink_tokens",
+             "slack_tokens", "min_blocks", "policy_args")  # fmt: skip
 
 
 def comparisons(study: Study, folder: Path, device: str) -> list[Comparison]:
@@ -99,6 +99,13 @@ def _runs(
     eviction = EvictionConfig.parse(
         {"policy": "dense", **{name: getattr(study, name) for name in _EVICTION}}
     )
+    if not any(method.granularity for method, _ in levels):
+        # Records say what was measured, whatever the default is by then.
+        eviction = replace(
+            eviction,
+            score=eviction.score_at(eviction.granularity),
+            request_granularity="server",
+        )
     path = resolve_model(study.model)
     max_num_seqs = max(2, study.max_num_seqs)
     pool = study.kv_pool_windows or max_num_seqs

@@ -21,6 +21,13 @@ class Method:
     name: str
     policy: str
     args: dict[str, Any] = field(default_factory=dict)
+    granularity: str | None = None
+    """``block`` or ``token``; None: the engine's."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As records have it; a granularity only where the method names one."""
+        own = {} if self.granularity is None else {"granularity": self.granularity}
+        return {"name": self.name, "policy": self.policy, "args": self.args, **own}
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,8 @@ class Run(Generic[ResourceT, MeasurementT]):
         settings: dict[str, Any] = {"kv_policy": self.method.policy}
         if self.method.args:
             settings["kv_policy_args"] = self.method.args
+        if self.method.granularity is not None:
+            settings["kv_granularity"] = self.method.granularity
         if self.budget.tokens is not None:
             settings["kv_budget_tokens"] = self.budget.tokens
         elif self.method.policy != DENSE:

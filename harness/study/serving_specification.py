@@ -84,7 +84,7 @@ class HttpLoad:
         values = {
             "method": run.method.name,
             "policy": run.method.policy,
-            "args": run.method.args,
+            **{k: v for k, v in run.method.to_dict().items() if k in ("args", "granularity")},
             "sparsity": run.budget.sparsity,
             "budget_tokens": run.budget.tokens,
             "request_rate": self.rate,
@@ -131,10 +131,13 @@ def server_settings(run: ServingRun) -> Mapping[str, Any]:
     """Eviction settings of a run's server: one policy, and no request may ask for another."""
     eviction, policy = run.resource.eviction, run.method.policy
     args = {**eviction.get("policy_args", {}).get(policy, {}), **run.method.args}
+    if run.method.granularity is not None:
+        eviction = {**eviction, "granularity": run.method.granularity}
     budget = (
         {"sparsity": run.budget.sparsity}
         if run.budget.tokens is None
         else {"budget_tokens": run.budget.tokens}
     )
-    settings = {**eviction, "policy": policy, **budget, "request_policies": []}
+    fixed = {"request_policies": [], "request_granularity": "server"}
+    settings = {**eviction, "policy": policy, **budget, **fixed}
     return settings | ({"policy_args": {policy: args}} if args else {})

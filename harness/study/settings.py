@@ -53,6 +53,7 @@ class Study:
     load_runs: int | None = None
     load_requests: int | None = None
     load_output_tokens: int | None = None
+    granularity: str = _DEFAULTS.granularity
     layer_groups: int = _DEFAULTS.layer_groups
     score: str = _DEFAULTS.score
     score_half_life: int = _DEFAULTS.score_half_life
@@ -60,6 +61,8 @@ class Study:
     score_query_stride: int = ALL_SCORES["score_query_stride"]
     score_layer_stride: int = ALL_SCORES["score_layer_stride"]
     sink_blocks: int = _DEFAULTS.sink_blocks
+    sink_tokens: int = _DEFAULTS.sink_tokens
+    slack_tokens: int = _DEFAULTS.slack_tokens
     min_blocks: int = _DEFAULTS.min_blocks
     policy_args: dict[str, Any] = field(default_factory=dict)
     vary: dict[str, Any] = field(default_factory=dict)
@@ -130,6 +133,12 @@ class Study:
             "score_half_life": ("--score decay", self.score == "decay" or "score" in self.vary),
             "text_column": ("a --dataset of rows", any(map(has_rows, texts))),
         }
+        by_token = any("token" in str(m) for m in (self.granularity, *self.methods, self.vary))
+        for name in ("sink_tokens", "slack_tokens"):
+            needed[name] = ("--granularity token", by_token)
+        by_block = self.granularity == "block" or "granularity" in self.vary
+        for name in ("sink_blocks", "score_layer_stride"):
+            needed[name] = ("--granularity block", by_block)
         for name in ("load_runs", "load_requests", "load_output_tokens"):
             needed[name] = ("--throughput", self.throughput or "throughput" in self.vary)
         return [

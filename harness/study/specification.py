@@ -81,7 +81,7 @@ class _OfText:
         return {
             "dataset": self.text.dataset,
             "engine": engine,
-            "method": asdict(run.method),
+            "method": run.method.to_dict(),
             "text": text,
             "seed": run.seed,
             "sparsity": run.budget.sparsity,
