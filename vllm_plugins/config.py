@@ -122,8 +122,8 @@ class EvictionConfig:
     sink_tokens: int = 4
     """So many first tokens of a sequence are never evicted, at token granularity."""
     slack_tokens: int = 32
-    """At token granularity a request is packed when it holds so many tokens, in whole blocks, more
-    than its budget: on average it holds half of that more. Less slack means more packing."""
+    """At token granularity a request is packed when it holds so many tokens, rounded up to whole
+    blocks, more than its budget: on average half of that. Less slack means more packing."""
     min_blocks: int = 4
     """No relative budget is smaller than this."""
     score: str = "default"
@@ -225,17 +225,29 @@ class EvictionConfig:
         """What requests of this server may have."""
         return GRANULARITIES if self.request_granularity == "any" else (self.granularity,)
 
+    def slack(self, block_size: int) -> int:
+        """``slack_tokens`` in whole blocks."""
+        return -(-self.slack_tokens // block_size)
+
     def score_at(self, granularity: str) -> str:
         """``sum``, ``mean`` or ``decay``."""
         return DEFAULT_SCORES[granularity] if self.score == "default" else self.score
 
     def needs(self) -> frozenset[str]:
         """Everything that some request of this server may need."""
+        return self._needs
+
+    @cached_property
+    def _needs(self) -> frozenset[str]:
         names = policy_names() if self.request_policies == "any" else self.request_policies
         needs: frozenset[str] = frozenset()
         for granularity in self.granularities:
             for name in {*names, self.policy}:
                 args = _resolve(name, self.policy_args.get(name))
+                try:
+                    get_policy(name).require(granularity, args)
+                except PolicyParameterError:
+                    continue  # no request can have this policy so
                 needs |= get_policy(name).needed(args, granularity)
         if self.request_policies == "any":
             # A request may choose parameters (cab's bridge definition) that need more.
@@ -246,9 +258,28 @@ class EvictionConfig:
         return needs
 
     def check_budget(self, block_size: int) -> None:
-        """Refuse a server-wide ``budget_tokens`` that cannot hold the protected blocks."""
+        """Refuse a server-wide ``budget_tokens`` that cannot hold what is protected, and sinks that
+        no region of one block can hold."""
         if self.budget_tokens is not None:
-            _check_budget_tokens("budget_tokens", self.budget_tokens, self.sink_blocks, block_size)
+            self._check_budget("budget_tokens", self.budget_tokens, self.granularity, block_size)
+        if self.granularity == TOKEN:
+            self._check_sink_tokens(block_size)
+
+    def _check_budget(self, name: str, budget: int, granularity: str, block_size: int) -> None:
+        # A region of one block and a recent one, or the sinks and a recent one.
+        blocks = 2 if granularity == TOKEN else self.sink_blocks + 1
+        if budget < blocks * block_size:
+            raise EvictionConfigError(
+                f"{name} is {budget}, below the {blocks} blocks of {block_size} tokens that are "
+                f"protected (sinks and recent ones); give at least {blocks * block_size}"
+            )
+
+    def _check_sink_tokens(self, block_size: int) -> None:
+        if self.sink_tokens > block_size:
+            raise EvictionConfigError(
+                f"sink_tokens is {self.sink_tokens}, more than a block of {block_size} tokens can "
+                f"hold; give at most {block_size}"
+            )
 
     def request_settings(
         self, extra_args: Mapping[str, Any] | None, block_size: int
@@ -296,8 +327,13 @@ class EvictionConfig:
         overrides = _parse_policy_args(extra.get("kv_policy_args"))
         settings = self._settings(policy, sparsity, budget, overrides, granularity, "kv_")
         if settings.budget_tokens is not None:
-            _check_budget_tokens(
-                "kv_budget_tokens", settings.budget_tokens, self.sink_blocks, block_size
+            self._check_budget("kv_budget_tokens", settings.budget_tokens, granularity, block_size)
+        if granularity == TOKEN and settings.evicts:
+            self._check_sink_tokens(block_size)
+        if settings.needs - self.needs():
+            raise EvictionConfigError(
+                f"policy {policy} with {dict(settings.policy_args)} needs scores that this server "
+                'does not gather; start it with request_policies "any", or with these policy_args'
             )
         return settings
 
@@ -320,14 +356,22 @@ class EvictionConfig:
             raise EvictionConfigError("give sparsity or budget_tokens, not both")
         args = _resolve(policy, {**self.policy_args.get(policy, {}), **(overrides or {})})
         try:
-            _policy(policy).require(granularity, args)
+            _policy(policy).require(granularity, args, prefix)
         except PolicyParameterError as error:
             raise EvictionConfigError(str(error)) from None
+        needs_mean = granularity == TOKEN and self.score_at(TOKEN) == "mean" and evicting
+        if needs_mean and self.score_queries != "all":
+            raise EvictionConfigError(
+                "score mean divides by all queries at token granularity, and score_queries "
+                f'{self.score_queries} counts only some; give score_queries "all" or score "sum"'
+            )
         return RequestSettings(policy, sparsity, budget, args, granularity)
 
     def summary(self) -> str:
         """What an engine with these settings does, for its log."""
-        settings = self.request_settings(None, 1)
+        settings = self._settings(
+            self.policy, self.sparsity, self.budget_tokens, None, self.granularity, ""
+        )
         if not settings.evicts:
             return (
                 f"policy {self.policy} evicts nothing unless a request asks for it; "
@@ -338,9 +382,9 @@ class EvictionConfig:
             if self.budget_tokens is None
             else f"{self.budget_tokens:,} tokens"
         )
-        each = "tokens, by head" if self.granularity == TOKEN else "blocks, for all heads"
+        each = "tokens for every head" if self.granularity == TOKEN else "blocks for all heads"
         return (
-            f"policy {self.policy}, {budget}, chooses {each}; prefix caching is off, as blocks "
+            f"policy {self.policy}, {budget}, {each}; prefix caching is off, as blocks "
             "computed after an eviction cannot be shared"
         )
 
@@ -480,15 +524,6 @@ def _resolve(name: str, args: Any) -> dict[str, Any]:
         return policy.resolve(args)
     except PolicyParameterError as error:
         raise EvictionConfigError(str(error)) from None
-
-
-def _check_budget_tokens(name: str, budget: int, sink_blocks: int, block_size: int) -> None:
-    least = (sink_blocks + 1) * block_size
-    if budget < least:
-        raise EvictionConfigError(
-            f"{name} is {budget}, below the protected blocks ({sink_blocks} sink and one recent, "
-            f"of {block_size} tokens each); give at least {least}"
-        )
 
 
 def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:

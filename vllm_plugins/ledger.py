@@ -118,8 +118,8 @@ class Ledger:
         """The positions of the blocks that ``request_id`` loses now in ``group``, ascending.
 
         Only full blocks below ``num_processed_tokens`` (no step in flight reads them any more)
-        are considered, and only blocks whose last token the reported scores include, so that
-        a reused block cannot inherit its former owner's score.
+        are considered, and at block granularity only blocks whose last token the reported scores
+        include, so that a reused block cannot inherit its former owner's score.
         """
         state = self.requests.get(request_id)
         if state is None or not state.settings.evicts or state.request.is_finished():
@@ -130,7 +130,7 @@ class Ledger:
         live = state.groups[group]
         live.extend(min(num_processed_tokens // self.block_size, len(blocks)), blocks)
         keep = state.settings.keep(state.num_tokens, self.block_size, self.config.min_blocks)
-        slack = 0 if rule is None else self.config.slack_tokens // self.block_size
+        slack = 0 if rule is None else self.config.slack(self.block_size)
         if len(live.positions) <= keep + slack or "policy_error" in state.record:
             return []
         started = time.perf_counter()
@@ -138,7 +138,7 @@ class Ledger:
             if rule is None:
                 kept = self._select(state, group, live, keep)
             else:
-                kept = self._pack(state, rule, group, num_processed_tokens, live, keep)
+                kept = self._pack(state, rule, group, live, keep)
         except Exception as error:
             # A third party's policy must not take the engine down; the request goes on whole.
             state.record["policy_error"] = f"{type(error).__name__}: {error}"
@@ -189,7 +189,6 @@ class Ledger:
         state: RequestState,
         rule: TokenRule,
         group: int,
-        num_processed_tokens: int,
         live: LiveBlocks,
         keep: int,
     ) -> np.ndarray:
@@ -209,7 +208,8 @@ class Ledger:
                 block_ids=live.block_ids[:end].tolist(),
                 num_kept_blocks=region,
                 budget_blocks=keep,
-                num_tokens=num_processed_tokens,
+                # Steps in flight are done when the workers pack: their queries count.
+                num_tokens=state.request.num_computed_tokens,
                 seed=state.seed,
                 policy=state.settings.policy,
                 policy_args=state.settings.policy_args,
@@ -237,9 +237,9 @@ class Ledger:
     def pack_failed(self, request_id: str, reason: str) -> None:
         """A worker could not rank a request's tokens; it kept the most recent ones instead."""
         state = self.requests.get(request_id)
-        self.totals["policy_errors"] += 1
-        if state is not None:
-            state.record.setdefault("policy_error", reason)
+        if state is not None and "policy_error" not in state.record:
+            self.totals["policy_errors"] += 1
+            state.record["policy_error"] = reason
             self._log_once(f"policy {state.settings.policy} failed, nothing more evicted: {reason}")
 
     def release(self, request_id: str) -> None:

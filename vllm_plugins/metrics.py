@@ -16,7 +16,7 @@ COUNTERS = {
     "blocks_evicted": "KV blocks evicted and returned to the pool.",
     "decisions": "Eviction decisions taken (one request, one layer group).",
     "decision_seconds": "Seconds the scheduler spent deciding.",
-    "scoring_seconds": "Seconds workers spent on scores.",
+    "scoring_seconds": "Seconds workers spent on scores and packing (CPU only).",
     "refused_settings": "Requests whose own settings were wrong and replaced by the server's.",
     "policy_errors": "Requests whose policy failed, so that nothing more was evicted.",
 }

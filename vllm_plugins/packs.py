@@ -20,7 +20,7 @@ class Pack:
             recent window.
         num_kept_blocks: blocks of the region.
         budget_blocks: blocks the request may hold in all; shares of a rule are shares of it.
-        num_tokens: tokens of the request that are processed, evicted ones among them.
+        num_tokens: of the request, whose queries the scores include, evicted ones among them.
         seed: of the request's fixed random numbers.
         policy, policy_args: whose rule ranks the tokens.
 

@@ -14,6 +14,7 @@ class RequestLike(Protocol):
 
     request_id: str
     num_prompt_tokens: int
+    num_computed_tokens: int
 
     @property
     def num_tokens(self) -> int: ...
@@ -108,12 +109,14 @@ class RequestState:
     def final_record(self, block_size: int, min_blocks: int) -> dict[str, Any]:
         """The record of a request that ended (counts; blocks are a layer group's average).
 
-        Of a request that ended before its first eviction, the effective sparsity is 0.
+        Of a request that ended before its first eviction, or whose policy failed, the effective
+        sparsity is 0: its budget was not kept.
         """
         effective = self.settings.effective_sparsity(self.num_tokens, block_size, min_blocks)
+        kept_to = self.record["blocks_evicted"] and "policy_error" not in self.record
         return {
             **self.record,
-            "effective_sparsity": effective if self.record["blocks_evicted"] else 0.0,
+            "effective_sparsity": effective if kept_to else 0.0,
             "average_blocks": self.blocks_steps / self.steps if self.steps else 0.0,
             "num_steps": self.steps,
             "block_size": block_size,

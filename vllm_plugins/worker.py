@@ -110,14 +110,16 @@ class EvictionWorkerMixin(_Worker):
         """Of ``Packer``, whatever the platform."""
         state, ranks = self.eviction, self.vllm_config.parallel_config.tensor_parallel_size
         num_local = state.tokens.position.shape[2]
+        # With more ranks than KV heads several ranks hold the same one.
+        replicas = max(1, ranks // self.model_config.get_total_num_kv_heads())
         return {
             "kv_caches": state.kv_caches,
             "groups": state.layers_of,
             "tokens": state.tokens,
             "scoring": state.config.score_at(TOKEN),
             "sink_tokens": state.config.sink_tokens,
-            "first_head": get_tensor_model_parallel_rank() * num_local,
-            "num_heads": num_local * ranks,
+            "first_head": get_tensor_model_parallel_rank() // replicas * num_local,
+            "num_heads": num_local * ranks // replicas,
         }
 
     def pack(self, packs: Mapping[str, Sequence[Pack]]) -> None:

@@ -37,7 +37,7 @@ class _Request:
     num_preemptions = 0
 
     def __init__(self, num_tokens: int) -> None:
-        self.num_prompt_tokens = self.num_tokens = num_tokens
+        self.num_prompt_tokens = self.num_tokens = self.num_computed_tokens = num_tokens
 
     def is_finished(self) -> bool:
         return False

@@ -36,6 +36,8 @@ def add_parser(commands: Any) -> None:
         help="tokens per KV block, the unit of eviction [32]")  # fmt: skip
     parser.add_argument("--request-policies", nargs="*", default=None, metavar="POLICY",
         help="policies requests may ask for [any]")  # fmt: skip
+    parser.add_argument("--request-granularity", choices=("any", "server"), default=None,
+        help="server: no request may choose its granularity, which saves memory [any]")  # fmt: skip
     parser.add_argument("--score-chunk", type=int, default=None, metavar="TOKENS",
         help="compute prompts in chunks of so many tokens, one request at a time, so that prompt "
         "log-probs (prompt_logprobs, echo) measure eviction")  # fmt: skip
@@ -95,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = eviction_settings(arguments)
-    for name in ("policy", "sparsity", "budget_tokens", "request_policies"):
+    for name in ("policy", "sparsity", "budget_tokens", "request_policies", "request_granularity"):
         if getattr(arguments, name) is not None:
             settings[name] = getattr(arguments, name)
     return settings

@@ -119,7 +119,7 @@ def _evicts(settings: RequestSettings, engine: EngineSpecification) -> bool:
         budgeted = length
     keep = settings.keep(budgeted, engine.block_size, engine.eviction["min_blocks"])
     if settings.rule is not None:
-        keep += engine.eviction["slack_tokens"] // engine.block_size
+        keep += -(-engine.eviction["slack_tokens"] // engine.block_size)
     return processed // engine.block_size > keep
 
 

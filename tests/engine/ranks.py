@@ -23,6 +23,9 @@ REQUESTS = {
         "kv_policy_args": {"bridge_definition": "forman"},
     },
     "key_norm": {"kv_policy": "key_norm", "kv_sparsity": 0.7},
+    "h2o by token": {"kv_policy": "h2o", "kv_sparsity": 0.7, "kv_granularity": "token"},
+    "cab by token": {"kv_policy": "cab", "kv_sparsity": 0.7, "kv_granularity": "token"},
+    "random by token": {"kv_policy": "random", "kv_sparsity": 0.7, "kv_granularity": "token"},
 }
 
 
@@ -51,7 +54,9 @@ def _answer(output: Any) -> list[Any]:
     (answer,) = output.outputs
     tokens = list(answer.token_ids)
     log_probs = [entry[t].logprob for entry, t in zip(answer.logprobs, tokens, strict=True)]
-    return [record["trace"], tokens, log_probs]
+    # Which physical blocks were free differs by engine.
+    trace = [{k: v for k, v in entry.items() if k != "region"} for entry in record["trace"]]
+    return [trace, tokens, log_probs]
 
 
 if __name__ == "__main__":

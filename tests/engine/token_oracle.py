@@ -53,7 +53,7 @@ def run(
     half_life: float | None = None,
 ) -> Result:
     """Tokens come in chunks, from ``prompt`` on one by one; of these every ``every``-th is scored
-    and counts for all. ``keep`` and ``slack`` are blocks; see ``DESIGN`` of the plugin's README."""
+    and counts for all. ``keep`` and ``slack`` are blocks."""
     model.set_attn_implementation("eager")
     config = model.config
     num_layers, heads = config.num_hidden_layers, config.num_key_value_heads

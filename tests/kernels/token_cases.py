@@ -16,12 +16,14 @@ from vllm_plugins.policies import (
     TOKEN_MASS,
     TOKEN_PEAK,
     TOKENS,
+    Policy,
     TokenRule,
     by_peak,
     by_position,
     by_score,
     chance,
     get_policy,
+    registry,
 )
 
 from .cases import MIXED, make_batch
@@ -278,3 +280,39 @@ def check_choice(rankings, device="cpu", *, blocks=(9, 6, 3), tied=False, scorin
     assert torch.equal(made[0] * real, source * real)
     assert torch.equal(made[1] * real, target * real)
     assert int(number.sum()) > 0
+
+
+def check_isolation(device="cpu"):
+    """A ranking that fails for one request leaves its neighbour's pack as it would be alone."""
+
+    def fails_for_many_tokens(tokens, left):
+        if (tokens.num_tokens > 1000).any():
+            raise RuntimeError("out of ideas")
+        return tokens.mass
+
+    rule = TokenRule(recent=0.2, ranked=((fails_for_many_tokens, 1.0),), needs=ALL - {TOKENS})
+    policy = Policy(name="fails", tokens=lambda parameters: rule)
+    scores, caches = random_state(0, device)
+    for first, blocks in ((1, 6), (10, 8)):
+        positions = torch.arange(blocks * 16).expand(3, 2, -1)
+        write_tokens(scores, caches, list(range(first, first + blocks)), positions)
+    packs = {
+        "good": [Pack(0, list(range(1, 7)), 2, 3, 500, 1, "fails", {})],
+        "bad": [Pack(0, list(range(10, 18)), 2, 3, 2000, 1, "fails", {})],
+    }
+    mass = scores.mass[:, 1:7].transpose(1, 2).flatten(2).clone()
+    made = CUDAPacker(kv_caches=caches, groups=[list(caches)], tokens=scores, scoring="mean",
+                      sink_tokens=4)  # fmt: skip
+    registry._BUILT_IN["fails"] = policy
+    registry.get_policy.cache_clear()
+    try:
+        assert made.pack(packs) == {"bad": "RuntimeError: out of ideas"}
+    finally:
+        del registry._BUILT_IN["fails"]
+        registry.get_policy.cache_clear()
+    kept = scores.position[:, 1:3].transpose(1, 2).flatten(2).sort(-1).values
+    mass[..., :4] = float("inf")
+    expected = mass.topk(32, dim=-1).indices.sort(-1).values
+    assert torch.equal(kept.long(), expected)
+    recent = scores.position[:, 10:12].transpose(1, 2).flatten(2).sort(-1).values
+    assert recent[0, 0].tolist() == [0, 1, 2, 3, *range(100, 128)]

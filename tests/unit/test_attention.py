@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from vllm_plugins.attention.block_mass import block_mass
+from vllm_plugins.attention.block_mass import block_mass, probabilities
 from vllm_plugins.attention.compaction import compact
 from vllm_plugins.attention.state_cpu import CPUWorkerState
+from vllm_plugins.attention.token_mass import token_mass
 from vllm_plugins.config import EvictionConfig
 from vllm_plugins.messages import EvictionPlan, ScoreReport
 
@@ -105,7 +106,8 @@ def test_compaction_leaves_a_table_without_nulls_alone():
 
 def state(**settings):
     made = CPUWorkerState(EvictionConfig.parse(settings))
-    made.allocate(10, torch.device("cpu"))
+    made.set_layers({"layer.0": 0, "layer.1": 0})
+    made.register({name: torch.zeros(10, 2, BLOCK, 32) for name in made.group_of})
     return made
 
 
@@ -130,6 +132,27 @@ def test_mean_divides_by_the_queries_that_saw_the_block():
     report = worker.report()
     assert report.scores["attention"][3] == 1.5
     assert report.scores["attention"][4] == 0.0
+
+
+def test_token_mass_is_the_attention_of_each_head():
+    torch.manual_seed(0)
+    query, key = torch.randn(40, 4, 16), torch.randn(2, 48, 16)
+    mass, peak = token_mass(query, key, seq_len=45, scale=0.25, decay=0.9)
+    seen = torch.cat([p for _, _, p in probabilities(query, key, 45, 0.25, 0.0)], 2).double()
+    age = 0.9 ** torch.arange(39, -1, -1, dtype=torch.float64)
+    expected = (seen * age[:, None]).sum((1, 2)).float()
+    torch.testing.assert_close(mass, expected)
+    torch.testing.assert_close(peak.double(), seen.amax((1, 2)))
+    whole, _ = token_mass(query, key, seq_len=45, scale=0.25)
+    by_block = block_mass(query, key, seq_len=45, block_size=BLOCK, scale=0.25)
+    torch.testing.assert_close(whole.sum(0).view(-1, BLOCK).sum(-1), by_block)
+
+
+def test_scores_of_tokens_are_kept_only_where_a_request_may_need_them():
+    assert state().tokens.arrays().keys() == {"position", "mass", "peak"}
+    assert state(request_granularity="server").tokens.arrays() == {}
+    fixed = state(policy="streaming", granularity="token", request_policies=["random"])
+    assert fixed.tokens.arrays().keys() == {"position"}
 
 
 def test_reports_of_two_ranks_add_up():

@@ -264,7 +264,7 @@ def test_the_committed_studies_are_valid(monkeypatch):
     paths = sorted((ROOT / "scripts" / "studies" / "bench").glob("*.yaml"))
     studies = {path.stem: BenchStudy.read(path) for path in paths}
     assert set(studies) == {
-        "default", "headline", "layer_groups", "long", "overhead", "short", "tight"
+        "default", "granularity", "headline", "layer_groups", "long", "overhead", "short", "tight"
     }  # fmt: skip
     for study in studies.values():
         assert study.runs()[0].method.policy == "stock"

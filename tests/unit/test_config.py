@@ -168,10 +168,11 @@ def test_a_policy_that_was_chosen_to_evict_needs_a_budget():
 
 
 def test_the_engines_log_says_what_it_does():
-    assert (
-        "policy cab, sparsity 0.9; prefix caching is off"
-        in EvictionConfig.parse({"policy": "cab", "sparsity": 0.9}).summary()
-    )
+    cab = {"policy": "cab", "sparsity": 0.9}
+    told = EvictionConfig.parse(cab).summary()
+    assert "policy cab, sparsity 0.9, blocks for all heads; prefix caching is off" in told
+    told = EvictionConfig.parse({**cab, "granularity": "token"}).summary()
+    assert "policy cab, sparsity 0.9, tokens for every head; prefix caching is off" in told
     assert "policy h2o, 2,048 tokens" in EvictionConfig.parse({"budget_tokens": "2048"}).summary()
     assert "evicts nothing unless a request asks" in EvictionConfig().summary()
 
@@ -186,3 +187,77 @@ def test_a_servers_settings_travel_in_one_word():
     for other in ("", "MQ", "validate_params", "e30", word[:-4]):
         with pytest.raises(ValueError, match=r"."):
             decode(other)
+
+
+def test_a_request_may_choose_the_granularity():
+    server = EvictionConfig.parse({"policy": "cab", "sparsity": 0.5})
+    assert server.request_settings({}, 32).rule is None
+    settings = server.request_settings({"kv_granularity": "token"}, 32)
+    assert settings.needs == {"tokens", "token_mass", "token_peak"}
+    assert settings.rule.num_recent(10) == 3
+    fixed = EvictionConfig.parse({"request_granularity": "server", "granularity": "token"})
+    assert fixed.needs() == {"tokens", "token_mass", "token_peak"}
+    for extra, sentence in (
+        ({"kv_granularity": "head"}, "kv_granularity is 'head'; use one of: block, token"),
+        ({"kv_granularity": "block"}, "not offered by this server"),
+    ):
+        with pytest.raises(EvictionConfigError, match=sentence):
+            fixed.request_settings(extra, 32)
+
+
+def test_what_means_nothing_at_a_granularity_is_refused():
+    server = EvictionConfig.parse({"policy": "dense"})
+    for definition, granularity in (("forman", "token"), ("peak", "block"), ("mass", "block")):
+        extra = {
+            "kv_policy": "cab",
+            "kv_sparsity": 0.5,
+            "kv_policy_args": {"bridge_definition": definition},
+            "kv_granularity": granularity,
+        }
+        with pytest.raises(EvictionConfigError, match=f"not defined at {granularity} granularity"):
+            server.request_settings(extra, 32)
+
+
+def test_scores_have_a_default_at_each_granularity():
+    config = EvictionConfig()
+    assert (config.score_at("block"), config.score_at("token")) == ("sum", "mean")
+    assert EvictionConfig.parse({"score": "decay"}).score_at("token") == "decay"
+
+
+def test_a_parameter_that_one_granularity_lacks_does_not_stop_a_server():
+    forman = {"cab": {"bridge_definition": "forman"}}
+    server = EvictionConfig.parse({"policy": "cab", "sparsity": 0.5, "policy_args": forman})
+    assert "graph" in server.needs()
+    with pytest.raises(EvictionConfigError, match="not defined at token granularity"):
+        server.request_settings({"kv_granularity": "token"}, 32)
+
+
+def test_a_request_cannot_ask_for_scores_that_nobody_gathers():
+    mass = {"cab": {"bridge_definition": "mass"}}
+    server = EvictionConfig.parse({"policy": "cab", "sparsity": 0.5, "policy_args": mass,
+                                   "granularity": "token", "request_policies": ["cab"],
+                                   "request_granularity": "server"})  # fmt: skip
+    assert "token_peak" not in server.needs()
+    with pytest.raises(EvictionConfigError, match="does not gather"):
+        server.request_settings({"kv_policy_args": {"bridge_definition": "peak"}}, 32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"score_queries": 32}, "score mean divides by all queries"),
+        ({"sink_tokens": 200}, "more than a block of 32 tokens can hold"),
+        ({"budget_tokens": 32, "sparsity": 0.0}, "below the 2 blocks of 32"),
+    ],
+)
+def test_what_tokens_do_not_take_is_refused(settings, sentence):
+    with pytest.raises(EvictionConfigError, match=sentence):
+        EvictionConfig.parse(
+            {"policy": "h2o", "sparsity": 0.5, "granularity": "token", **settings}
+        ).check_budget(32)
+
+
+def test_slack_is_rounded_up_to_blocks():
+    config = EvictionConfig.parse({"slack_tokens": 33})
+    assert [config.slack(size) for size in (16, 32, 128)] == [3, 2, 1]
+    assert EvictionConfig.parse({"slack_tokens": 0}).slack(16) == 0

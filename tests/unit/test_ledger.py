@@ -17,6 +17,7 @@ class FakeRequest:
     request_id: str
     num_prompt_tokens: int
     num_tokens: int
+    num_computed_tokens: int = 0
     num_preemptions: int = 0
     finished: bool = False
 
@@ -233,3 +234,42 @@ def test_budget_never_shrinks_below_the_prompts_share(policy):
     bench = Bench({"kv_policy": policy, "kv_sparsity": 0.5}, num_tokens=80)
     bench.step(40, scores(range(20)))
     assert bench.decide(40) == []  # 10 blocks live, 10 may stay
+
+
+def test_a_pack_names_the_candidates_and_frees_what_lies_between():
+    token = {"kv_policy": "h2o", "kv_sparsity": 0.5, "kv_granularity": "token"}
+    bench = Bench(token, slack_tokens=4 * BLOCK)
+    assert bench.decide(56) == [], "14 blocks are four over the budget: within the slack"
+    bench.request.num_computed_tokens = 84  # a step is in flight; its queries will be scored
+    victims = bench.decide(80)
+    # 10 of 20 blocks stay: two recent ones, and a region of eight.
+    assert victims == list(range(8, 18))
+    (pack,) = bench.ledger.take_packs()["r"]
+    assert pack.block_ids == list(range(100, 118))
+    assert (pack.num_kept_blocks, pack.budget_blocks, pack.num_tokens) == (8, 10, 84)
+    assert bench.ledger.take_packs() == {}
+    assert bench.ledger.take_evictions() == {"r": {0: victims}}
+
+
+def test_a_pack_waits_for_no_score():
+    token = {"kv_policy": "cab", "kv_sparsity": 0.5, "kv_granularity": "token"}
+    assert len(Bench(token).decide(80)) == 10
+
+
+def test_a_preempted_requests_pack_is_dropped():
+    """Its blocks may be another's when the workers come to it."""
+    token = {"kv_policy": "h2o", "kv_sparsity": 0.5, "kv_granularity": "token"}
+    bench = Bench(token)
+    assert bench.decide(80)
+    bench.ledger.release("r")
+    assert bench.ledger.take_packs() == {}
+
+
+def test_a_ranking_that_failed_in_a_worker_ends_the_requests_evictions():
+    token = {"kv_policy": "h2o", "kv_sparsity": 0.5, "kv_granularity": "token"}
+    bench = Bench(token, num_tokens=120)
+    assert bench.decide(100)
+    bench.ledger.pack_failed("r", "RuntimeError: out of ideas")
+    assert bench.decide(120) == []
+    assert bench.ledger.finish("r")["policy_error"] == "RuntimeError: out of ideas"
+    assert bench.ledger.totals["policy_errors"] == 1

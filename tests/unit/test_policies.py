@@ -13,13 +13,16 @@ from vllm_plugins.policies import (
     GRAPH,
     Policy,
     PolicyParameterError,
+    TokenRule,
+    by_peak,
+    by_score,
     chance,
     check_kept,
     get_policy,
     keep_highest,
     policy_names,
 )
-from vllm_plugins.policies.cab import cab
+from vllm_plugins.policies.cab import by_median, cab
 from vllm_plugins.policies.forman import attention_graph, augmented_forman_curvature
 from vllm_plugins.policies.h2o import h2o
 from vllm_plugins.policies.key_norm import key_norm
@@ -244,3 +247,38 @@ def test_policies_and_statistics_import_neither_vllm_nor_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_token_rule_brings_the_needs_of_its_rankings():
+    assert TokenRule(recent=0.2, ranked=((by_score, 1.0),)).needs == {"token_mass"}
+    assert TokenRule(recent=0.2, ranked=((by_peak, 1.0),)).needs == {"token_mass", "token_peak"}
+    assert TokenRule(recent=0.2, ranked=((lambda tokens, left: left, 1.0),)).needs == set()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"ranked": ()},
+        {"ranked": ((by_score, 1.5),)},
+        {"ranked": ((by_score, float("nan")),)},
+        {"selection": "heads"},
+        {"needs": frozenset({"attention"})},
+    ],
+)
+def test_a_token_rule_that_is_none_is_refused(values):
+    values = {"recent": 0.2, "ranked": ((by_score, 1.0),), **values}
+    with pytest.raises(ValueError):  # noqa: PT011, the sentence reaches users through `require`
+        TokenRule(**values)
+    policy = Policy(name="odd", tokens=lambda parameters: TokenRule(**values))
+    with pytest.raises(PolicyParameterError, match="policy odd"):
+        policy.require("token", {})
+
+
+def test_bridges_by_median_are_closest_to_the_median_of_what_is_left():
+    class Tokens:
+        score = np.array([[[[9.0, 1.0, 4.0, 5.0, 8.0]]]])
+
+    left = np.array([[[[False, True, True, True, True]]]])
+    ranks = by_median(Tokens, left)[0, 0, 0]
+    assert ranks.argmax() == 3  # 5 is the upper median of 1, 4, 5 and 8
+    assert ranks[2] == -1.0

@@ -178,7 +178,7 @@ def test_a_lone_window_still_gets_an_engine_for_two(model):
         ({"vary": ["prefill_chunk"]}, "must be a mapping"),
         ({"methods": []}, "nothing to run"),
         ({"methods": [{"name": "x"}]}, "give a policy's name or"),
-        ({"methods": [{"policy": "cab", "arguments": {}}]}, "takes policy, name and args"),
+        ({"methods": [{"policy": "cab", "arguments": {}}]}, "name, args and granularity"),
         ({"methods": [{"policy": "cab", "name": "a/b"}]}, "use letters"),
         ({"methods": ["cab", {"policy": "cab", "name": "cab", "args": {"local": 0.3}}]},
          "same name"),

@@ -226,8 +226,8 @@ class EvictionImpl(CPUAttentionBackendImpl):
         metadata: EvictionMetadata,
     ) -> None:
         """Start the scores of the tokens just written, and add this step's attention to all."""
-        if metadata.slots is None:
-            return
+        if metadata.slots is None or layer.layer_name not in state.layer_places:
+            return  # a layer that reads another one's cache has no place of its own
         block_size = kv_cache.shape[2]
         place = state.layer_places[layer.layer_name]
         position, mass, peak = (

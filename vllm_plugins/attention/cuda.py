@@ -200,7 +200,7 @@ class EvictionImpl(FlashAttentionImpl):
         )
         if attn_metadata.block_scores and layer.layer_name in state.scored_layers:
             self._score_blocks(state, layer, queries, attn_metadata)
-        if attn_metadata.token_scores:
+        if attn_metadata.token_scores and layer.layer_name in state.layer_places:
             self._score_tokens(state, layer, queries, attn_metadata)
         return output
 
@@ -208,7 +208,8 @@ class EvictionImpl(FlashAttentionImpl):
     def _scores(state: CUDAWorkerState, layer: Any, metadata: EvictionMetadata) -> bool:
         """Whether the layer's attention is scored in this step."""
         blocks = metadata.block_scores and layer.layer_name in state.scored_layers
-        return blocks or metadata.token_scores
+        # A layer that reads another one's cache has no place of its own.
+        return blocks or (metadata.token_scores and layer.layer_name in state.layer_places)
 
     def _attend(
         self,

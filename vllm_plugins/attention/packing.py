@@ -15,7 +15,8 @@ from .token_choice import FALLBACK, Batch, TokenCandidates, choose, moves
 from .token_scores import TokenScores
 
 MOST_CANDIDATES = 1 << 22
-"""Tokens, times heads, that are ranked at once: bounds what ranking takes to about 300 MiB."""
+"""Tokens, times heads and layers, that are ranked at once, unless a single layer has more. Ranking
+takes some 70 bytes each, out of what the step's activations leave."""
 
 
 class Packer(ABC):
@@ -80,8 +81,15 @@ class Packer(ABC):
         """Pack requests; of those whose policy could not be followed, why."""
         failures: dict[str, str] = {}
         for requests, together in self._batches(packs):
-            if (failure := self._pack(together)) is not None:
-                failures |= dict.fromkeys(requests, failure)
+            if (failure := self._pack(together)) is None:
+                continue
+            if len(together) == 1:
+                failures[requests[0]] = failure
+                continue
+            # Nothing was moved. One request's trouble is not its neighbours'.
+            for request_id, pack in zip(requests, together, strict=True):
+                if (failure := self._pack([pack])) is not None:
+                    failures[request_id] = failure
         return failures
 
     def _batches(
@@ -108,12 +116,17 @@ class Packer(ABC):
                 yield [name for name, _ in taken], [pack for _, pack in taken]
 
     def _pack(self, packs: Sequence[Pack]) -> str | None:
+        """Pack; why the policy could not be followed, or None.
+
+        A single request is packed all the same, by ``FALLBACK``. Of several none is.
+        """
         group, policy = packs[0].group, get_policy(packs[0].policy)
         assert policy.tokens is not None  # ``Policy.require`` saw to it
         rule, failure = policy.tokens(packs[0].policy_args), None
         batch = Batch.of(packs, rule, self._block_size, self.sink_tokens, self._device)
         if self.pack_fused(rule, batch, group):
             return None
+        kept = []
         for layers in self._slices(rule, batch):
             candidates = TokenCandidates(
                 self.tokens.gather(batch.block_ids, layers),
@@ -124,13 +137,18 @@ class Packer(ABC):
                 partial(self.norms, group, layers, batch.block_ids),
             )
             try:
-                kept = choose(rule, candidates, batch, self.sink_tokens, self.checks)
+                chosen = choose(rule, candidates, batch, self.sink_tokens, self.checks)
             except Exception as error:
                 # A third party's ranking must not take the engine down.
                 failure = f"{type(error).__name__}: {error}"
-                rule, batch = FALLBACK, batch.of_one_ranking()
-                kept = choose(rule, candidates, batch, self.sink_tokens, self.checks)
-            source, target, count = moves(kept, batch.num_kept, batch.most_moves)
+                if len(packs) > 1:
+                    return failure
+                one = batch.of_one_ranking()
+                chosen = choose(FALLBACK, candidates, one, self.sink_tokens, self.checks)
+            kept.append((layers, chosen))
+        # Only now: whoever failed above has moved nothing.
+        for layers, chosen in kept:
+            source, target, count = moves(chosen, batch.num_kept, batch.most_moves)
             self.move(group, layers, batch.block_ids, source, target, count)
         return failure
 

@@ -16,11 +16,11 @@ from ..policies.token_rules import Ranking
 from .packing import Packer
 from .token_choice import Batch
 
-_FUSED: dict[Ranking, int] = {
-    by_mass: choose.MASS,
-    by_peak: choose.PEAK,
-    by_position: choose.POSITION,
-}
+_FUSED: tuple[tuple[Ranking, int], ...] = (
+    (by_mass, choose.MASS),
+    (by_peak, choose.PEAK),
+    (by_position, choose.POSITION),
+)
 
 
 class CUDAPacker(Packer):
@@ -33,10 +33,12 @@ class CUDAPacker(Packer):
         self._offsets = [cache_offsets(caches) for caches in self.caches]
 
     def pack_fused(self, rule: TokenRule, batch: Batch, group: int) -> bool:
-        by_kind = {**_FUSED, by_score: choose.MEAN if self.scoring == "mean" else choose.MASS}
-        known = [by_kind.get(ranking) for ranking, _ in rule.ranked]
-        rankings = tuple(kind for kind in known if kind is not None)
-        if rule.selection != "head" or len(rankings) < len(known) or len(known) > 2:
+        score = choose.MEAN if self.scoring == "mean" else choose.MASS
+        kinds = (*_FUSED, (by_score, score))
+        rankings = tuple(
+            kind for ranking, _ in rule.ranked for known, kind in kinds if known is ranking
+        )
+        if rule.selection != "head" or len(rankings) < len(rule.ranked) or len(rankings) > 2:
             return False
         layers = slice(0, len(self.tokens.position))
         moves = choose.choose_tokens(

@@ -147,9 +147,19 @@ class WorkerState(ABC):
         self.layer_places = {name: i for names in groups for i, name in enumerate(names)}
 
     def new_token_scores(self, kv_caches: Mapping[str, torch.Tensor]) -> TokenScores:
-        """Scores of single tokens for these caches; of no size where no request can use them."""
+        """Scores of single tokens for these caches; of no size where no request can use them.
+
+        Raises:
+            EvictionConfigError: the layers' caches differ.
+
+        """
         needs = self.server_needs & TOKEN_NEEDS
         cache = next(iter(kv_caches.values()))
+        if needs and len({(c.shape[1:], c.stride()) for c in kv_caches.values()}) > 1:
+            raise EvictionConfigError(
+                "the model's layers differ in KV heads or head size, which token granularity does "
+                'not know; start with granularity "block" and request_granularity "server"'
+            )
         return TokenScores(
             len(self.layers_of[0]) if needs else 0, tuple(cache.shape[:3]), needs, cache.device
         )

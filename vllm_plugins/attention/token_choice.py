@@ -101,6 +101,7 @@ class Batch:
     ) -> Batch:
         """``packs``, which follow ``rule``, in one copy to the device."""
         width = max(len(pack.block_ids) for pack in packs)
+        width += width % 2  # keeps the numbers behind it aligned: Triton compiles for that
         shares = [share for _, share in rule.ranked]
         rows = []
         for pack in packs:
@@ -123,7 +124,7 @@ class Batch:
             torch.stack(columns[4:]),
             columns[2],
             columns[3],
-            width * block_size,
+            max(len(p.block_ids) for p in packs) * block_size,
             max(len(p.block_ids) - p.num_kept_blocks for p in packs) * block_size,
         )
 

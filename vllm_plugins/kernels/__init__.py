@@ -1,8 +1,9 @@
 """Triton kernels of the CUDA backend. Their references in plain torch are
-``attention/compaction.py`` and ``attention/block_mass.py``, which the CPU backend runs.
+``attention/compaction.py``, ``block_mass.py``, ``token_mass.py`` and ``token_choice.py``, which the
+CPU backend runs.
 
-Scores are fixed-point integers on the GPU. Several programs add to the same block, in an order
-that changes from run to run; integer addition does not care, so the same batch gives the same
+Scores of blocks are fixed-point integers on the GPU. Several programs add to the same block, in an
+order that changes from run to run; integer addition does not care, so the same batch gives the same
 scores, and the same victims, every time. Floating-point atomics would not.
 """
 

@@ -94,7 +94,7 @@ def move_tokens(
     Args:
         kv_cache: of the first layer, ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
         offsets: of all layers' caches (``cache_offsets``).
-        block_ids: int32 ``[requests, blocks]``, candidates.
+        block_ids: int64 ``[requests, blocks]``, candidates.
         source, target: int32 ``[requests, layers, num_kv_heads, most moves]``, places among the
             candidates' slots.
         count: int32 ``[requests, layers, num_kv_heads]``, moves.

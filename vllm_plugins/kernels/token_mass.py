@@ -68,13 +68,14 @@ def _start_kernel(
         at = (block * (HEADS * BLOCK_SIZE) + slot % BLOCK_SIZE)[:, None] + head * BLOCK_SIZE
         position = (first_position + token)[:, None] + tl.zeros([N, HEADS_PADDED], tl.int32)
         zero = tl.zeros([N, HEADS_PADDED], tl.float32)
-        for layer in range(LAYERS):
-            there = at + layer * layer_stride
+        there = at
+        for _ in range(LAYERS):
             tl.store(position_ptr + there, position, mask=real)
             if MASS:
                 tl.store(mass_ptr + there, zero, mask=real)
             if PEAK:
                 tl.store(peak_ptr + there, zero, mask=real)
+            there += layer_stride
 
 
 def start_tokens(

@@ -89,8 +89,10 @@ class Policy:
         """False: no block of a request that follows the policy is ever evicted."""
         return self.select is not None or self.tokens is not None
 
-    def require(self, granularity: str, parameters: Mapping[str, Any]) -> None:
+    def require(self, granularity: str, parameters: Mapping[str, Any], prefix: str = "") -> None:
         """Check that the policy has a form at ``granularity``, and its parameters a meaning.
+
+        ``prefix``: of the settings' names where the user reads the sentence.
 
         Raises:
             PolicyParameterError: it has none.
@@ -102,10 +104,15 @@ class Policy:
             other = "block" if granularity == "token" else "token"
             raise PolicyParameterError(
                 f"policy {self.name} has no form at {granularity} granularity; "
-                f"give granularity {other}, or another policy"
+                f"give {prefix}granularity {other}, or another policy"
             )
         if self.check_granularity is not None:
             self.check_granularity(parameters, granularity)
+        if granularity == "token" and self.tokens is not None:
+            try:
+                self.tokens(parameters)
+            except ValueError as error:
+                raise PolicyParameterError(f"policy {self.name}: {error}") from None
 
     def needed(self, parameters: Mapping[str, Any], granularity: str = "block") -> frozenset[str]:
         """The inputs (see ``NEEDS``) that the policy wants under ``parameters``."""

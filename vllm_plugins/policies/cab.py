@@ -11,8 +11,6 @@ from .base import ATTENTION, GRAPH, Policy, PolicyParameterError, check_shares
 from .forman import attention_graph, augmented_forman_curvature
 from .select import keep_highest, middle, num_recent, top
 from .token_rules import (
-    TOKEN_MASS,
-    TOKEN_PEAK,
     Candidates,
     Ranking,
     TokenRule,
@@ -92,11 +90,9 @@ def cab_tokens(parameters: Mapping[str, Any]) -> TokenRule:
     definition = parameters["bridge_definition"]
     ranking = _TOKEN_BRIDGES[BRIDGES["token"][0] if definition == DEFAULT else definition]
     bridges = ((ranking, parameters["bridge"]),) if parameters["bridge"] > 0 else ()
-    needs = {TOKEN_MASS, TOKEN_PEAK} if bridges and ranking is by_peak else {TOKEN_MASS}
     return TokenRule(
         recent=parameters["local"],
         ranked=((by_score, parameters["importance"]), *bridges),
-        needs=frozenset(needs),
     )
 
 

@@ -9,10 +9,10 @@ _MASK = 0x7FFFFFFF
 
 
 def chance(positions: Any, seed: int, stream: Any = 0) -> Any:
-    """Numbers in [0, 1), the same whenever and wherever they are asked for.
+    """Numbers from 0 to 1, the same whenever and wherever they are asked for.
 
     A hash, not a generator: which tokens are left, and in what order they lie, changes nothing.
-    It stays within 62 bits, so that signed integers of both libraries agree.
+    Integers of both libraries agree; torch then rounds to float32.
 
     Args:
         positions: int64 array, at least 0.

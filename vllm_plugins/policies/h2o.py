@@ -9,7 +9,7 @@ import numpy as np
 
 from .base import ATTENTION, Policy, check_shares
 from .select import keep_highest, num_recent
-from .token_rules import TOKEN_MASS, TokenRule, by_score
+from .token_rules import TokenRule, by_score
 
 
 def h2o(
@@ -41,11 +41,7 @@ def h2o_tokens(parameters: Mapping[str, Any]) -> TokenRule:
 
     The paper splits the budget in halves; ``recent=0.5, heavy=0.5`` is that.
     """
-    return TokenRule(
-        recent=parameters["recent"],
-        ranked=((by_score, parameters["heavy"]),),
-        needs=frozenset({TOKEN_MASS}),
-    )
+    return TokenRule(recent=parameters["recent"], ranked=((by_score, parameters["heavy"]),))
 
 
 POLICY = Policy(

@@ -67,8 +67,12 @@ class TokenRule:
         ranked: (ranking, share of the budget), in order. A later entry gets its share, the first
             one all that is left of the budget; what the first has taken, later ones do not see.
             Sinks come out of the first one's part.
-        needs: of ``TOKEN_NEEDS``, what is gathered for the rankings.
-        selection: who keeps one set of tokens, of ``SELECTIONS``.
+        needs: of ``TOKEN_NEEDS``, what is gathered for the rankings. Those of this module bring
+            theirs along.
+        selection: who keeps one set of tokens, of ``SELECTIONS``; of a rank's own heads.
+
+    Raises:
+        ValueError: a share, need or selection that is none.
 
     """
 
@@ -76,6 +80,22 @@ class TokenRule:
     ranked: tuple[tuple[Ranking, float], ...]
     needs: frozenset[str] = field(default_factory=frozenset)
     selection: str = "head"
+
+    def __post_init__(self) -> None:
+        shares = [self.recent, *(share for _, share in self.ranked)]
+        if not self.ranked or not all(0.0 <= share <= 1.0 for share in shares):
+            raise ValueError("a token rule needs a ranking, and shares from 0 to 1")
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection is {self.selection!r}; use {', '.join(SELECTIONS)}")
+        own = {
+            need for ranking, _ in self.ranked for known, need in _OF_RANKINGS if known is ranking
+        }
+        needs = self.needs | own
+        if TOKEN_PEAK in needs:
+            needs |= {TOKEN_MASS}  # gathered in the same pass
+        if unknown := needs - TOKEN_NEEDS:
+            raise ValueError(f"unknown needs {sorted(unknown)}; known: {sorted(TOKEN_NEEDS)}")
+        object.__setattr__(self, "needs", frozenset(needs))
 
     def num_recent(self, keep: int) -> int:
         """Blocks of ``keep`` that are kept by position; one is left for the ranked tokens."""
@@ -110,3 +130,10 @@ def by_chance(tokens: Candidates, left: Any) -> Any:
 def by_key_norm(tokens: Candidates, left: Any) -> Any:
     """Norm of the value over norm of the key."""
     return tokens.key_norm
+
+
+_OF_RANKINGS: tuple[tuple[Ranking, str], ...] = (
+    (by_score, TOKEN_MASS),
+    (by_mass, TOKEN_MASS),
+    (by_peak, TOKEN_PEAK),
+)

@@ -16,7 +16,7 @@ from typing import Any
 from ..config import REQUEST_KEYS
 
 _XARGS = "vllm_xargs"
-_MARK = re.compile(rb"kv_|xargs|extra_body|sparsity|budget_tokens|\\u00", re.IGNORECASE)
+_MARK = re.compile(rb"kv_|xargs|extra_body|sparsity|budget_tokens|granularity|\\u00", re.IGNORECASE)
 """What a body with a misplaced setting holds: one of these, or a key written in escapes."""
 
 
