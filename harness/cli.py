@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vllm_plugins.config import EvictionConfigError
+from vllm_plugins.parsing import EvictionConfigError
 
 from .commands import bench, load, model, offline, report, serve, serve_sweep
 from .errors import UsageError

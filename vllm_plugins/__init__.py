@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .config import EvictionConfig, EvictionConfigError
+from .config import EvictionConfig
 from .engine_args import eviction_engine_args
+from .parsing import EvictionConfigError
 from .registration import register
 
 __all__ = ["EvictionConfig", "EvictionConfigError", "eviction_engine_args", "register"]

@@ -1,15 +1,24 @@
-"""Settings: parsed once, validated once, frozen. Neither vLLM nor torch is imported here."""
+"""Settings of a server: parsed once, validated once, frozen. No vLLM, no torch."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+from .parsing import (
+    EvictionConfigError,
+    check_choice,
+    check_renamed,
+    parse_int,
+    parse_policy_args,
+    parse_score_queries,
+    parse_sparsity,
+    policy_named,
+    resolve_args,
+    suggestion,
+)
 from .policies import (
     ATTENTION,
     GRAPH,
@@ -17,83 +26,16 @@ from .policies import (
     TOKEN_MASS,
     TOKEN_PEAK,
     TOKENS,
-    Policy,
     PolicyParameterError,
-    TokenRule,
     get_policy,
     policy_names,
 )
+from .request_keys import check_request_keys
+from .request_settings import BLOCK, GRANULARITIES, TOKEN, RequestSettings
 
 SCORES = ("default", "sum", "mean", "decay")
-BLOCK, TOKEN = GRANULARITIES = ("block", "token")
 DEFAULT_SCORES = {BLOCK: "sum", TOKEN: "mean"}
 """What ``score="default"`` means at each granularity."""
-REQUEST_KEYS = (
-    "kv_policy", "kv_sparsity", "kv_budget_tokens", "kv_policy_args", "kv_granularity"
-)  # fmt: skip
-_VLLM_KEYS = ("kv_transfer_params", "kv_cache_report_mode")
-"""Of ``extra_args``; vLLM's own."""
-RENAMED = {"score_every": "score_query_stride", "score_layers": "score_layer_stride"}
-"""Server settings under their former names, as records of that time have them."""
-
-
-class EvictionConfigError(ValueError):
-    """A setting is wrong; the message is one sentence that says what to change."""
-
-
-@dataclass(frozen=True)
-class RequestSettings:
-    """What one request follows: a policy with its parameters, and a budget.
-
-    ``budget_tokens`` (absolute) replaces ``sparsity`` (relative) where it is given.
-    """
-
-    policy: str
-    sparsity: float
-    budget_tokens: int | None
-    policy_args: Mapping[str, Any]
-    granularity: str = BLOCK
-
-    @cached_property
-    def evicts(self) -> bool:
-        """False: no block of the request is ever evicted, and no score is gathered for it."""
-        return get_policy(self.policy).evicts and (
-            self.sparsity > 0 or self.budget_tokens is not None
-        )
-
-    @cached_property
-    def rule(self) -> TokenRule | None:
-        """How the budget is spent at token granularity; None at block granularity."""
-        policy = get_policy(self.policy)
-        if self.granularity != TOKEN or policy.tokens is None:
-            return None
-        return policy.tokens(self.policy_args)
-
-    @cached_property
-    def needs(self) -> frozenset[str]:
-        """The inputs gathered for this request; none where it never evicts."""
-        if not self.evicts:
-            return frozenset()
-        return get_policy(self.policy).needed(self.policy_args, self.granularity)
-
-    def keep(self, num_tokens: int, block_size: int, min_blocks: int) -> int:
-        """How many full blocks a sequence of ``num_tokens`` may hold."""
-        if self.budget_tokens is not None:
-            return self.budget_tokens // block_size
-        # The slack keeps 0.7 * 10 blocks at 3 where (1 - 0.7) * 10 is 3.0000000000000004.
-        blocks = math.ceil((1.0 - self.sparsity) * num_tokens / block_size - 1e-9)
-        return max(min_blocks, blocks)
-
-    def effective_sparsity(self, num_tokens: int, block_size: int, min_blocks: int) -> float:
-        """Share of a sequence of ``num_tokens`` that its budget really lets go.
-
-        Less than ``sparsity`` where ``min_blocks`` or whole blocks leave more, 0 where the
-        sequence fits into its budget.
-        """
-        if num_tokens < 1:
-            return 0.0
-        kept = self.keep(num_tokens, block_size, min_blocks) * block_size
-        return max(0.0, 1.0 - kept / num_tokens)
 
 
 @dataclass(frozen=True)
@@ -163,7 +105,7 @@ class EvictionConfig:
         for name in settings:
             if name not in known:
                 raise EvictionConfigError(
-                    f"unknown eviction setting {name!r}{_suggest(name, known)}"
+                    f"unknown eviction setting {name!r}{suggestion(name, known)}"
                 )
         values = dict(settings)
         if isinstance(values.get("request_policies"), list):
@@ -174,8 +116,8 @@ class EvictionConfig:
             sparsity=parse_sparsity("sparsity", config.sparsity),
             budget_tokens=None
             if config.budget_tokens is None
-            else _parse_int("budget_tokens", config.budget_tokens, 1),
-            score_queries=_parse_score_queries(config.score_queries),
+            else parse_int("budget_tokens", config.budget_tokens, 1),
+            score_queries=parse_score_queries(config.score_queries),
         )
         config._validate()
         return config
@@ -192,7 +134,7 @@ class EvictionConfig:
             ("layer_groups", 1),
             ("seed", 0),
         ):
-            _parse_int(name, getattr(self, name), least)
+            parse_int(name, getattr(self, name), least)
         for name in ("check_integrity", "trace_decisions"):
             if not isinstance(getattr(self, name), bool):
                 raise EvictionConfigError(f"{name} is {getattr(self, name)!r}; give true or false")
@@ -201,8 +143,8 @@ class EvictionConfig:
                 f"min_blocks is {self.min_blocks} but {self.sink_blocks} sink blocks and one "
                 f"recent block are protected; set min_blocks to at least {self.sink_blocks + 1}"
             )
-        _check_choice("granularity", self.granularity, GRANULARITIES)
-        _check_choice("request_granularity", self.request_granularity, ("any", "server"))
+        check_choice("granularity", self.granularity, GRANULARITIES)
+        check_choice("request_granularity", self.request_granularity, ("any", "server"))
         if self.score not in SCORES:
             raise EvictionConfigError(f"score is {self.score!r}; use one of: {', '.join(SCORES)}")
         if not isinstance(self.policy_args, Mapping):
@@ -215,9 +157,9 @@ class EvictionConfig:
                     f'request_policies is {self.request_policies!r}; give "any" or a list'
                 )
             for name in self.request_policies:
-                _policy(name)
+                policy_named(name)
         for name in self.policy_args:
-            _resolve(name, self.policy_args[name])
+            resolve_args(name, self.policy_args[name])
         self._settings(self.policy, self.sparsity, self.budget_tokens, None, self.granularity, "")
 
     @property
@@ -243,7 +185,7 @@ class EvictionConfig:
         needs: frozenset[str] = frozenset()
         for granularity in self.granularities:
             for name in {*names, self.policy}:
-                args = _resolve(name, self.policy_args.get(name))
+                args = resolve_args(name, self.policy_args.get(name))
                 try:
                     get_policy(name).require(granularity, args)
                 except PolicyParameterError:
@@ -296,9 +238,9 @@ class EvictionConfig:
 
         """
         extra = extra_args or {}
-        check_request_keys(extra)
+        check_request_keys(extra, [f.name for f in fields(self)])
         policy = extra.get("kv_policy", self.policy)
-        _policy(policy)
+        policy_named(policy)
         if (
             self.request_policies != "any"
             and policy != self.policy
@@ -314,17 +256,17 @@ class EvictionConfig:
         if "kv_sparsity" in extra:
             sparsity, budget = parse_sparsity("kv_sparsity", extra["kv_sparsity"]), None
         elif "kv_budget_tokens" in extra:
-            sparsity, budget = 0.0, _parse_int("kv_budget_tokens", extra["kv_budget_tokens"], 1)
+            sparsity, budget = 0.0, parse_int("kv_budget_tokens", extra["kv_budget_tokens"], 1)
         elif not get_policy(policy).evicts:
             sparsity, budget = 0.0, None
         granularity = extra.get("kv_granularity", self.granularity)
-        _check_choice("kv_granularity", granularity, GRANULARITIES)
+        check_choice("kv_granularity", granularity, GRANULARITIES)
         if granularity not in self.granularities:
             raise EvictionConfigError(
                 f"kv_granularity {granularity!r} is not offered by this server; drop it, or start "
                 "the server with request_granularity any"
             )
-        overrides = _parse_policy_args(extra.get("kv_policy_args"))
+        overrides = parse_policy_args(extra.get("kv_policy_args"))
         settings = self._settings(policy, sparsity, budget, overrides, granularity, "kv_")
         if settings.budget_tokens is not None:
             self._check_budget("kv_budget_tokens", settings.budget_tokens, granularity, block_size)
@@ -347,16 +289,16 @@ class EvictionConfig:
         prefix: str,
     ) -> RequestSettings:
         evicting = sparsity > 0 or budget is not None
-        if not _policy(policy).evicts and evicting:
+        if not policy_named(policy).evicts and evicting:
             raise EvictionConfigError(
                 f"policy {policy} never evicts, so {prefix}sparsity or {prefix}budget_tokens "
                 f"would do nothing; choose another policy or drop them"
             )
         if budget is not None and not prefix and sparsity > 0:
             raise EvictionConfigError("give sparsity or budget_tokens, not both")
-        args = _resolve(policy, {**self.policy_args.get(policy, {}), **(overrides or {})})
+        args = resolve_args(policy, {**self.policy_args.get(policy, {}), **(overrides or {})})
         try:
-            _policy(policy).require(granularity, args, prefix)
+            policy_named(policy).require(granularity, args, prefix)
         except PolicyParameterError as error:
             raise EvictionConfigError(str(error)) from None
         needs_mean = granularity == TOKEN and self.score_at(TOKEN) == "mean" and evicting
@@ -394,143 +336,3 @@ class EvictionConfig:
         if isinstance(values["request_policies"], tuple):
             values["request_policies"] = list(values["request_policies"])
         return values
-
-
-def check_renamed(names: Iterable[str]) -> None:
-    """Refuse a server setting under its former name.
-
-    Raises:
-        EvictionConfigError: the first such name, and what the setting is called.
-
-    """
-    for name in names:
-        if name in RENAMED:
-            raise EvictionConfigError(
-                f"{name} is now called {RENAMED[name]} ({_flag(RENAMED[name])}); "
-                "give it under that name"
-            )
-
-
-def check_request_keys(extra_args: Mapping[str, Any]) -> None:
-    """Refuse keys that look like a request's eviction settings but would be ignored.
-
-    Raises:
-        EvictionConfigError: a misspelt key, one without its ``kv_``, one of the server's, or ours
-            inside ``kv_transfer_params``.
-
-    """
-    server_settings = {f.name for f in fields(EvictionConfig)} | RENAMED.keys()
-    for name in extra_args:
-        if name in REQUEST_KEYS or name in _VLLM_KEYS:
-            continue
-        bare = str(name).lower().replace("-", "_").removeprefix("kv_")
-        close = f"kv_{bare}" in REQUEST_KEYS or difflib.get_close_matches(
-            str(name), REQUEST_KEYS, cutoff=0.85
-        )
-        if not close and bare in server_settings and ("_" in bare or bare != str(name)):
-            raise EvictionConfigError(
-                f"{name!r} is a setting of the server, not of a request; start the server with it "
-                f"({_flag(RENAMED.get(bare, bare))})"
-            )
-        if close or str(name).startswith("kv_"):
-            raise EvictionConfigError(
-                f"unknown request setting {name!r}{_suggest(f'kv_{bare}', REQUEST_KEYS)}"
-            )
-    inside = extra_args.get("kv_transfer_params")
-    if isinstance(inside, Mapping) and (lost := [key for key in REQUEST_KEYS if key in inside]):
-        raise EvictionConfigError(
-            f"{lost[0]} stands in kv_transfer_params, where nobody reads it; "
-            "put it into extra_args (vllm_xargs over HTTP)"
-        )
-
-
-def parse_sparsity(name: str, value: Any) -> float:
-    """``value`` as a sparsity.
-
-    Raises:
-        EvictionConfigError: not a number with 0 <= value < 1.
-
-    """
-    try:
-        sparsity = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
-        sparsity = math.nan
-    if not 0.0 <= sparsity < 1.0:
-        raise EvictionConfigError(
-            f"{name} is {_shown(value)}; give a number from 0 (evict nothing) to below 1"
-        )
-    return sparsity
-
-
-def _parse_int(name: str, value: Any, least: int) -> int:
-    if isinstance(value, str) and value.isdecimal():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise EvictionConfigError(
-            f"{name} is {_shown(value)}; give a whole number of at least {least}"
-        )
-    return value
-
-
-def _parse_score_queries(value: Any) -> str | int:
-    if value == "all":
-        return value
-    try:
-        return _parse_int("score_queries", value, 1)
-    except EvictionConfigError:
-        raise EvictionConfigError(
-            f'score_queries is {_shown(value)}; give "all" or how many of a chunk\'s last queries '
-            "count"
-        ) from None
-
-
-def _parse_policy_args(value: Any) -> Mapping[str, Any] | None:
-    """A mapping, or one as JSON text: ``vllm_xargs`` carries no mappings over HTTP."""
-    parsed = value
-    if isinstance(value, str):
-        try:
-            parsed = json.loads(value)
-        except (ValueError, RecursionError):  # not JSON; or brackets, thousands deep
-            parsed = value
-    if parsed is not None and not isinstance(parsed, Mapping):
-        raise EvictionConfigError(
-            f"kv_policy_args is {_shown(value)}; "
-            "give a mapping of parameter to value, or one as JSON"
-        )
-    return parsed
-
-
-def _flag(setting: str) -> str:
-    return "--" + setting.replace("_", "-")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def _policy(name: Any) -> Policy:
-    try:
-        return get_policy(name if isinstance(name, str) else repr(name))
-    except PolicyParameterError as error:
-        raise EvictionConfigError(str(error)) from None
-
-
-def _resolve(name: str, args: Any) -> dict[str, Any]:
-    policy = _policy(name)
-    if args is not None and not isinstance(args, Mapping):
-        raise EvictionConfigError(f"policy_args of {name} is {args!r}; give a mapping")
-    try:
-        return policy.resolve(args)
-    except PolicyParameterError as error:
-        raise EvictionConfigError(str(error)) from None
-
-
-def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise EvictionConfigError(f"{name} is {_shown(value)}; use one of: {', '.join(known)}")
-
-
-def _suggest(name: Any, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"

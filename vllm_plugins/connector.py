@@ -18,11 +18,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from .attention.state import worker_state
-from .config import EvictionConfig, EvictionConfigError
+from .config import EvictionConfig
 from .ledger import Ledger
 from .manager import EvictableManager
 from .messages import EvictionPlan, ScoreReport
 from .metrics import COUNTERS, LIVE_SHARE, REQUESTS, EvictionPromMetrics, EvictionStats
+from .parsing import EvictionConfigError
 from .platforms import check_settings
 from .refusals.engine import SENTENCES, check_engine
 from .siblings import Siblings

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .config import EvictionConfig, EvictionConfigError
+from .config import EvictionConfig
+from .parsing import EvictionConfigError
 from .platforms import platform
 from .policies import get_policy
 from .refusals.server_settings import encode

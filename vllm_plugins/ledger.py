@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import EvictionConfig, RequestSettings
+from .config import EvictionConfig
 from .live_blocks import BlockLike, LiveBlocks
 from .packs import Pack
 from .policies import (
@@ -30,6 +30,7 @@ from .policies import (
     check_kept,
     get_policy,
 )
+from .request_settings import RequestSettings
 from .request_state import RequestLike, RequestState
 
 logger = logging.getLogger("vllm.kv_eviction")

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .config import EvictionConfigError, RequestSettings
+from .parsing import EvictionConfigError
 from .policies import GRAPH, NEEDS
+from .request_settings import RequestSettings
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from .config import RequestSettings
 from .live_blocks import LiveBlocks
+from .request_settings import RequestSettings
 
 
 class RequestLike(Protocol):

@@ -16,8 +16,8 @@ from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from .config import EvictionConfigError
 from .manager import EvictableManager
+from .parsing import EvictionConfigError
 from .refusals.engine import check_layer_groups
 
 

@@ -19,12 +19,14 @@ from vllm.distributed.kv_transfer import (
 from .attention.packing import Packer
 from .attention.state import WorkerState, begin, end, worker_state
 from .attention.token_scores import bytes_per_token
-from .config import TOKEN, EvictionConfig, EvictionConfigError
+from .config import EvictionConfig
 from .messages import EvictionPlan
 from .packs import Pack
+from .parsing import EvictionConfigError
 from .policies import TOKEN_NEEDS
 from .refusals.engine import check_engine
 from .registration import CONNECTOR
+from .request_settings import TOKEN
 from .spec import evictable_specs
 
 if TYPE_CHECKING:

@@ -6,7 +6,9 @@ import argparse
 import json
 from typing import Any
 
-from vllm_plugins.config import GRANULARITIES, RENAMED, SCORES, check_renamed
+from vllm_plugins.config import SCORES
+from vllm_plugins.parsing import RENAMED, check_renamed
+from vllm_plugins.request_settings import GRANULARITIES
 
 from ..errors import UsageError
 

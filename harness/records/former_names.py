@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_plugins.config import RENAMED
+from vllm_plugins.parsing import RENAMED
 
 from .specifications import PERPLEXITY, THROUGHPUT, effective_sparsity, level
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 from typing import Any
 
-from vllm_plugins.config import RequestSettings
 from vllm_plugins.policies import policy_names
+from vllm_plugins.request_settings import RequestSettings
 
 DENSE = "dense"
 STOCK = "stock"

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_plugins.config import EvictionConfigError
+from vllm_plugins.parsing import EvictionConfigError
 from vllm_plugins.refusals.engine import SENTENCES, check_layer_groups
 
 from ..errors import UsageError

@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from vllm_plugins.config import EvictionConfig, EvictionConfigError, check_renamed
+from vllm_plugins.config import EvictionConfig
+from vllm_plugins.parsing import EvictionConfigError, check_renamed
 from vllm_plugins.refusals.engine import SENTENCES
 
 from ..errors import UsageError

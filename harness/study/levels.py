@@ -8,12 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from vllm_plugins.config import (
-    GRANULARITIES,
-    EvictionConfig,
-    RequestSettings,
-    parse_sparsity,
-)
+from vllm_plugins.config import EvictionConfig
+from vllm_plugins.parsing import parse_sparsity
+from vllm_plugins.request_settings import GRANULARITIES, RequestSettings
 
 from ..errors import UsageError
 from ..records.specifications import DENSE, STOCK

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from vllm_plugins.config import EvictionConfig, check_renamed
+from vllm_plugins.config import EvictionConfig
+from vllm_plugins.parsing import check_renamed
 
 from ..errors import UsageError
 from ..inputs.corpora import DEFAULT_DATASET, DOCUMENT_MODES, has_rows

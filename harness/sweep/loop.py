@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vllm_plugins.config import EvictionConfigError
+from vllm_plugins.parsing import EvictionConfigError
 
 from ..errors import UnwritableFile, UsageError
 from ..records.files import write_json

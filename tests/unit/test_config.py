@@ -4,9 +4,11 @@ import re
 
 import pytest
 
-from vllm_plugins.config import EvictionConfig, EvictionConfigError, RequestSettings
+from vllm_plugins.config import EvictionConfig
 from vllm_plugins.engine_args import check_has_budget
+from vllm_plugins.parsing import EvictionConfigError
 from vllm_plugins.refusals.server_settings import decode, encode
+from vllm_plugins.request_settings import RequestSettings
 
 BAD = [
     ({"policy": "h20"}, "unknown policy 'h20'"),

@@ -10,7 +10,8 @@ from harness.records.specifications import order
 from harness.study.plan import comparisons
 from harness.study.settings import Study, read_study
 from harness.study.specification import OfflineRun
-from vllm_plugins.config import EvictionConfig, EvictionConfigError
+from vllm_plugins.config import EvictionConfig
+from vllm_plugins.parsing import EvictionConfigError
 
 STUDIES = sorted((Path(__file__).resolve().parents[2] / "scripts" / "studies").glob("*.yaml"))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from vllm import _custom_ops as ops
 
-from ..config import EvictionConfigError
+from ..parsing import EvictionConfigError
 
 KEYS, VALUES = 0, 1
 

@@ -23,7 +23,6 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from ..config import BLOCK
 from ..kernels import NEEDED, TOKENS_NEEDED, TOKENS_SCORED
 from ..kernels.attention_mass import Queries
 from ..kernels.block_mass import add_block_mass
@@ -31,6 +30,7 @@ from ..kernels.block_scores import add_key_norms, age_blocks, start_blocks
 from ..kernels.compact import compact_block_table
 from ..kernels.token_mass import add_token_mass, start_tokens
 from ..policies import ATTENTION, KEY_NORM, TOKEN_MASS
+from ..request_settings import BLOCK
 from .state import attention_state, builder_state
 from .state_cuda import CUDAWorkerState
 

@@ -15,8 +15,9 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from ..config import EvictionConfig, EvictionConfigError
+from ..config import EvictionConfig
 from ..messages import EvictionPlan, ScoreReport
+from ..parsing import EvictionConfigError
 from ..platforms import platform
 from ..policies import BLOCK_SCORES, TOKEN_NEEDS
 from ..refusals.engine import SENTENCES, is_configured

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from ..config import BLOCK, EvictionConfig
+from ..config import EvictionConfig
 from ..messages import EvictionPlan, ScoreReport
 from ..policies import ATTENTION, GRAPH, KEY_NORM
+from ..request_settings import BLOCK
 from .state import WorkerState
 
 

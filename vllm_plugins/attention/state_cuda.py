@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..config import BLOCK, EvictionConfig
+from ..config import EvictionConfig
 from ..kernels import FRACTION_BITS, NEEDED, SCORED, TOKENS_NEEDED, TOKENS_SCORED
 from ..messages import EvictionPlan, ScoreReport
 from ..policies import ATTENTION, KEY_NORM, TOKEN_MASS, TOKENS
+from ..request_settings import BLOCK
 from .state import WorkerState
 
 COPIES = 4

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import EvictionConfig, EvictionConfigError
+from ..config import EvictionConfig
+from ..parsing import EvictionConfigError
 from ..platforms import check_settings, platform
 from ..registration import CONNECTOR
 

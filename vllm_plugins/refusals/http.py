@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config import REQUEST_KEYS
+from ..request_keys import REQUEST_KEYS
 
 _XARGS = "vllm_xargs"
 _MARK = re.compile(rb"kv_|xargs|extra_body|sparsity|budget_tokens|granularity|\\u00", re.IGNORECASE)
