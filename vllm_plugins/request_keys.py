@@ -8,9 +8,7 @@ from typing import Any
 
 from .parsing import RENAMED, EvictionConfigError, flag, suggestion
 
-REQUEST_KEYS = (
-    "kv_policy", "kv_sparsity", "kv_budget_tokens", "kv_policy_args", "kv_granularity"
-)  # fmt: skip
+REQUEST_KEYS = ("kv_policy", "kv_sparsity", "kv_budget_tokens", "kv_policy_args", "kv_granularity")
 _VLLM_KEYS = ("kv_transfer_params", "kv_cache_report_mode")
 """Of ``extra_args``; vLLM's own."""
 

@@ -61,14 +61,40 @@ def theirs(arguments: argparse.Namespace, target: Target, seed: int) -> dict[str
     """One run of ``vllm bench serve``."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, "-c", _BENCH, "--backend", "openai", "--base-url", target.base_url,
-            "--model", target.model, "--tokenizer", target.root, "--endpoint", "/v1/completions",
-            "--dataset-name", "random", "--random-input-len", str(arguments.input_length),
-            "--random-output-len", str(arguments.output_length), "--ignore-eos",
-            "--num-prompts", str(arguments.num_requests), "--seed", str(seed),
-            *_load_flags(arguments), "--temperature", "0", "--save-result", "--result-dir", folder,
-            "--result-filename", "result.json", "--disable-tqdm",
-        ]  # fmt: skip
+            sys.executable,
+            "-c",
+            _BENCH,
+            "--backend",
+            "openai",
+            "--base-url",
+            target.base_url,
+            "--model",
+            target.model,
+            "--tokenizer",
+            target.root,
+            "--endpoint",
+            "/v1/completions",
+            "--dataset-name",
+            "random",
+            "--random-input-len",
+            str(arguments.input_length),
+            "--random-output-len",
+            str(arguments.output_length),
+            "--ignore-eos",
+            "--num-prompts",
+            str(arguments.num_requests),
+            "--seed",
+            str(seed),
+            *_load_flags(arguments),
+            "--temperature",
+            "0",
+            "--save-result",
+            "--result-dir",
+            folder,
+            "--result-filename",
+            "result.json",
+            "--disable-tqdm",
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         result = read_json(Path(folder) / "result.json")
     assert result["completed"] == arguments.num_requests

@@ -86,9 +86,15 @@ def _percent(nats: float, interval: list[float]) -> str:
 def _kernels(record: dict[str, Any]) -> str:
     copy = record["copy_bandwidth_bytes_per_second"] / 1e12
     table: list[Row] = [
-        ("batch", "scored queries", "block mass us", "FlashAttention us", "ratio",
-         f"keys read at, of copy ({copy:.2f} TB/s)"),
-    ]  # fmt: skip
+        (
+            "batch",
+            "scored queries",
+            "block mass us",
+            "FlashAttention us",
+            "ratio",
+            f"keys read at, of copy ({copy:.2f} TB/s)",
+        ),
+    ]
     for entry in record["measured"]:
         decode = entry["batch"].startswith("decode")
         table.append(

@@ -45,8 +45,12 @@ def add_eviction_flags(parser: argparse.ArgumentParser, defaults: Any) -> None:
         parser.add_argument(
             _flag(name), nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
-    parser.add_argument("--policy-args", default=argparse.SUPPRESS, metavar="JSON",
-        help='parameters by policy, {"cab": {"bridge_definition": "forman"}}')  # fmt: skip
+    parser.add_argument(
+        "--policy-args",
+        default=argparse.SUPPRESS,
+        metavar="JSON",
+        help='parameters by policy, {"cab": {"bridge_definition": "forman"}}',
+    )
 
 
 def eviction_settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -33,11 +33,22 @@ def add_parser(commands: Any) -> None:
     add("--output", type=Path, required=True, metavar="FILE", help="the record")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--num-requests", type=int, metavar="N")
-    size.add_argument("--duration", dest="duration_s", type=float, metavar="S",
-        help="as many requests as the rate makes in so many seconds (open loops)")  # fmt: skip
+    size.add_argument(
+        "--duration",
+        dest="duration_s",
+        type=float,
+        metavar="S",
+        help="as many requests as the rate makes in so many seconds (open loops)",
+    )
     add("--seed", type=int, default=0, help="of times, prompts and lengths [%(default)s]")
-    add("--timeout", dest="timeout_s", type=float, default=_D.timeout_s, metavar="S",
-        help="a request may take so many seconds [%(default)g]")  # fmt: skip
+    add(
+        "--timeout",
+        dest="timeout_s",
+        type=float,
+        default=_D.timeout_s,
+        metavar="S",
+        help="a request may take so many seconds [%(default)g]",
+    )
     _add_times(parser.add_argument_group("when requests are sent"))
     _add_contents(parser.add_argument_group("what they ask for"))
     _add_measures(parser.add_argument_group("what is measured"))
@@ -46,58 +57,133 @@ def add_parser(commands: Any) -> None:
 
 def _add_times(group: Any) -> None:
     add = group.add_argument
-    add("--arrivals", choices=PROCESSES, default=_D.arrivals,
-        help="closed: --max-concurrency in flight; the others: open loops [poisson]")  # fmt: skip
+    add(
+        "--arrivals",
+        choices=PROCESSES,
+        default=_D.arrivals,
+        help="closed: --max-concurrency in flight; the others: open loops [poisson]",
+    )
     add("--request-rate", default="inf", metavar="R", help="per second; inf: all at once [inf]")
-    add("--burstiness", type=float, default=_D.burstiness, metavar="SHAPE",
-        help="of gamma arrivals: 1 is Poisson, less is burstier [%(default)g]")  # fmt: skip
+    add(
+        "--burstiness",
+        type=float,
+        default=_D.burstiness,
+        metavar="SHAPE",
+        help="of gamma arrivals: 1 is Poisson, less is burstier [%(default)g]",
+    )
     add("--ramp-to", type=float, default=None, metavar="R", help="end rate of --arrivals ramp")
     add("--max-concurrency", type=int, default=None, metavar="N", help="of a closed loop")
     add("--trace", default=None, metavar="FILE", help="Azure .csv or Mooncake .jsonl")
-    add("--time-scale", type=float, default=_D.time_scale, metavar="X",
-        help="replay a trace X times as fast [%(default)g]")  # fmt: skip
+    add(
+        "--time-scale",
+        type=float,
+        default=_D.time_scale,
+        metavar="X",
+        help="replay a trace X times as fast [%(default)g]",
+    )
 
 
 def _add_contents(group: Any) -> None:
     add = group.add_argument
-    add("--prompts", choices=PROMPTS, default=_D.prompts,
-        help="random tokens, a dataset's text, or the trace's lengths [%(default)s]")  # fmt: skip
+    add(
+        "--prompts",
+        choices=PROMPTS,
+        default=_D.prompts,
+        help="random tokens, a dataset's text, or the trace's lengths [%(default)s]",
+    )
     add("--dataset", default=_D.dataset, help="for --prompts text [%(default)s]")
-    add("--input-length", default=_D.input_length, metavar="LENGTH",
-        help="N, uniform:LOW:HIGH, normal:MEAN:STD, lognormal:MEDIAN:SIGMA [512]")  # fmt: skip
+    add(
+        "--input-length",
+        default=_D.input_length,
+        metavar="LENGTH",
+        help="N, uniform:LOW:HIGH, normal:MEAN:STD, lognormal:MEDIAN:SIGMA [512]",
+    )
     add("--output-length", default=_D.output_length, metavar="LENGTH", help="[%(default)s]")
-    add("--max-tokens", type=int, default=None, metavar="N",
-        help="leave out trace entries with more tokens [the server's max_model_len]")  # fmt: skip
-    add("--shared-prefix-length", type=int, default=0, metavar="N",
-        help="tokens that prompts of a group begin with [%(default)s]")  # fmt: skip
+    add(
+        "--max-tokens",
+        type=int,
+        default=None,
+        metavar="N",
+        help="leave out trace entries with more tokens [the server's max_model_len]",
+    )
+    add(
+        "--shared-prefix-length",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens that prompts of a group begin with [%(default)s]",
+    )
     add("--shared-prefix-groups", type=int, default=1, metavar="N", help="[%(default)s]")
     add("--kv-policy", default=None, help="eviction policy of every request [the server's]")
     add("--kv-sparsity", type=float, default=None, metavar="S")
     add("--kv-budget-tokens", type=int, default=None, metavar="TOKENS")
     add("--tokenizer", default=None, metavar="FOLDER", help="folder or hub id [the server's model]")
-    add("--vocab-size", type=int, default=None, metavar="N",
-        help="random tokens lie below it; no tokenizer is loaded then")  # fmt: skip
+    add(
+        "--vocab-size",
+        type=int,
+        default=None,
+        metavar="N",
+        help="random tokens lie below it; no tokenizer is loaded then",
+    )
 
 
 def _add_measures(group: Any) -> None:
     add = group.add_argument
-    add("--slo", nargs="+", default=[], metavar="NAME:MS",
-        help="objectives of a request, for goodput: time_to_first_token_ms:2000")  # fmt: skip
-    add("--warm-up", dest="warm_up_s", type=float, default=0.0, metavar="S",
-        help="first seconds that the steady figures leave out [0]")  # fmt: skip
-    add("--cool-down", dest="cool_down_s", type=float, default=0.0, metavar="S",
-        help="steady figures end so long before the last sending [0: at the end]")  # fmt: skip
-    add("--sample-interval", dest="sample_interval_s", type=float, default=1.0, metavar="S",
-        help="between samples of /metrics and memory [%(default)g]")  # fmt: skip
+    add(
+        "--slo",
+        nargs="+",
+        default=[],
+        metavar="NAME:MS",
+        help="objectives of a request, for goodput: time_to_first_token_ms:2000",
+    )
+    add(
+        "--warm-up",
+        dest="warm_up_s",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="first seconds that the steady figures leave out [0]",
+    )
+    add(
+        "--cool-down",
+        dest="cool_down_s",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="steady figures end so long before the last sending [0: at the end]",
+    )
+    add(
+        "--sample-interval",
+        dest="sample_interval_s",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="between samples of /metrics and memory [%(default)g]",
+    )
     add("--server-pid", type=int, default=None, help="of a local server: sample its memory")
-    add("--quality-share", type=float, default=_Q.share, metavar="SHARE",
-        help="of the requests that ask for prompt log-probs of known windows [0]")  # fmt: skip
+    add(
+        "--quality-share",
+        type=float,
+        default=_Q.share,
+        metavar="SHARE",
+        help="of the requests that ask for prompt log-probs of known windows [0]",
+    )
     add("--quality-dataset", default=DEFAULT_DATASET, help="[%(default)s]")
-    add("--quality-context-length", type=int, default=_Q.context_length, metavar="TOKENS",
-        help="per window [%(default)s]")  # fmt: skip
+    add(
+        "--quality-context-length",
+        type=int,
+        default=_Q.context_length,
+        metavar="TOKENS",
+        help="per window [%(default)s]",
+    )
     add("--quality-windows", type=int, default=_Q.num_windows, metavar="N", help="[%(default)s]")
-    add("--quality-chunk", type=int, default=_Q.chunk, metavar="TOKENS",
-        help="the server's --long-prefill-token-threshold [%(default)s]")  # fmt: skip
+    add(
+        "--quality-chunk",
+        type=int,
+        default=_Q.chunk,
+        metavar="TOKENS",
+        help="the server's --long-prefill-token-threshold [%(default)s]",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -132,8 +218,9 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(f"record: {output}")
     if outcome.stop_reason:
-        print(f"kv-eviction: ended early: {outcome.stop_reason}; the record is kept",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"kv-eviction: ended early: {outcome.stop_reason}; the record is kept", file=sys.stderr
+        )
     counts = outcome.record["counts"]
     if outcome.interrupted:
         return 130

@@ -47,31 +47,50 @@ def add_parser(commands: Any) -> None:
     add("--methods", f"of: {', '.join(policy_names())}", nargs="+", metavar="METHOD")
     add("--sparsity", "share of KV blocks evicted, 0 <= S < 1", nargs="+", metavar="S")
     add("--budget-tokens", "absolute budgets, instead of or beside sparsities", nargs="+", **tokens)
-    add("--dataset", "canterbury, wikitext, pg19, arxiv, text:FILE, jsonl:FILE, parquet:FILE, "
-        "or a name for `datasets`; several: a comparison each", nargs="+")  # fmt: skip
+    add(
+        "--dataset",
+        "canterbury, wikitext, pg19, arxiv, text:FILE, jsonl:FILE, parquet:FILE, "
+        "or a name for `datasets`; several: a comparison each",
+        nargs="+",
+    )
     add("--text-column", "column of the text, where it is not the usual one", metavar="NAME")
-    add("--document-mode", "join documents, or draw windows within whole ones",
-        choices=DOCUMENT_MODES)  # fmt: skip
+    add(
+        "--document-mode",
+        "join documents, or draw windows within whole ones",
+        choices=DOCUMENT_MODES,
+    )
     add("--context-length", "tokens per window", **tokens)
     add("--min-context", "first token of a window that is scored", **tokens)
     add("--num-samples", "windows per run", **count)
     add("--num-runs", "runs, on seeds 0, 1, ... [1]", **count)
     add("--seeds", "seeds of the runs", type=int, nargs="+", metavar="SEED")
-    add("--experiment-name", "folder of this experiment [the study's name, or the time]",
-        metavar="NAME")  # fmt: skip
+    add(
+        "--experiment-name",
+        "folder of this experiment [the study's name, or the time]",
+        metavar="NAME",
+    )
     add("--output-dir", "where it goes [runs]", type=Path, metavar="DIR")
     add("--redo", "measure again what other code or settings measured", action="store_true")
     add("--protocol", "prompts in chunks, or tokens forced one by one (CUDA)", choices=PROTOCOLS)
-    add("--prefill-chunk", "tokens a window advances between evictions; part of every result",
-        **tokens)  # fmt: skip
+    add(
+        "--prefill-chunk",
+        "tokens a window advances between evictions; part of every result",
+        **tokens,
+    )
     add("--block-size", "tokens per KV block", **tokens)
     add("--max-num-seqs", "requests the engine runs at a time", **count)
-    add("--kv-pool-windows", "whole windows the KV pool holds, and windows scored at a time "
-        "[max-num-seqs]", **count)  # fmt: skip
+    add(
+        "--kv-pool-windows",
+        "whole windows the KV pool holds, and windows scored at a time [max-num-seqs]",
+        **count,
+    )
     add("--enforce-eager", "no CUDA graphs [on CPU]", action=argparse.BooleanOptionalAction)
     add("--dtype", "of weights and KV cache [float32 on CPU, else auto]", choices=DTYPES)
-    add("--throughput", "measure throughput too, in a pass of its own",
-        action=argparse.BooleanOptionalAction)  # fmt: skip
+    add(
+        "--throughput",
+        "measure throughput too, in a pass of its own",
+        action=argparse.BooleanOptionalAction,
+    )
     add("--load-runs", "runs of the throughput pass [num-runs]", **count)
     add("--load-requests", "requests of the throughput pass [2 * max-num-seqs]", **count)
     add("--load-output-tokens", "output tokens of each [an eighth of the context]", **tokens)

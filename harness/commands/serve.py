@@ -28,21 +28,50 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=f"folder, hub id, or {DEFAULT_MODEL}")
     parser.add_argument("--policy", default=None, help=f"of: {', '.join(policy_names())} [h2o]")
-    parser.add_argument("--sparsity", default=None, metavar="S",
-        help="share of KV blocks evicted, 0 <= S < 1; 0 if requests bring their own")  # fmt: skip
-    parser.add_argument("--budget-tokens", type=int, default=None, metavar="TOKENS",
-        help="absolute budget instead of --sparsity")  # fmt: skip
-    parser.add_argument("--block-size", type=int, default=32, metavar="TOKENS",
-        help="tokens per KV block, the unit of eviction [32]")  # fmt: skip
-    parser.add_argument("--request-policies", nargs="*", default=None, metavar="POLICY",
-        help="policies requests may ask for [any]")  # fmt: skip
-    parser.add_argument("--request-granularity", choices=("any", "server"), default=None,
-        help="server: no request may choose its granularity, which saves memory [any]")  # fmt: skip
-    parser.add_argument("--score-chunk", type=int, default=None, metavar="TOKENS",
+    parser.add_argument(
+        "--sparsity",
+        default=None,
+        metavar="S",
+        help="share of KV blocks evicted, 0 <= S < 1; 0 if requests bring their own",
+    )
+    parser.add_argument(
+        "--budget-tokens",
+        type=int,
+        default=None,
+        metavar="TOKENS",
+        help="absolute budget instead of --sparsity",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        default=32,
+        metavar="TOKENS",
+        help="tokens per KV block, the unit of eviction [32]",
+    )
+    parser.add_argument(
+        "--request-policies",
+        nargs="*",
+        default=None,
+        metavar="POLICY",
+        help="policies requests may ask for [any]",
+    )
+    parser.add_argument(
+        "--request-granularity",
+        choices=("any", "server"),
+        default=None,
+        help="server: no request may choose its granularity, which saves memory [any]",
+    )
+    parser.add_argument(
+        "--score-chunk",
+        type=int,
+        default=None,
+        metavar="TOKENS",
         help="compute prompts in chunks of so many tokens, one request at a time, so that prompt "
-        "log-probs (prompt_logprobs, echo) measure eviction")  # fmt: skip
-    parser.add_argument("--print-command", action="store_true",
-        help="print the plain vllm serve command and stop")  # fmt: skip
+        "log-probs (prompt_logprobs, echo) measure eviction",
+    )
+    parser.add_argument(
+        "--print-command", action="store_true", help="print the plain vllm serve command and stop"
+    )
     add_eviction_flags(parser, EvictionConfig())
     parser.set_defaults(run=run)
     shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
@@ -150,8 +179,12 @@ def _score_flags(chunk: int, flags: Passthrough) -> list[str]:
     """
     if chunk < 1:
         raise UsageError(f"--score-chunk is {chunk}; give a number of tokens of at least 1")
-    for name in ("--max-num-batched-tokens", "--max-num-seqs", "--long-prefill-token-threshold",
-                 "--async-scheduling"):  # fmt: skip
+    for name in (
+        "--max-num-batched-tokens",
+        "--max-num-seqs",
+        "--long-prefill-token-threshold",
+        "--async-scheduling",
+    ):
         if name in flags:
             raise UsageError(f"--score-chunk sets {name} itself; drop one of the two")
     return ["--max-num-batched-tokens", str(chunk), "--max-num-seqs", "1", "--no-async-scheduling"]

@@ -20,10 +20,16 @@ _GOES_ON = "finished runs are kept, the same command resumes"
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     """The study's file, where its folder goes, and ``--redo``."""
     parser.add_argument("study", type=Path, metavar="STUDY.yaml")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs"), metavar="DIR",
-        help="the study's folder goes here, under its name or the file's [runs]")  # fmt: skip
-    parser.add_argument("--redo", action="store_true",
-        help="measure again what other code or settings measured")  # fmt: skip
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="the study's folder goes here, under its name or the file's [runs]",
+    )
+    parser.add_argument(
+        "--redo", action="store_true", help="measure again what other code or settings measured"
+    )
 
 
 def study_folder(arguments: argparse.Namespace, name: str | None) -> Path:

@@ -27,17 +27,24 @@ _FILES = ("text", *LOADERS)
 HUB = {
     # Rows of WikiText are lines that end with their own newline.
     "wikitext": HubDataset(
-        "Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text",
-        "b08601e04326c79dfdd32d625aee71d232d685c3", "",
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        "test",
+        "text",
+        "b08601e04326c79dfdd32d625aee71d232d685c3",
+        "",
     ),
     "pg19": HubDataset(
         "emozilla/pg19", None, "test", "text", "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8"
     ),
     "arxiv": HubDataset(
-        "ccdv/arxiv-summarization", "document", "test", "article",
+        "ccdv/arxiv-summarization",
+        "document",
+        "test",
+        "article",
         "240aaf1a969b3f8cd0ade6986bfad0cd730ee288",
     ),
-}  # fmt: skip
+}
 _ARTICLE = re.compile(r"(?m)^(?= = [^=\n][^\n]* = $)")
 
 

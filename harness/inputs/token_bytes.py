@@ -46,8 +46,9 @@ def _bytes_of(state: bytes) -> Callable[[str], bytes] | None:
         return _byte_level
     # What joins tokens (Fuse) or strips the text's edge (Strip) changes no token of a window.
     if "ByteFallback" in kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip"}:
-        replaced = [(s["pattern"].get("String"), s["content"]) for s in steps
-                    if s["type"] == "Replace"]  # fmt: skip
+        replaced = [
+            (s["pattern"].get("String"), s["content"]) for s in steps if s["type"] == "Replace"
+        ]
         if all(pattern for pattern, _ in replaced):
             return lambda token: _with_fallback(token, replaced)
     return None

@@ -56,9 +56,12 @@ def warm_up(engine: Engine, window: list[int]) -> None:
 
 
 def measure_perplexity(
-    run: OfflineRun, engine: Engine, windows: Sequence[Window],
-    sizes: Sequence[dict[str, int]], progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
+    run: OfflineRun,
+    engine: Engine,
+    windows: Sequence[Window],
+    sizes: Sequence[dict[str, int]],
+    progress: Progress,
+) -> dict[str, Any]:
     """Score a run's windows; ``sizes``: ``scored_text`` of each.
 
     Raises:

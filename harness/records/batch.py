@@ -11,10 +11,25 @@ from .specifications import BATCH, digest
 from .stored import check_sources
 
 BATCH_RECORDS = "*_seed*.json"
-_OF_A_RECORD = ("schema_version", "kind", "key", "method", "policy", "sparsity", "budget_tokens",
-                "effective_sparsity", "seed", "seconds", "output_tokens",
-                "output_tokens_per_second", "preemptions", "specification", "versions",
-                "hardware", "timestamp")  # fmt: skip
+_OF_A_RECORD = (
+    "schema_version",
+    "kind",
+    "key",
+    "method",
+    "policy",
+    "sparsity",
+    "budget_tokens",
+    "effective_sparsity",
+    "seed",
+    "seconds",
+    "output_tokens",
+    "output_tokens_per_second",
+    "preemptions",
+    "specification",
+    "versions",
+    "hardware",
+    "timestamp",
+)
 """What a report or a resumed study takes from it."""
 
 

@@ -11,9 +11,22 @@ from .former_names import load_in_todays_names
 
 SERVING_RECORDS = "*_seed*.json"
 _OF_A_RECORD = (
-    "kind", "run", "complete", "stop_reason", "specification", "counts", "failures", "warnings",
-    "summary", "quality", "memory", "samples", "schema_version", "versions", "hardware",
-)  # fmt: skip
+    "kind",
+    "run",
+    "complete",
+    "stop_reason",
+    "specification",
+    "counts",
+    "failures",
+    "warnings",
+    "summary",
+    "quality",
+    "memory",
+    "samples",
+    "schema_version",
+    "versions",
+    "hardware",
+)
 """What a report or a resumed study takes from it."""
 
 

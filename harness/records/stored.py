@@ -21,8 +21,16 @@ FAILED = "failed"
 """Folder of runs that failed."""
 PERPLEXITY_RECORDS, LOAD_RECORDS = "*_seed*.json", "*_load*.json"
 """What records of perplexity runs and of throughput runs are called."""
-_OF_A_RECORD = ("schema_version", "key", "method", "sparsity", "seed", "specification", "versions",
-                "hardware")  # fmt: skip
+_OF_A_RECORD = (
+    "schema_version",
+    "key",
+    "method",
+    "sparsity",
+    "seed",
+    "specification",
+    "versions",
+    "hardware",
+)
 
 
 def read_record(path: Path) -> dict[str, Any]:

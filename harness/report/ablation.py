@@ -75,12 +75,14 @@ def draw_ablation(points: list[Point], path: Path, caption: str, ordered: bool) 
             axes.errorbar(
                 [i + aside[entry["method"]] for i, _ in there],
                 [value["mean"] for _, value in there],
-                yerr=[[v["mean"] - v["min"] for _, v in there],
-                      [v["max"] - v["mean"] for _, v in there]],
+                yerr=[
+                    [v["mean"] - v["min"] for _, v in there],
+                    [v["max"] - v["mean"] for _, v in there],
+                ],
                 capsize=3,
                 label=entry["method"],
                 **looks[entry["method"]],
-            )  # fmt: skip
+            )
         names = [textwrap.fill(name, 16, break_long_words=False) for name, _ in points]
         axes.set_xticks(range(len(points)), names, fontsize=7)
         axes.set(title=level_title(wanted), xlim=(-0.4, len(points) - 0.6))

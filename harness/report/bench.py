@@ -82,15 +82,27 @@ def bench_rows(loads: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> 
 
     Columns that no row fills are left out.
     """
-    header = ("load", "method", "sparsity", "output tok/s", "of stock", "by seed",
-              "roofline allows", "reached", "of streaming", "preemptions",
-              "share of time on scores, by phase")  # fmt: skip
+    header = (
+        "load",
+        "method",
+        "sparsity",
+        "output tok/s",
+        "of stock",
+        "by seed",
+        "roofline allows",
+        "reached",
+        "of streaming",
+        "preemptions",
+        "share of time on scores, by phase",
+    )
     rows = [
-        (f"{load['num_requests']} x ({load['prompt_tokens']} + {load['output_tokens']})",
-         *_cells(entry))
+        (
+            f"{load['num_requests']} x ({load['prompt_tokens']} + {load['output_tokens']})",
+            *_cells(entry),
+        )
         for load, results in loads
         for entry in results.values()
-    ]  # fmt: skip
+    ]
     kept = [i for i in range(len(header)) if any(row[i] != "-" for row in rows)]
     return [tuple(row[i] for i in kept) for row in [header, *rows]]
 

@@ -66,9 +66,17 @@ def failures(folder: Path) -> list[dict[str, Any]]:
 def time_rows(sessions: list[dict[str, Any]]) -> list[Row]:
     """Header and rows: where each session's time went."""
     table: list[Row] = [
-        ("started (UTC)", "wall s", "engine starts", "engine start s", "measuring s", "harness s",
-         "overhead", "runs"),
-    ]  # fmt: skip
+        (
+            "started (UTC)",
+            "wall s",
+            "engine starts",
+            "engine start s",
+            "measuring s",
+            "harness s",
+            "overhead",
+            "runs",
+        ),
+    ]
     for session in sessions:
         table.append(
             (
@@ -86,10 +94,15 @@ def time_rows(sessions: list[dict[str, Any]]) -> list[Row]:
 
 
 def _page(
-    title: str, folder: Path, records: list[dict[str, Any]], loads: list[dict[str, Any]],
-    results: dict[str, Any], tests: dict[str, Any], figures: list[tuple[str, str]],
+    title: str,
+    folder: Path,
+    records: list[dict[str, Any]],
+    loads: list[dict[str, Any]],
+    results: dict[str, Any],
+    tests: dict[str, Any],
+    figures: list[tuple[str, str]],
     sessions: list[dict[str, Any]],
-) -> list[str | Figure]:  # fmt: skip
+) -> list[str | Figure]:
     first = records[0]
     seeds = sorted({record["seed"] for record in records})
     parts: list[str | Figure] = [

@@ -71,9 +71,15 @@ def expectation_rows(results: dict[str, Any], conditions: str) -> list[Row]:
 
     """
     table: list[Row] = [
-        ("method", "expected by the authors", "published", "their conditions", "measured here",
-         "conditions here"),
-    ]  # fmt: skip
+        (
+            "method",
+            "expected by the authors",
+            "published",
+            "their conditions",
+            "measured here",
+            "conditions here",
+        ),
+    ]
     dense = next((e for e in results.values() if e["method"] == "dense"), None)
     for claim in EXPECTATIONS:
         entries = [(k, e) for k, e in results.items() if e["method"] == claim.method]

@@ -65,10 +65,13 @@ def point_name(point: dict[str, Any]) -> str:
 
 
 def _overview(
-    folder: Path, name: str, points: list[dict[str, Any]],
-    reported: list[tuple[str, dict[str, Any]]], failed: list[str],
+    folder: Path,
+    name: str,
+    points: list[dict[str, Any]],
+    reported: list[tuple[str, dict[str, Any]]],
+    failed: list[str],
     sessions: list[dict[str, Any]],
-) -> None:  # fmt: skip
+) -> None:
     firsts = [read_records(folder / point["folder"])[0] for point in points]
     check_sources(folder, firsts)
     first = firsts[0]

@@ -16,9 +16,12 @@ _LEVELS = {False: "sparsity", True: "budget"}
 
 
 def draw(
-    folder: Path, results: dict[str, Any], tests: dict[str, Any], curves: dict[str, Any],
+    folder: Path,
+    results: dict[str, Any],
+    tests: dict[str, Any],
+    curves: dict[str, Any],
     caption: str,
-) -> list[tuple[str, str]]:  # fmt: skip
+) -> list[tuple[str, str]]:
     """Write every figure there is data for, as PNG and SVG.
 
     Returns:
@@ -36,11 +39,16 @@ def draw(
             "throughput",
             f"Output tokens per second against {levels} under the saturating load; bars from the "
             "lowest to the highest run.",
-            (lambda: against_level(
-                {k: e for k, e in results.items() if "throughput" in e},
-                lambda e: e["throughput"]["output_tokens_per_second"], "output tokens per second",
-                from_zero=True,
-            )) if any("throughput" in e for e in results.values()) else None,
+            (
+                lambda: against_level(
+                    {k: e for k, e in results.items() if "throughput" in e},
+                    lambda e: e["throughput"]["output_tokens_per_second"],
+                    "output tokens per second",
+                    from_zero=True,
+                )
+            )
+            if any("throughput" in e for e in results.values())
+            else None,
         ),
         (
             "memory",
@@ -52,7 +60,8 @@ def draw(
             "Loss by position, difference from dense on the same windows; bands: 95% over windows "
             "that share no token. Each panel has a scale of its own.",
             (lambda: _position(results, curves["nll_by_position"]))
-            if any("difference" in c for c in curves["nll_by_position"].values()) else None,
+            if any("difference" in c for c in curves["nll_by_position"].values())
+            else None,
         ),
         (
             "cache",
@@ -66,7 +75,7 @@ def draw(
             "5%).",
             (lambda: _forest(tests)) if any(_drawable(t) for t in tests.values()) else None,
         ),
-    ]  # fmt: skip
+    ]
     made = []
     for name, text, function in figures:
         if function is not None:
@@ -87,10 +96,17 @@ def _position(results: dict[str, Any], positions: dict[str, Any]) -> Any:
             if level(key, entry) != wanted:
                 continue
             look, curve = looks[entry["method"]], positions[key]
-            axes.plot(curve["queries"], curve["difference"], color=look["color"],
-                      ls=look["linestyle"], marker=look["marker"], ms=4, lw=1.2,
-                      markevery=max(1, len(curve["queries"]) // 8),
-                      label=entry["method"])  # fmt: skip
+            axes.plot(
+                curve["queries"],
+                curve["difference"],
+                color=look["color"],
+                ls=look["linestyle"],
+                marker=look["marker"],
+                ms=4,
+                lw=1.2,
+                markevery=max(1, len(curve["queries"]) // 8),
+                label=entry["method"],
+            )
             axes.fill_between(
                 curve["queries"], curve["low"], curve["high"], color=look["color"], alpha=0.12, lw=0
             )
@@ -116,9 +132,17 @@ def _cache(results: dict[str, Any], traces: dict[str, Any]) -> Any:
             if method != DENSE and level(key, results[key]) != wanted:
                 continue
             look = looks[method]
-            axes.plot(trace["tokens"], trace["blocks"], color=look["color"], ls=look["linestyle"],
-                      marker=look["marker"], ms=4, lw=width, label=method,
-                      markevery=max(1, len(trace["tokens"]) // 8))  # fmt: skip
+            axes.plot(
+                trace["tokens"],
+                trace["blocks"],
+                color=look["color"],
+                ls=look["linestyle"],
+                marker=look["marker"],
+                ms=4,
+                lw=width,
+                label=method,
+                markevery=max(1, len(trace["tokens"]) // 8),
+            )
             width = max(1.0, width - 0.5)  # what lies on top is thinner: nothing hides another
         axes.set(title=level_title(wanted) if wanted else "", xlabel="tokens processed")
         axes.grid(alpha=0.3)
@@ -148,12 +172,31 @@ def _forest(tests: dict[str, Any]) -> Any:
         p = result["paired_t_p_holm"]
         filled = p is not None and p < 0.05
         first = row == 0
-        axes.plot(result["interval_95_t"], [row, row], color="0.65", lw=7, solid_capstyle="butt",
-                  label="95% by windows" if first else None)  # fmt: skip
-        axes.plot(result["interval_95"], [row, row], color="black", lw=1, marker="|", ms=6,
-                  label="95% by seeds" if first else None)  # fmt: skip
-        axes.plot(result["mean_difference_nats"], row, "o", ms=4, mec="black",
-                  mfc="black" if filled else "white")  # fmt: skip
+        axes.plot(
+            result["interval_95_t"],
+            [row, row],
+            color="0.65",
+            lw=7,
+            solid_capstyle="butt",
+            label="95% by windows" if first else None,
+        )
+        axes.plot(
+            result["interval_95"],
+            [row, row],
+            color="black",
+            lw=1,
+            marker="|",
+            ms=6,
+            label="95% by seeds" if first else None,
+        )
+        axes.plot(
+            result["mean_difference_nats"],
+            row,
+            "o",
+            ms=4,
+            mec="black",
+            mfc="black" if filled else "white",
+        )
         if row and name != drawn[row - 1][1]:
             axes.axhline(row - 0.5, color="0.8", lw=0.8)
         labels.append(f"{pair}, {name}")

@@ -35,8 +35,9 @@ def against_level(
 ) -> Any:
     """A panel for sparsities, where points stand at the effective one, and one for budgets."""
     kinds = level_kinds(results)
-    figure, grid = new_figure(6.4 if len(kinds) == 1 else 9.6, ncols=len(kinds), sharey=True,
-                              squeeze=False)  # fmt: skip
+    figure, grid = new_figure(
+        6.4 if len(kinds) == 1 else 9.6, ncols=len(kinds), sharey=True, squeeze=False
+    )
     methods = _methods(results)
     looks = styles(list(methods))
     for axes, budgets in zip(grid[0], kinds, strict=True):
@@ -114,8 +115,14 @@ def against_memory(results: dict[str, Any], front: list[str]) -> Any:
     axes.set_xlim(0, 1.05 * axes.get_xlim()[1])
     for name, top in tops.items():  # once a level: methods lie close to each other there
         right = top[0] > 0.8 * axes.get_xlim()[1]
-        axes.annotate(name, top, xytext=(-6 if right else 6, 5), fontsize=8,
-                      ha="right" if right else "left", textcoords="offset points")  # fmt: skip
+        axes.annotate(
+            name,
+            top,
+            xytext=(-6 if right else 6, 5),
+            fontsize=8,
+            ha="right" if right else "left",
+            textcoords="offset points",
+        )
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

@@ -45,8 +45,10 @@ def load_lines(record: dict[str, Any]) -> list[str]:
     memory = record["memory"]
     for name in ("kv_cache_usage", "process_memory_mib", "device_memory_mib"):
         if name in memory:
-            lines.append(f"{name + ' (mean, max)':28}{_cell(memory[name]['mean']):>10}"
-                         f"{_cell(memory[name]['max']):>10}")  # fmt: skip
+            lines.append(
+                f"{name + ' (mean, max)':28}{_cell(memory[name]['mean']):>10}"
+                f"{_cell(memory[name]['max']):>10}"
+            )
     if memory["evicted_share"] is not None:
         share = memory["kv_eviction_live_share"]
         lines.append(

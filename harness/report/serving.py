@@ -100,8 +100,10 @@ def _page(
     seeds = sorted({record["run"]["seed"] for record in records})
     parts: list[str | Figure] = [_conditions(records), machine_line(dict(records[0]))]
     interval = " Intervals: 95%, t distribution over seeds." if len(seeds) > 1 else ""
-    parts.append(f"Seeds {', '.join(map(str, seeds))}; equal seeds are equal requests at equal "
-                 f"intended times for every method.{interval}")  # fmt: skip
+    parts.append(
+        f"Seeds {', '.join(map(str, seeds))}; equal seeds are equal requests at equal "
+        f"intended times for every method.{interval}"
+    )
     parts.append(markdown(load_rows(entries)))
     if records[0]["quality"]:
         counted = sum(r["shared_windows"] for r in records) / len(records)
@@ -117,8 +119,11 @@ def _page(
             markdown(ratio_rows(ratios)),
         ]
     if rates:
-        parts += ["## Highest rate within the objectives", _slo_line(records[0]),
-                  markdown(rate_rows(rates))]  # fmt: skip
+        parts += [
+            "## Highest rate within the objectives",
+            _slo_line(records[0]),
+            markdown(rate_rows(rates)),
+        ]
     return [*parts, "## Figures", *(Figure(stem, f"{title}.") for stem, title in figures)]
 
 

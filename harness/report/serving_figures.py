@@ -100,8 +100,9 @@ def _goodput(entries: Sequence[Entry], folder: Path) -> str:
 
 def _panels(entries: Sequence[Entry], panels: Mapping[str, str], log: bool) -> Any:
     rows = -(-len(panels) // 2)
-    figure, grid = new_figure(9.6, 0.6 + 3.4 * rows, nrows=rows, ncols=min(2, len(panels)),
-                              squeeze=False)  # fmt: skip
+    figure, grid = new_figure(
+        9.6, 0.6 + 3.4 * rows, nrows=rows, ncols=min(2, len(panels)), squeeze=False
+    )
     style = _styles(entries)
     for axes, (metric, title) in zip(grid.flat, panels.items(), strict=False):
         for name, group in _by_label(entries).items():
@@ -134,9 +135,12 @@ def _bars(entries: Sequence[Entry], folder: Path) -> str:
             axes.bar(place, value["mean"], color=look["color"], alpha=0.75 * look["alpha"])
             if value["num_runs"] > 1:
                 axes.errorbar(
-                    place, value["mean"], capsize=5, color="black",
+                    place,
+                    value["mean"],
+                    capsize=5,
+                    color="black",
                     yerr=[[value["mean"] - value["low"]], [value["high"] - value["mean"]]],
-                )  # fmt: skip
+                )
         axes.set_xticks(range(len(entries)), [label(entry) for entry in entries], fontsize=8)
         axes.set_ylim(bottom=0)
         axes.set_title(title, fontsize=9)
@@ -170,15 +174,22 @@ def _throughput(entries: Sequence[Entry], folder: Path) -> str:
         if not all(values):
             continue
         if method in (DENSE, STOCK):
-            axes.axhline(values[0]["mean"], label=method,
-                         color=style["color"], linestyle=style["linestyle"])  # fmt: skip
+            axes.axhline(
+                values[0]["mean"], label=method, color=style["color"], linestyle=style["linestyle"]
+            )
             axes.axhspan(values[0]["low"], values[0]["high"], color=style["color"], alpha=0.08)
             continue
         means = [value["mean"] for value in values]
         spread = [[v["mean"] - v["low"] for v in values], [v["high"] - v["mean"] for v in values]]
         many = any(value["num_runs"] > 1 for value in values)
-        axes.errorbar([e["sparsity"] for e in group], means, yerr=spread if many else None,
-                      capsize=3, label=method, **style)  # fmt: skip
+        axes.errorbar(
+            [e["sparsity"] for e in group],
+            means,
+            yerr=spread if many else None,
+            capsize=3,
+            label=method,
+            **style,
+        )
     axes.set_xlabel("sparsity (share of KV blocks evicted)")
     axes.set_ylabel("output tokens per second")
     axes.set_xlim(0, 1)
@@ -233,11 +244,17 @@ def _pareto(entries: Sequence[Entry], folder: Path) -> str:
         look = style[label(entry)]
         marker = "*" if look["marker"] == "none" else look["marker"]
         axes.errorbar(
-            memory["mean"], quality["mean"], color=look["color"], marker=marker, linestyle="none",
-            alpha=look["alpha"], capsize=3, label=label(entry),
+            memory["mean"],
+            quality["mean"],
+            color=look["color"],
+            marker=marker,
+            linestyle="none",
+            alpha=look["alpha"],
+            capsize=3,
+            label=label(entry),
             xerr=[[memory["mean"] - memory["low"]], [memory["high"] - memory["mean"]]],
             yerr=[[quality["mean"] - quality["low"]], [quality["high"] - quality["mean"]]],
-        )  # fmt: skip
+        )
     axes.set_xlabel("KV memory per request in the batch, MiB")
     axes.set_ylabel("perplexity under load")
     axes.grid(alpha=0.3)

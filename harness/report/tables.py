@@ -57,9 +57,18 @@ def throughput_rows(results: dict[str, Any]) -> list[Row]:
     """Header and rows of the throughput pass; only the keys it was run for."""
     effective = any(map(differs, results.values()))
     table: list[Row] = [
-        (*_head(effective), "prefill tok/s", "decode tok/s", "output tok/s", "vs dense",
-         "KV peak MiB", "preemptions", "blocks evicted", "decisions s"),
-    ]  # fmt: skip
+        (
+            *_head(effective),
+            "prefill tok/s",
+            "decode tok/s",
+            "output tok/s",
+            "vs dense",
+            "KV peak MiB",
+            "preemptions",
+            "blocks evicted",
+            "decisions s",
+        ),
+    ]
     for key, entry in results.items():
         if "throughput" not in entry:
             continue
@@ -101,9 +110,20 @@ def normalised_rows(results: dict[str, Any]) -> list[Row]:
 def test_rows(tests: dict[str, Any], part: str) -> list[Row]:
     """Header and rows of the significance tests; ``part``: ``all_tokens`` or ``after_eviction``."""
     table: list[Row] = [
-        ("comparison", "difference (nats)", "95% by seeds", "95% by windows", "d_z",
-         "t p", "t p (Holm)", "Wilcoxon p", "Wilcoxon p (Holm)", "detectable", "windows"),
-    ]  # fmt: skip
+        (
+            "comparison",
+            "difference (nats)",
+            "95% by seeds",
+            "95% by windows",
+            "d_z",
+            "t p",
+            "t p (Holm)",
+            "Wilcoxon p",
+            "Wilcoxon p (Holm)",
+            "detectable",
+            "windows",
+        ),
+    ]
     for name, test in tests.items():
         result = test[part]
         if result is None:

@@ -36,8 +36,15 @@ _KINDS = {
     **dict.fromkeys(("eviction", "engine", "environment", "load", "vary"), dict),
 }
 _NAMES = {list: "list", dict: "mapping"}
-_OURS = ("model", "block_size", "enable_prefix_caching", "kv_transfer_config", "scheduler_cls",
-         "logits_processors", "disable_log_stats")  # fmt: skip
+_OURS = (
+    "model",
+    "block_size",
+    "enable_prefix_caching",
+    "kv_transfer_config",
+    "scheduler_cls",
+    "logits_processors",
+    "disable_log_stats",
+)
 """Engine arguments that follow from other settings."""
 
 
@@ -89,8 +96,11 @@ class BenchStudy:
         for name, kind in _KINDS.items():
             if not isinstance(values.get(name, kind()), kind):
                 raise UsageError(f"{name} of a bench study must be a {_NAMES[kind]}")
-        lists = {name: tuple(values[name]) for name, kind in _KINDS.items()
-                 if kind is list and name in values}  # fmt: skip
+        lists = {
+            name: tuple(values[name])
+            for name, kind in _KINDS.items()
+            if kind is list and name in values
+        }
         study = cls(**{**values, **lists})
         study._validate()
         return study

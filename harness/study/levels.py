@@ -144,17 +144,30 @@ def _remedies(settings: RequestSettings, engine: EngineSpecification) -> list[st
     higher = (n / 10 for n in range(1, 10) if settings.budget_tokens is None)
     groups = (
         ((f"--context-length {n}", settings, replace(engine, context_length=n)) for n in longer),
-        ((f"--sparsity {s}", replace(settings, sparsity=s), engine) for s in higher
-         if s > settings.sparsity),
-        ((f"--budget-tokens {n * block}", replace(settings, budget_tokens=n * block), engine)
-         for n in smaller),
-        ((f"--min-blocks {n}", settings, replace(engine, eviction={**eviction, "min_blocks": n}))
-         for n in range(least - 1, max(1, sinks), -1)),
-        ((f"--block-size {n}", settings, replace(engine, block_size=n)) for n in (64, 32)
-         if n < block),
-        ((f"--prefill-chunk {n}", settings, replace(engine, prefill_chunk=n)) for n in (block,)
-         if n < chunk),
-    )  # fmt: skip
+        (
+            (f"--sparsity {s}", replace(settings, sparsity=s), engine)
+            for s in higher
+            if s > settings.sparsity
+        ),
+        (
+            (f"--budget-tokens {n * block}", replace(settings, budget_tokens=n * block), engine)
+            for n in smaller
+        ),
+        (
+            (f"--min-blocks {n}", settings, replace(engine, eviction={**eviction, "min_blocks": n}))
+            for n in range(least - 1, max(1, sinks), -1)
+        ),
+        (
+            (f"--block-size {n}", settings, replace(engine, block_size=n))
+            for n in (64, 32)
+            if n < block
+        ),
+        (
+            (f"--prefill-chunk {n}", settings, replace(engine, prefill_chunk=n))
+            for n in (block,)
+            if n < chunk
+        ),
+    )
     found = [
         next((flag for flag, asked, variant in group if _evicts(asked, variant)), None)
         for group in groups

@@ -21,9 +21,20 @@ from .run import Run
 from .settings import Study, short_name
 from .specification import EngineSpecification, Load, OfflineRun, Perplexity, Throughput
 
-_EVICTION = ("granularity", "layer_groups", "score", "score_half_life", "score_queries",
-             "score_query_stride", "score_layer_stride", "sink_blocks", "sink_tokens",
-             "slack_tokens", "min_blocks", "policy_args")  # fmt: skip
+_EVICTION = (
+    "granularity",
+    "layer_groups",
+    "score",
+    "score_half_life",
+    "score_queries",
+    "score_query_stride",
+    "score_layer_stride",
+    "sink_blocks",
+    "sink_tokens",
+    "slack_tokens",
+    "min_blocks",
+    "policy_args",
+)
 
 
 def comparisons(study: Study, folder: Path, device: str) -> list[Comparison]:

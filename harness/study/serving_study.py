@@ -91,8 +91,11 @@ class ServingStudy:
         for name, kind in _KINDS.items():
             if not isinstance(values.get(name, kind()), kind):
                 raise UsageError(f"{name} of a serving study must be a {_NAMES[kind]}")
-        lists = {name: tuple(values[name]) for name, kind in _KINDS.items()
-                 if kind is list and name in values}  # fmt: skip
+        lists = {
+            name: tuple(values[name])
+            for name, kind in _KINDS.items()
+            if kind is list and name in values
+        }
         study = cls(**{**values, **lists})
         study._validate()
         return study

@@ -100,9 +100,18 @@ class Study:
     def _check(self) -> None:
         if self.name is not None:
             check_folder_name(self.name, "name")
-        for name in ("num_samples", "context_length", "prefill_chunk", "max_num_seqs",
-                     "min_context", "kv_pool_windows", "num_runs", "load_runs", "load_requests",
-                     "load_output_tokens"):  # fmt: skip
+        for name in (
+            "num_samples",
+            "context_length",
+            "prefill_chunk",
+            "max_num_seqs",
+            "min_context",
+            "kv_pool_windows",
+            "num_runs",
+            "load_runs",
+            "load_requests",
+            "load_output_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value!r}")

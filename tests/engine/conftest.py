@@ -133,9 +133,15 @@ def evaluation(smollm2, canterbury, readme_policy, tmp_path_factory):
     name, package = readme_policy
     methods = ("dense", "h2o", name)
     done = offline(
-        folder, "--methods", *methods, "--sparsity", "0.6", "--num-samples", "4",
+        folder,
+        "--methods",
+        *methods,
+        "--sparsity",
+        "0.6",
+        "--num-samples",
+        "4",
         env={**os.environ, "PYTHONPATH": os.pathsep.join((os.environ["PYTHONPATH"], str(package)))},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return {
         method: json.loads(path.read_text())

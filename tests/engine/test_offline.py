@@ -132,8 +132,10 @@ def test_a_sweep_killed_twice_ends_in_the_report_of_an_undisturbed_one(
     for end, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
         process = subprocess.Popen(
             [*HARNESS, *OFFLINE, "--output-dir", str(tmp_path), *small_inputs, *SWEEP],
-            stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         there = len(list(tmp_path.glob("e/*_ctx320_*.json")))
         wanted = there + rng.randint(1, 4)
         deadline = time.monotonic() + 240

@@ -18,11 +18,26 @@ from .conftest import windows_of
 @pytest.fixture(scope="module")
 def server(small_llama, tmp_path_factory):
     command = [
-        sys.executable, "-m", "harness", "serve", small_llama, "--policy", "h2o",
-        "--sparsity", "0.6", "--dtype", "float32",
-        "--score-query-stride", "1", "--score-layer-stride", "1",
-        "--score-chunk", "64", "--served-model-name", "small",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "harness",
+        "serve",
+        small_llama,
+        "--policy",
+        "h2o",
+        "--sparsity",
+        "0.6",
+        "--dtype",
+        "float32",
+        "--score-query-stride",
+        "1",
+        "--score-layer-stride",
+        "1",
+        "--score-chunk",
+        "64",
+        "--served-model-name",
+        "small",
+    ]
     log = tmp_path_factory.mktemp("server") / "log"
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_LOGGING_LEVEL": "INFO"}
     with serving(command, free_port(), log, environment=environment) as it:
@@ -74,8 +89,11 @@ def test_each_sample_has_its_record(server):
 
 def test_chat_and_responses_carry_the_record(server):
     text = "Tell me about the sea. " * 80
-    chat = post(server, "chat/completions", {"messages": [{"role": "user", "content": text}],
-                                             "max_tokens": 4})  # fmt: skip
+    chat = post(
+        server,
+        "chat/completions",
+        {"messages": [{"role": "user", "content": text}], "max_tokens": 4},
+    )
     responses = post(server, "responses", {"input": text, "max_output_tokens": 4})
     for answer in (chat, responses):
         assert answer["kv_transfer_params"]["kv_eviction"]["blocks_evicted"] > 0

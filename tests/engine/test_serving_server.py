@@ -27,11 +27,22 @@ SETTINGS = {
     **ALL_SCORES,
 }
 FLAGS = [
-    "--served-model-name", "smollm2", "--dtype", "float32", "--max-model-len", "512",
-    "--max-num-seqs", "8", "--max-num-batched-tokens", "512",
-    "--long-prefill-token-threshold", "64", "--kv-cache-memory-bytes", str(150 << 20),
+    "--served-model-name",
+    "smollm2",
+    "--dtype",
+    "float32",
+    "--max-model-len",
+    "512",
+    "--max-num-seqs",
+    "8",
+    "--max-num-batched-tokens",
+    "512",
+    "--long-prefill-token-threshold",
+    "64",
+    "--kv-cache-memory-bytes",
+    str(150 << 20),
     "--enforce-eager",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +63,32 @@ def record(server, tmp_path_factory):
     """A load with quality requests, on the running server."""
     output = tmp_path_factory.mktemp("load") / "record.json"
     status = main(
-        ["load", "--base-url", server.base_url, "--output", str(output), "--num-requests", "20",
-         "--request-rate", "8", "--input-length", "200", "--output-length", "32",
-         "--quality-share", "0.2", "--quality-windows", "4", "--quality-context-length", "320",
-         "--server-pid", str(server.pid), "--sample-interval", "0.5"]
-    )  # fmt: skip
+        [
+            "load",
+            "--base-url",
+            server.base_url,
+            "--output",
+            str(output),
+            "--num-requests",
+            "20",
+            "--request-rate",
+            "8",
+            "--input-length",
+            "200",
+            "--output-length",
+            "32",
+            "--quality-share",
+            "0.2",
+            "--quality-windows",
+            "4",
+            "--quality-context-length",
+            "320",
+            "--server-pid",
+            str(server.pid),
+            "--sample-interval",
+            "0.5",
+        ]
+    )
     assert status == 0
     return json.loads(output.read_text())
 
@@ -110,9 +142,12 @@ def test_the_openai_client_works_unchanged(server):
 
     client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none")
     stream = client.completions.create(
-        model="smollm2", prompt="Once upon a time", max_tokens=8, stream=True,
+        model="smollm2",
+        prompt="Once upon a time",
+        max_tokens=8,
+        stream=True,
         extra_body={"vllm_xargs": {"kv_policy": "cab", "kv_sparsity": 0.5}},
-    )  # fmt: skip
+    )
     assert sum(1 for _ in stream) >= 8
     chat = client.chat.completions.create(
         model="smollm2", messages=[{"role": "user", "content": "Hi"}], max_tokens=4
@@ -120,9 +155,10 @@ def test_the_openai_client_works_unchanged(server):
     assert chat.usage.completion_tokens == 4
     with pytest.raises(openai.BadRequestError, match="give a number from 0"):
         client.chat.completions.create(
-            model="smollm2", messages=[{"role": "user", "content": "Hi"}],
+            model="smollm2",
+            messages=[{"role": "user", "content": "Hi"}],
             extra_body={"vllm_xargs": {"kv_sparsity": 2}},
-        )  # fmt: skip
+        )
 
 
 def test_a_record_has_latency_memory_and_quality_on_one_clock(record):
@@ -175,8 +211,13 @@ def test_the_live_share_of_an_idle_server_is_not_a_number(record, server):
 
 def test_the_live_share_forgets_an_aborted_request(server):
     """The client hangs up; nothing but the abort tells the engine."""
-    body = {"model": "smollm2", "prompt": [1] * 300, "max_tokens": 200, "stream": True,
-            "ignore_eos": True}  # fmt: skip
+    body = {
+        "model": "smollm2",
+        "prompt": [1] * 300,
+        "max_tokens": 200,
+        "stream": True,
+        "ignore_eos": True,
+    }
     request = urllib.request.Request(
         f"{server.base_url}/v1/completions",
         json.dumps(body).encode(),
@@ -214,11 +255,28 @@ def test_an_engine_that_is_killed_ends_a_load(server, tmp_path):
     """Last: the server does not outlive it."""
     output = tmp_path / "record.json"
     process = subprocess.Popen(
-        [sys.executable, "-m", "harness", "load", "--base-url", server.base_url, "--output", output,
-         "--num-requests", "300", "--request-rate", "3", "--input-length", "100",
-         "--output-length", "100"],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "harness",
+            "load",
+            "--base-url",
+            server.base_url,
+            "--output",
+            output,
+            "--num-requests",
+            "300",
+            "--request-rate",
+            "3",
+            "--input-length",
+            "100",
+            "--output-length",
+            "100",
+        ],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
     for line in iter(lambda: process.stderr.read(200), ""):
         if re.search(r"[1-9]\d* in flight", line):
             break

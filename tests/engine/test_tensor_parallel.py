@@ -10,9 +10,13 @@ from .ranks import decisions
 
 def decided_by_two(model, output):
     with child(
-        "tests.engine.ranks", model, "2", str(output),
-        VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1",
-    ) as process:  # fmt: skip
+        "tests.engine.ranks",
+        model,
+        "2",
+        str(output),
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        OMP_NUM_THREADS="1",
+    ) as process:
         assert process.wait(timeout=300) == 0
     return json.loads(output.read_text())
 

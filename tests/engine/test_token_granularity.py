@@ -31,32 +31,58 @@ def position(token, now):
 CASES = {
     "h2o": ("h2o", {}, 0.2, oracle.ranked((mean, 1.0)), {}, {}),
     "h2o, chunks of 256": (
-        "h2o", {}, 0.2, oracle.ranked((mean, 1.0)),
-        {"engine": {"long_prefill_token_threshold": 256}}, {"chunk": 256},
+        "h2o",
+        {},
+        0.2,
+        oracle.ranked((mean, 1.0)),
+        {"engine": {"long_prefill_token_threshold": 256}},
+        {"chunk": 256},
     ),
     "h2o, halves, no slack": (
-        "h2o", {"recent": 0.5, "heavy": 0.5}, 0.5, oracle.ranked((mean, 1.0)),
-        {"slack_tokens": 0}, {"slack": 0},
+        "h2o",
+        {"recent": 0.5, "heavy": 0.5},
+        0.5,
+        oracle.ranked((mean, 1.0)),
+        {"slack_tokens": 0},
+        {"slack": 0},
     ),
     "h2o by sums": ("h2o", {}, 0.2, oracle.ranked((mass, 1.0)), {"score": "sum"}, {}),
     "h2o, decayed": (
-        "h2o", {}, 0.2, oracle.ranked((mass, 1.0)),
-        {"score": "decay", "score_half_life": 50}, {"half_life": 50},
+        "h2o",
+        {},
+        0.2,
+        oracle.ranked((mass, 1.0)),
+        {"score": "decay", "score_half_life": 50},
+        {"half_life": 50},
     ),
     "cab": ("cab", {}, 0.3, oracle.ranked((mean, 0.5), (peak, 0.2)), {}, {}),
     "cab, bridges by mass": (
-        "cab", {"bridge_definition": "mass"}, 0.3, oracle.ranked((mean, 0.5), (mass, 0.2)), {}, {},
+        "cab",
+        {"bridge_definition": "mass"},
+        0.3,
+        oracle.ranked((mean, 0.5), (mass, 0.2)),
+        {},
+        {},
     ),
     "streaming": ("streaming", {}, 1.0, oracle.ranked((position, 1.0)), {}, {}),
     "a prompt, then decodes": ("h2o", {}, 0.2, oracle.ranked((mean, 1.0)), {}, {"prompt": 384}),
     "a prompt, then every 4th query": (
-        "cab", {}, 0.3, oracle.ranked((mean, 0.5), (peak, 0.2)),
-        {"score_query_stride": 4}, {"prompt": 384, "every": 4},
+        "cab",
+        {},
+        0.3,
+        oracle.ranked((mean, 0.5), (peak, 0.2)),
+        {"score_query_stride": 4},
+        {"prompt": 384, "every": 4},
     ),
     "2 layer groups": (
-        "h2o", {}, 0.2, oracle.ranked((mean, 1.0)), {"layer_groups": 2}, {},
+        "h2o",
+        {},
+        0.2,
+        oracle.ranked((mean, 1.0)),
+        {"layer_groups": 2},
+        {},
     ),
-}  # fmt: skip
+}
 
 
 def settings(policy, parameters=None, **extra):
@@ -109,9 +135,14 @@ def test_engine_equals_oracle(case, tiny_engines, tiny_llama):
     answer = list(out.outputs[0].token_ids) if prompt < len(TOKENS) else []
     tokens = [*TOKENS[:prompt], *answer]
     expected = oracle.run(
-        tiny_llama[1], tokens, keep=KEEP, block_size=BLOCK, recent=recent, choose=choose,
+        tiny_llama[1],
+        tokens,
+        keep=KEEP,
+        block_size=BLOCK,
+        recent=recent,
+        choose=choose,
         **{"chunk": 64, "slack": 1, **options},
-    )  # fmt: skip
+    )
     record = out.kv_transfer_params["kv_eviction"]
     assert record["decisions"] == expected.num_decisions * server.get("layer_groups", 1) > 0
     assert record["granularity"] == "token"

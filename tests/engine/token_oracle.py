@@ -72,8 +72,9 @@ def run(
         if packed + full - first_unpacked > keep + slack:
             packed, first_unpacked = keep - num_recent, full - num_recent
             limit = first_unpacked * block_size
-            candidates = [[[t for t in held if t.position < limit] for held in layer]
-                          for layer in alive]  # fmt: skip
+            candidates = [
+                [[t for t in held if t.position < limit] for held in layer] for layer in alive
+            ]
             stay = choose(candidates, start, packed * block_size, keep * block_size)
             result.num_decisions += 1
             result.kept = [[sorted(kept) for kept in layer] for layer in stay]
@@ -82,10 +83,13 @@ def run(
                 rows = []
                 for head in range(heads):
                     held = alive[layer][head]
-                    rows.append([
-                        i for i, t in enumerate(held)
-                        if t.position >= limit or t.position in stay[layer][head]
-                    ])  # fmt: skip
+                    rows.append(
+                        [
+                            i
+                            for i, t in enumerate(held)
+                            if t.position >= limit or t.position in stay[layer][head]
+                        ]
+                    )
                     alive[layer][head] = [held[i] for i in rows[-1]]
                 index = torch.tensor(rows)[None, :, :, None].expand(-1, -1, -1, keys.shape[-1])
                 cache.layers[layer].keys = keys.gather(2, index)

@@ -52,18 +52,46 @@ def test_an_engine_starts_captures_and_serves(engine, settings, groups, model, t
 
 
 def test_the_serve_command_starts_and_is_loaded(smollm2, tmp_path):
-    command = [sys.executable, "-m", "harness", "serve", smollm2, "--policy", "h2o",
-               "--sparsity", "0.9", "--served-model-name", "smollm2"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "harness",
+        "serve",
+        smollm2,
+        "--policy",
+        "h2o",
+        "--sparsity",
+        "0.9",
+        "--served-model-name",
+        "smollm2",
+    ]
     log, record, text = (tmp_path / name for name in ("log", "record.json", "text.txt"))
     words = np.random.default_rng(0).choice(sorted(set(keyword.kwlist)), size=60_000)
     text.write_text(" ".join(words))  # the machine may reach no package registry
     with serving(command, free_port(), log, startup_timeout_s=240) as server:
         status = main(
-            ["load", "--base-url", server.base_url, "--output", str(record), "--num-requests",
-             "200", "--request-rate", "40", "--input-length", "1500", "--output-length", "100",
-             "--quality-share", "0.05", "--quality-context-length", "2048",
-             "--quality-dataset", f"text:{text}"]
-        )  # fmt: skip
+            [
+                "load",
+                "--base-url",
+                server.base_url,
+                "--output",
+                str(record),
+                "--num-requests",
+                "200",
+                "--request-rate",
+                "40",
+                "--input-length",
+                "1500",
+                "--output-length",
+                "100",
+                "--quality-share",
+                "0.05",
+                "--quality-context-length",
+                "2048",
+                "--quality-dataset",
+                f"text:{text}",
+            ]
+        )
         with urllib.request.urlopen(f"{server.base_url}/metrics", timeout=30) as response:
             metrics = response.read().decode()
     assert status == 0

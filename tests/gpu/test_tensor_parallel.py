@@ -29,12 +29,15 @@ def test_two_ranks_decide_as_one(tmp_path):
         processes = [
             stack.enter_context(
                 child(
-                    "tests.gpu.ranks", model, str(ranks), str(output),
+                    "tests.gpu.ranks",
+                    model,
+                    str(ranks),
+                    str(output),
                     VLLM_WORKER_MULTIPROC_METHOD="spawn",
                 )
             )
             for ranks, output in outputs.items()
-        ]  # fmt: skip
+        ]
         for process in processes:
             assert process.wait(timeout=300) == 0
     made = {ranks: json.loads(output.read_text()) for ranks, output in outputs.items()}

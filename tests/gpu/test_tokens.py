@@ -83,8 +83,13 @@ def engines(llama):
             end()
             options = {"block_size": 16, "enable_prefix_caching": False}
             if settings is not None:
-                common = {"block_size": 16, "policy": "dense", "check_integrity": True,
-                          "trace_decisions": True, "granularity": "token"}  # fmt: skip
+                common = {
+                    "block_size": 16,
+                    "policy": "dense",
+                    "check_integrity": True,
+                    "trace_decisions": True,
+                    "granularity": "token",
+                }
                 options = eviction_engine_args(**{**common, **ALL_SCORES, **settings})
             running[key] = LLM(**{"model": llama, **ENGINE, **engine, **options})
         return running[key]
@@ -102,8 +107,14 @@ def prompts():
 def generate(llm, prompts, extra, max_tokens=200, **options):
     from vllm import SamplingParams
 
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True,
-                            detokenize=False, extra_args=extra, **options)  # fmt: skip
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=0.0,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=extra,
+        **options,
+    )
     return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
 
@@ -152,9 +163,15 @@ def test_budgets_hold_and_runs_repeat(policy, engines, prompts):
 @pytest.fixture(scope="module")
 def peaked(tmp_path_factory):
     """A model whose heads look at few tokens, so that near ties are rare."""
-    return make_llama(tmp_path_factory.mktemp("peaked"), num_hidden_layers=3,
-                      initializer_range=0.15, hidden_size=192, num_attention_heads=6,
-                      num_key_value_heads=2, intermediate_size=384)  # fmt: skip
+    return make_llama(
+        tmp_path_factory.mktemp("peaked"),
+        num_hidden_layers=3,
+        initializer_range=0.15,
+        hidden_size=192,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=384,
+    )
 
 
 @pytest.mark.parametrize("case", ["h2o", "cab", "streaming"])
@@ -172,14 +189,26 @@ def test_engine_equals_oracle(case, engines, peaked):
     }[case]
     prompt = np.random.default_rng(3).integers(0, 512, size=700).tolist()
     # Asynchronous scheduling evicts a step later: a chunk, while a prompt is computed.
-    llm = engines({}, model=peaked, max_num_batched_tokens=256, dtype="float16",
-                  long_prefill_token_threshold=64, async_scheduling=False)  # fmt: skip
+    llm = engines(
+        {},
+        model=peaked,
+        max_num_batched_tokens=256,
+        dtype="float16",
+        long_prefill_token_threshold=64,
+        async_scheduling=False,
+    )
     extra = {"kv_policy": case, "kv_budget_tokens": 14 * 16}
     out, _ = generate(llm, [prompt, prompt[::-1]], extra, max_tokens=1, prompt_logprobs=0)
     expected = token_oracle.run(
-        LlamaForCausalLM.from_pretrained(peaked, dtype=torch.float32), prompt, keep=14, chunk=64,
-        block_size=16, recent=recent, slack=2, choose=choose,
-    )  # fmt: skip
+        LlamaForCausalLM.from_pretrained(peaked, dtype=torch.float32),
+        prompt,
+        keep=14,
+        chunk=64,
+        block_size=16,
+        recent=recent,
+        slack=2,
+        choose=choose,
+    )
     record = records([out])[0]
     assert record["decisions"] == expected.num_decisions > 0
     position = worker_state().tokens.position
@@ -192,8 +221,15 @@ def test_engine_equals_oracle(case, engines, peaked):
             shares.append(len(set(ours) & set(kept)) / len(kept))
     ours = [out.prompt_logprobs[i][prompt[i]].logprob for i in range(1, 700)]
     difference = np.array(ours) - expected.log_likelihoods[:699]
-    print(case, "kept alike", min(shares), np.mean(shares), "log-probs",
-          np.abs(difference).mean(), difference.mean())  # fmt: skip
+    print(
+        case,
+        "kept alike",
+        min(shares),
+        np.mean(shares),
+        "log-probs",
+        np.abs(difference).mean(),
+        difference.mean(),
+    )
     assert np.mean(shares) > 0.95
     assert np.abs(difference).mean() < 0.05
     assert abs(difference.mean()) < 0.01
@@ -216,8 +252,12 @@ def test_mixed_load_preemption_and_aborts(engines):
                 extra["kv_sparsity"] = float(rng.choice([0.0, 0.5, 0.9]))
                 extra["kv_granularity"] = str(rng.choice(["token", "token", "block"]))
             prompt = rng.integers(0, 512, size=int(rng.integers(1, 1500))).tolist()
-            params = SamplingParams(max_tokens=int(rng.integers(1, 300)), ignore_eos=True,
-                                    detokenize=False, extra_args=extra)  # fmt: skip
+            params = SamplingParams(
+                max_tokens=int(rng.integers(1, 300)),
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=extra,
+            )
             name = f"r{arrived}"
             names[name] = engine.add_request(name, {"prompt_token_ids": prompt}, params)
             arrived += 1

@@ -14,8 +14,9 @@ SMALL = Tile(rows=16, keys=32, warps=1, stages=1)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (7, 1)])
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_chunks_and_decodes(heads, kv_heads, block_size):
-    check_token_mass(tile=SMALL, heads=heads, kv_heads=kv_heads, block_size=block_size,
-                     unscored=[2])  # fmt: skip
+    check_token_mass(
+        tile=SMALL, heads=heads, kv_heads=kv_heads, block_size=block_size, unscored=[2]
+    )
 
 
 @pytest.mark.parametrize(
@@ -32,8 +33,14 @@ def test_without_peak():
 @pytest.mark.parametrize("programs", [1, 1000])
 def test_decodes_alone(programs):
     rows = [(1, 40), (0, 0), (1, 16), (1, 301)]
-    check_token_mass(rows=rows, one_query=True, heads=6, unscored=[2],
-                     options={"decode_weight": 8}, programs=programs)  # fmt: skip
+    check_token_mass(
+        rows=rows,
+        one_query=True,
+        heads=6,
+        unscored=[2],
+        options={"decode_weight": 8},
+        programs=programs,
+    )
 
 
 def test_tokens_start_afresh():

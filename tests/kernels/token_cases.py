@@ -112,8 +112,14 @@ def check_start(device="cpu"):
     slots[6] = -1  # padding in the middle is left alone
     flags = [TOKENS_NEEDED, TOKENS_NEEDED, TOKENS_NEEDED | TOKENS_SCORED, 0]
     integers = [torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, lens, flags)]
-    start_tokens(torch.tensor(slots, device=device), *integers, scores.position, scores.mass,
-                 scores.peak, max_query_len=33)  # fmt: skip
+    start_tokens(
+        torch.tensor(slots, device=device),
+        *integers,
+        scores.position,
+        scores.mass,
+        scores.peak,
+        max_query_len=33,
+    )
     expected = {5 * 16 + 3: 19} | {slot: 7 + i for i, slot in enumerate(slots[1:34]) if slot >= 0}
     for slot in range(9 * 16):
         at = (slice(None), slot // 16, slice(None), slot % 16)
@@ -164,17 +170,30 @@ def check_pack(policy, parameters, device="cpu", seed=0, scoring="mean", packer=
     }.items():
         ids = pool[first : first + blocks].tolist()
         first += blocks
-        positions = torch.stack([
-            torch.stack([torch.from_numpy(np.concatenate((np.arange(6), 6 + rng.permutation(
-                now - 6 - 16)[: blocks * 16 - 6]))) for _ in range(2)]) for _ in range(3)
-        ])  # fmt: skip
+        positions = torch.stack(
+            [
+                torch.stack(
+                    [
+                        torch.from_numpy(
+                            np.concatenate(
+                                (np.arange(6), 6 + rng.permutation(now - 6 - 16)[: blocks * 16 - 6])
+                            )
+                        )
+                        for _ in range(2)
+                    ]
+                )
+                for _ in range(3)
+            ]
+        )
         write_tokens(scores, caches, ids, positions)
-        packs[name] = [Pack(0, ids, kept, budget, now, 11, policy, get_policy(policy).resolve(
-            parameters))]  # fmt: skip
+        packs[name] = [
+            Pack(0, ids, kept, budget, now, 11, policy, get_policy(policy).resolve(parameters))
+        ]
         expected[name] = wanted(scores, packs[name][0], parameters, policy, scoring)
     before = {name: array.clone() for name, array in scores.arrays().items()}
-    made = packer(kv_caches=caches, groups=[list(caches)], tokens=scores, scoring=scoring,
-                  sink_tokens=4)  # fmt: skip
+    made = packer(
+        kv_caches=caches, groups=[list(caches)], tokens=scores, scoring=scoring, sink_tokens=4
+    )
     assert made.pack(packs) == {}
     for name, (pack,) in packs.items():
         check_request(scores, caches, before, pack, expected[name])
@@ -186,9 +205,15 @@ def check_request(scores, caches, before, pack, expected):
     for layer, cache in enumerate(caches.values()):
         for head in range(2):
             at = (layer, pack.block_ids, head)
-            old = {int(p): (float(m), float(k)) for p, m, k in zip(
-                before["position"][at].flatten(), before["mass"][at].flatten(),
-                before["peak"][at].flatten(), strict=True)}  # fmt: skip
+            old = {
+                int(p): (float(m), float(k))
+                for p, m, k in zip(
+                    before["position"][at].flatten(),
+                    before["mass"][at].flatten(),
+                    before["peak"][at].flatten(),
+                    strict=True,
+                )
+            }
             held = scores.position[layer, region, head].flatten().cpu()
             assert sorted(held.tolist()) == expected[layer][head]
             spelt = held + 1000.0 * layer + 10000.0 * head
@@ -196,9 +221,11 @@ def check_request(scores, caches, before, pack, expected):
             assert torch.equal(tokens[:, :8], spelt[:, None].expand(-1, 8))
             assert torch.equal(tokens[:, 8:], -spelt[:, None].expand(-1, 8))
             for position, mass, peak in zip(
-                held.tolist(), scores.mass[layer, region, head].flatten().tolist(),
-                scores.peak[layer, region, head].flatten().tolist(), strict=True,
-            ):  # fmt: skip
+                held.tolist(),
+                scores.mass[layer, region, head].flatten().tolist(),
+                scores.peak[layer, region, head].flatten().tolist(),
+                strict=True,
+            ):
                 assert (mass, peak) == old[position]
 
 
@@ -211,10 +238,18 @@ def wanted(scores, pack, parameters, policy, scoring):
         chosen.append([])
         for head in range(heads):
             at = (layer, pack.block_ids, head)
-            tokens = list(zip(*(a[at].flatten().tolist() for a in (
-                scores.position, scores.mass, scores.peak)), strict=True))  # fmt: skip
-            score = {p: m / max(1, pack.num_tokens - p) if scoring == "mean" else m
-                     for p, m, _ in tokens}  # fmt: skip
+            tokens = list(
+                zip(
+                    *(
+                        a[at].flatten().tolist()
+                        for a in (scores.position, scores.mass, scores.peak)
+                    ),
+                    strict=True,
+                )
+            )
+            score = {
+                p: m / max(1, pack.num_tokens - p) if scoring == "mean" else m for p, m, _ in tokens
+            }
             mass, peak = {p: m for p, m, _ in tokens}, {p: k for p, _, k in tokens}
             bridge = {"peak": peak, "mass": mass}[parameters.get("bridge_definition", "peak")]
             drawn = {p: chance(p, pack.seed, layer * heads + head) for p in score}
@@ -247,34 +282,58 @@ def check_choice(rankings, device="cpu", *, blocks=(9, 6, 3), tied=False, scorin
         scores.mass.copy_((scores.mass * 4).floor())
         scores.peak.copy_((scores.peak * 3).floor())
     generator = torch.Generator().manual_seed(seed)
-    places = torch.stack([
-        torch.randperm(scores.position[0].numel() // 2, generator=generator)
-        for _ in range(scores.position.shape[0] * 2)
-    ])  # fmt: skip
+    places = torch.stack(
+        [
+            torch.randperm(scores.position[0].numel() // 2, generator=generator)
+            for _ in range(scores.position.shape[0] * 2)
+        ]
+    )
     scores.position.copy_(places.view(3, 2, -1, 16).transpose(1, 2))
     pool = (torch.randperm(sum(blocks), generator=generator) + 1).tolist()
     packs, first = [], 0
     for count in blocks:
-        packs.append(Pack(0, pool[first : first + count], max(1, count // 2), count // 2 + 2,
-                          10**4, seed, "none", {}))  # fmt: skip
+        packs.append(
+            Pack(
+                0,
+                pool[first : first + count],
+                max(1, count // 2),
+                count // 2 + 2,
+                10**4,
+                seed,
+                "none",
+                {},
+            )
+        )
         first += count
     functions = {"score": by_score, "peak": by_peak, "position": by_position}
     rule = TokenRule(recent=0.1, ranked=tuple((functions[n], share) for n, share in rankings))
     batch = Batch.of(packs, rule, 16, 4, torch.device(device))
     every = slice(0, 3)
     candidates = TokenCandidates(
-        scores.gather(batch.block_ids, every), scoring, batch.num_tokens, batch.seeds,
-        torch.zeros(3, 2, 1, dtype=torch.int64, device=device), lambda: None,
-    )  # fmt: skip
+        scores.gather(batch.block_ids, every),
+        scoring,
+        batch.num_tokens,
+        batch.seeds,
+        torch.zeros(3, 2, 1, dtype=torch.int64, device=device),
+        lambda: None,
+    )
     kept = choose(rule, candidates, batch, 4)
     source, target, number = moves(kept, batch.num_kept, batch.most_moves)
-    kinds = {"score": fused.MEAN if scoring == "mean" else fused.MASS, "peak": fused.PEAK,
-             "position": fused.POSITION}  # fmt: skip
+    kinds = {
+        "score": fused.MEAN if scoring == "mean" else fused.MASS,
+        "peak": fused.PEAK,
+        "position": fused.POSITION,
+    }
     made = fused.choose_tokens(
-        batch.block_ids, batch.numbers, scores.arrays(), tuple(kinds[n] for n, _ in rankings),
-        layers=every, sink_tokens=4, most_candidates=batch.most_candidates,
+        batch.block_ids,
+        batch.numbers,
+        scores.arrays(),
+        tuple(kinds[n] for n, _ in rankings),
+        layers=every,
+        sink_tokens=4,
+        most_candidates=batch.most_candidates,
         most_moves=batch.most_moves,
-    )  # fmt: skip
+    )
     assert torch.equal(made[2], number)
     real = torch.arange(batch.most_moves, device=device) < number[..., None]
     assert torch.equal(made[0] * real, source * real)
@@ -301,8 +360,9 @@ def check_isolation(device="cpu"):
         "bad": [Pack(0, list(range(10, 18)), 2, 3, 2000, 1, "fails", {})],
     }
     mass = scores.mass[:, 1:7].transpose(1, 2).flatten(2).clone()
-    made = CUDAPacker(kv_caches=caches, groups=[list(caches)], tokens=scores, scoring="mean",
-                      sink_tokens=4)  # fmt: skip
+    made = CUDAPacker(
+        kv_caches=caches, groups=[list(caches)], tokens=scores, scoring="mean", sink_tokens=4
+    )
     registry._BUILT_IN["fails"] = policy
     registry.get_policy.cache_clear()
     try:

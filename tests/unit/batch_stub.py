@@ -34,14 +34,16 @@ def main():
         tokens = batch["num_requests"] * batch["output_tokens"]
         failed = int(mode == "policy" and number == 3)
         eviction = {"policy_errors": failed, "blocks_evicted": 3 * evicts}
-        answer({
-            "seconds": (0.5 if evicts else 1.0) * (1 + batch["seed"] / 10),
-            "output_tokens": tokens,
-            "preemptions": 0 if evicts else 2,
-            "eviction": None if stock else eviction,
-            "tokens_sha256": "0" * 64,
-            "scoring_seconds": {} if stock else {"block_mass": 0.1 * evicts},
-        })  # fmt: skip
+        answer(
+            {
+                "seconds": (0.5 if evicts else 1.0) * (1 + batch["seed"] / 10),
+                "output_tokens": tokens,
+                "preemptions": 0 if evicts else 2,
+                "eviction": None if stock else eviction,
+                "tokens_sha256": "0" * 64,
+                "scoring_seconds": {} if stock else {"block_mass": 0.1 * evicts},
+            }
+        )
 
 
 def answer(value):

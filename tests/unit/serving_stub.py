@@ -169,10 +169,25 @@ def load(address, folder, *arguments, requests=6):
 
     output = folder / "record.json"
     status = cli(
-        ["load", "--base-url", address, "--output", str(output), "--num-requests", str(requests),
-         "--vocab-size", "100", "--input-length", "4", "--output-length", "5",
-         "--request-rate", "50", *arguments]
-    )  # fmt: skip
+        [
+            "load",
+            "--base-url",
+            address,
+            "--output",
+            str(output),
+            "--num-requests",
+            str(requests),
+            "--vocab-size",
+            "100",
+            "--input-length",
+            "4",
+            "--output-length",
+            "5",
+            "--request-rate",
+            "50",
+            *arguments,
+        ]
+    )
     return status, json.loads(output.read_text()) if output.exists() else None
 
 

@@ -29,8 +29,14 @@ def sides():
     for record in cpu:
         record["hardware"] = {"device": "cpu", "cpu": "a CPU", "cores": 2}
     for record in cuda:
-        record["hardware"] = {"device": "cuda", "cpu": "a CPU", "cores": 16, "gpu": "a GPU",
-                              "driver": "1", "cuda": "13"}  # fmt: skip
+        record["hardware"] = {
+            "device": "cuda",
+            "cpu": "a CPU",
+            "cores": 16,
+            "gpu": "a GPU",
+            "driver": "1",
+            "cuda": "13",
+        }
         record["versions"] = {"vllm": "0.32.0", "torch": "2.11.0"}
         record["engine"]["dtype"] = "bfloat16"
         shift(record, 0.02)
@@ -52,8 +58,11 @@ def test_both_perplexities_and_their_difference_stand_in_the_readme(sides, tmp_p
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert rows[0] == "| method | sparsity | CPU float32 | CUDA bfloat16 | difference |"
     assert [row.split(" | ")[:2] for row in rows[1:]] == [
-        ["| dense", "-"], ["| h2o", "0.9"], ["| cab", "0.5"], ["| cab", "0.9"]
-    ]  # fmt: skip
+        ["| dense", "-"],
+        ["| h2o", "0.9"],
+        ["| cab", "0.5"],
+        ["| cab", "0.9"],
+    ]
     dense = [r for r in sides["cpu"] if r["method"] == "dense"]
     expected = fmean(perplexity(map(total, record["windows"])) for record in dense)
     # 0.02 nats on each of 5 sums over 4 predictions.
@@ -99,8 +108,9 @@ def test_records_under_former_names_are_read_as_others_are(sides):
         agreement_table(sides["cpu"], sides["cuda"])
 
 
-def test_a_refusal_is_one_sentence_and_leaves_the_readme_alone(sides, tmp_path, monkeypatch,
-                                                               capsys):  # fmt: skip
+def test_a_refusal_is_one_sentence_and_leaves_the_readme_alone(
+    sides, tmp_path, monkeypatch, capsys
+):
     for record in sides["cuda"]:
         record["specification"]["engine"]["block_size"] = 16
     write(sides, tmp_path)

@@ -188,9 +188,12 @@ def test_interrupting_leaves_no_process_and_resumes(number, stubs, study, tmp_pa
         "from harness.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *study(methods=["stock"])], stderr=subprocess.PIPE, text=True,
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "SLOW": "1"},
-    )  # fmt: skip
+        [sys.executable, "-c", code, *study(methods=["stock"])],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SLOW": "1"},
+    )
     for line in process.stderr:
         if line.startswith("stock_s0.0, seed 0"):
             break
@@ -264,15 +267,28 @@ def test_the_committed_studies_are_valid(monkeypatch):
     paths = sorted((ROOT / "scripts" / "studies" / "bench").glob("*.yaml"))
     studies = {path.stem: BenchStudy.read(path) for path in paths}
     assert set(studies) == {
-        "default", "granularity", "headline", "layer_groups", "long", "overhead", "short", "tight"
-    }  # fmt: skip
+        "default",
+        "granularity",
+        "headline",
+        "layer_groups",
+        "long",
+        "overhead",
+        "short",
+        "tight",
+    }
     for study in studies.values():
         assert study.runs()[0].method.policy == "stock"
 
 
 def test_what_was_evicted_over_a_batch():
-    record = {"average_blocks": 4.0, "effective_sparsity": 0.5, "peak_blocks": 6,
-              "blocks_evicted": 3, "decisions": 2, "decision_seconds": 0.1}  # fmt: skip
+    record = {
+        "average_blocks": 4.0,
+        "effective_sparsity": 0.5,
+        "peak_blocks": 6,
+        "blocks_evicted": 3,
+        "decisions": 2,
+        "decision_seconds": 0.1,
+    }
     made = summary([record, {**record, "average_blocks": 2.0, "policy_error": "x"}])
     assert (made["average_blocks"], made["peak_blocks"], made["policy_errors"]) == (3.0, 6, 1)
     assert summary([{}, {}]) is None

@@ -164,8 +164,12 @@ def test_a_policy_that_was_chosen_to_evict_needs_a_budget():
     for settings in ({"policy": "cab"}, {"policy": "h2o", "budget_tokens": None}):
         with pytest.raises(EvictionConfigError, match="evicts nothing without a budget"):
             check_has_budget(settings)
-    for settings in ({}, {"policy": "dense"}, {"policy": "cab", "sparsity": 0},
-                     {"policy": "cab", "budget_tokens": 256}):  # fmt: skip
+    for settings in (
+        {},
+        {"policy": "dense"},
+        {"policy": "cab", "sparsity": 0},
+        {"policy": "cab", "budget_tokens": 256},
+    ):
         check_has_budget(settings)
 
 
@@ -236,9 +240,16 @@ def test_a_parameter_that_one_granularity_lacks_does_not_stop_a_server():
 
 def test_a_request_cannot_ask_for_scores_that_nobody_gathers():
     mass = {"cab": {"bridge_definition": "mass"}}
-    server = EvictionConfig.parse({"policy": "cab", "sparsity": 0.5, "policy_args": mass,
-                                   "granularity": "token", "request_policies": ["cab"],
-                                   "request_granularity": "server"})  # fmt: skip
+    server = EvictionConfig.parse(
+        {
+            "policy": "cab",
+            "sparsity": 0.5,
+            "policy_args": mass,
+            "granularity": "token",
+            "request_policies": ["cab"],
+            "request_granularity": "server",
+        }
+    )
     assert "token_peak" not in server.needs()
     with pytest.raises(EvictionConfigError, match="does not gather"):
         server.request_settings({"kv_policy_args": {"bridge_definition": "peak"}}, 32)

@@ -205,8 +205,10 @@ def test_bytes_that_a_sentencepiece_vocabulary_falls_back_to():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
     text = "a aé 日 a"
     (tokens,) = encode(tokenizer, "whole", Documents([text], ""))
-    sizes = [scored_text(tokenizer, tokens[at : at + 2], 1)["scored_bytes"]
-             for at in range(len(tokens) - 1)]  # fmt: skip
+    sizes = [
+        scored_text(tokenizer, tokens[at : at + 2], 1)["scored_bytes"]
+        for at in range(len(tokens) - 1)
+    ]
     assert sizes == [2, 2, 1, 1, 1, 1, 2], "' a', 'é', ' ', three bytes, ' a'"
 
 

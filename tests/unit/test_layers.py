@@ -7,9 +7,21 @@ import pytest
 
 HARNESS = Path(__file__).resolve().parents[2] / "harness"
 LAYERS = (
-    "errors", "records", "inputs", "client", "study", "analysis", "resources", "measure", "sweep",
-    "report", "bench", "commands", "cli", "__main__",
-)  # fmt: skip
+    "errors",
+    "records",
+    "inputs",
+    "client",
+    "study",
+    "analysis",
+    "resources",
+    "measure",
+    "sweep",
+    "report",
+    "bench",
+    "commands",
+    "cli",
+    "__main__",
+)
 """From the bottom up."""
 MODULES = sorted(HARNESS.rglob("*.py"))
 

@@ -87,14 +87,20 @@ def test_evicting_nothing_is_fine_where_nothing_else_was_asked(refused, monkeypa
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--context-length", "33"], "--prefill-chunk 64 is longer than a window of "
-         "--context-length 33"),
-        (["--context-length", "16", "--prefill-chunk", "16"], "--block-size 32 is longer than a "
-         "window of --context-length 16"),
-        (["--context-length", "8193"], "--context-length 8193 is more than smollm2-135m can read; "
-         "give at most 8192"),
+        (
+            ["--context-length", "33"],
+            "--prefill-chunk 64 is longer than a window of --context-length 33",
+        ),
+        (
+            ["--context-length", "16", "--prefill-chunk", "16"],
+            "--block-size 32 is longer than a window of --context-length 16",
+        ),
+        (
+            ["--context-length", "8193"],
+            "--context-length 8193 is more than smollm2-135m can read; give at most 8192",
+        ),
     ],
-)  # fmt: skip
+)
 def test_lengths_are_told_as_the_flags_that_were_given(refused, flags, sentence):
     assert sentence in refused("--methods", "dense", *flags)
 

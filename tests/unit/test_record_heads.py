@@ -67,9 +67,17 @@ def test_a_load_without_a_single_length_has_no_effective_sparsity(model):
 
 def test_what_runs_are_stored_as_is_as_it_was(runs):
     assert set(runs["perplexity"].to_dict()) == {
-        "dataset", "engine", "method", "text", "seed", "sparsity", "budget_tokens", "num_samples",
-        "min_context", "load",
-    }  # fmt: skip
+        "dataset",
+        "engine",
+        "method",
+        "text",
+        "seed",
+        "sparsity",
+        "budget_tokens",
+        "num_samples",
+        "min_context",
+        "load",
+    }
     committed = json.loads((RESULTS / "serving-cpu" / "h2o_s0.9_rate1_seed0.json").read_text())
     assert set(committed["run"]) - {"hash"} <= set(runs["serving"].to_dict())
     assert runs["serving"].to_dict()["load"]["request_rate"] == 4

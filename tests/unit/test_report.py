@@ -55,8 +55,9 @@ def test_loss_by_position_is_the_difference_from_dense(records, results):
     assert curve["queries"] == [0, 4, 8, 12, 16]
     assert curve["difference"][:2] == [0.0, 0.0]
     assert curve["difference"][2:] == pytest.approx([0.3] * 3, abs=0.02)
-    for low, middle, high in zip(curve["low"][2:], curve["difference"][2:], curve["high"][2:],
-                                 strict=True):  # fmt: skip
+    for low, middle, high in zip(
+        curve["low"][2:], curve["difference"][2:], curve["high"][2:], strict=True
+    ):
         assert low < middle < high
     dense = curves(records, results)["nll_by_position"]["dense_s0.0"]
     assert set(dense) == {"queries", "nll"}
@@ -146,10 +147,14 @@ def test_significance_has_a_row_per_pair_and_family(records):
 
 def test_text_that_two_seeds_share_is_tested_once(records):
     moved = [
-        {**entry, "windows": [{**w, "start": w["start"] % 1000 + 10 * entry["seed"]}
-                              for w in entry["windows"]]}
+        {
+            **entry,
+            "windows": [
+                {**w, "start": w["start"] % 1000 + 10 * entry["seed"]} for w in entry["windows"]
+            ],
+        }
         for entry in records
-    ]  # fmt: skip
+    ]
     tests = significance(moved)
     assert {test["num_windows_left_out"] for test in tests.values()} == {3}
     assert {test["all_tokens"]["num_windows"] for test in tests.values()} == {3}
@@ -204,8 +209,13 @@ def test_committed_pages_follow_from_committed_records(name, tmp_path):
 
 def test_what_follows_from_records_is_not_committed():
     """But for pages, and the pictures that they show."""
-    listed = subprocess.run(["git", "ls-files", "results"], cwd=RESULTS.parent, text=True,
-                            capture_output=True, check=False)  # fmt: skip
+    listed = subprocess.run(
+        ["git", "ls-files", "results"],
+        cwd=RESULTS.parent,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     if listed.returncode:
         pytest.skip("no git checkout")
     files = set(listed.stdout.splitlines())
@@ -244,9 +254,13 @@ def test_records_of_different_origin_are_not_mixed(records, tmp_path, part, chan
 def test_neither_throughput_nor_points_of_a_study_come_from_elsewhere(records, tmp_path):
     plain, varied = tmp_path / "plain", tmp_path / "varied"
     write_json(plain / "dense_s0_ctx21_seed0.json", records[0])
-    write_json(plain / "dense_s0_ctx21_load0.json", {
-        **load_record("dense", 0.0, 0, 50.0), "code": "f" * 16,
-    })  # fmt: skip
+    write_json(
+        plain / "dense_s0_ctx21_load0.json",
+        {
+            **load_record("dense", 0.0, 0, 50.0),
+            "code": "f" * 16,
+        },
+    )
     points = [{"varied": {"score": name}, "folder": name} for name in ("sum", "mean")]
     write_json(varied / "experiment.json", {"comparisons": points})
     write_json(varied / "sum" / "dense_s0_ctx21_seed0.json", records[0])

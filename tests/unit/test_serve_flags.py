@@ -12,8 +12,11 @@ from harness.errors import UsageError
 from harness.resources.passthrough import Passthrough
 from vllm_plugins.config import EvictionConfig
 
-LLAMA = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4,
-         "max_position_embeddings": 2048}  # fmt: skip
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 2048,
+}
 WINDOWED = {**LLAMA, "sliding_window": 256}
 
 
@@ -149,8 +152,9 @@ def test_the_command_names_its_pool_and_says_so(smollm2, capsys):
 
 
 def test_a_score_chunk_is_the_whole_budget_of_one_request(smollm2, capsys):
-    command, told = printed(capsys, smollm2, "--policy", "cab", "--sparsity", "0.9",
-                            "--score-chunk", "64")  # fmt: skip
+    command, told = printed(
+        capsys, smollm2, "--policy", "cab", "--sparsity", "0.9", "--score-chunk", "64"
+    )
     assert value(command, "--max-num-batched-tokens") == "64"
     assert value(command, "--max-num-seqs") == "1"
     assert "--no-async-scheduling" in command
@@ -184,8 +188,18 @@ def test_no_flag_of_vllm_is_taken_for_one_of_ours():
         except (UsageError, ValueError):
             refused.add(flag)
     assert refused == {
-        "--attention-backend", "--config", "--enable-dbo", "--enable-prefix-caching",
-        "--kv-cache-dtype", "--kv-offloading-size", "--kv-transfer-config", "--model",
-        "--spec-method", "--spec-model", "--spec-tokens", "--speculative-config", "--worker-cls",
+        "--attention-backend",
+        "--config",
+        "--enable-dbo",
+        "--enable-prefix-caching",
+        "--kv-cache-dtype",
+        "--kv-offloading-size",
+        "--kv-transfer-config",
+        "--model",
+        "--spec-method",
+        "--spec-model",
+        "--spec-tokens",
+        "--speculative-config",
+        "--worker-cls",
         "-sc",
-    }  # fmt: skip
+    }

@@ -75,9 +75,12 @@ def test_chunks_that_stand_in_for_tokens_of_a_broken_answer_are_told(tmp_path):
 
 
 QUALITY_LOAD = {
-    "num_requests": 4, "input_length": 4, "output_length": 2, "request_rate": 100,
+    "num_requests": 4,
+    "input_length": 4,
+    "output_length": 2,
+    "request_rate": 100,
     "quality": {"share": 0.5, "context_length": 8, "num_windows": 2, "chunk": 4},
-}  # fmt: skip
+}
 
 
 def quality_of(answers):
@@ -142,8 +145,9 @@ def test_a_perplexity_that_no_number_holds_is_none():
 
 def test_a_quality_answer_that_was_cut_off_is_incomplete(tmp_path):
     body = {"choices": [{"finish_reason": "abort"}], "usage": {"completion_tokens": 0}}
-    specification = LoadSpecification.parse({**QUALITY_LOAD, "quality": {
-        "share": 0.9, "context_length": 8, "num_windows": 2}})  # fmt: skip
+    specification = LoadSpecification.parse(
+        {**QUALITY_LOAD, "quality": {"share": 0.9, "context_length": 8, "num_windows": 2}}
+    )
     plan = make_plan(specification, 100, lambda dataset: list(range(100)))
     with running(pages={"/v1/completions": json.dumps(body)}) as (address, _):
         target = Target(address, "stub", "stub", None, None)

@@ -23,8 +23,16 @@ from .serving_stub import load, running
 
 def test_a_good_server(tmp_path, capsys):
     with running() as (address, stub):
-        status, record = load(address, tmp_path, "--kv-policy", "cab", "--kv-sparsity", "0.9",
-                              "--slo", "time_to_first_token_ms:5000")  # fmt: skip
+        status, record = load(
+            address,
+            tmp_path,
+            "--kv-policy",
+            "cab",
+            "--kv-sparsity",
+            "0.9",
+            "--slo",
+            "time_to_first_token_ms:5000",
+        )
     assert status == 0
     assert record["complete"]
     assert record["schema_version"] == 2
@@ -57,9 +65,14 @@ def test_each_fault_has_its_count_and_message(mode, kind, error, message, tmp_pa
     assert status == 1
     assert record["complete"]
     assert record["counts"] == {
-        "planned": 6, "failed": 0, "timed_out": 0, "incomplete": 0, "not_sent": 0,
-        "succeeded": 2, kind: 4,
-    }  # fmt: skip
+        "planned": 6,
+        "failed": 0,
+        "timed_out": 0,
+        "incomplete": 0,
+        "not_sent": 0,
+        "succeeded": 2,
+        kind: 4,
+    }
     (row,) = record["failures"]
     assert (row["status"], row["error"], row["count"]) == (kind, error, 4)
     assert message in row["message"]
@@ -70,9 +83,13 @@ def test_each_fault_has_its_count_and_message(mode, kind, error, message, tmp_pa
 
 def test_answers_without_the_log_probs_that_were_asked_for(tmp_path):
     specification = LoadSpecification.parse(
-        {"num_requests": 4, "input_length": 4, "output_length": 2,
-         "quality": {"share": 0.5, "context_length": 8, "num_windows": 1}}
-    )  # fmt: skip
+        {
+            "num_requests": 4,
+            "input_length": 4,
+            "output_length": 2,
+            "quality": {"share": 0.5, "context_length": 8, "num_windows": 1},
+        }
+    )
     plan = make_plan(specification, 100, lambda dataset: list(range(100)))
     with running() as (address, _):
         target = asyncio.run(find_target(address, None))
@@ -123,11 +140,30 @@ def test_interrupting_keeps_the_record(tmp_path):
     with running("slow") as (address, stub):
         output = tmp_path / "record.json"
         process = subprocess.Popen(
-            [sys.executable, "-m", "harness", "load", "--base-url", address, "--output", output,
-             "--num-requests", "50", "--request-rate", "5", "--vocab-size", "10",
-             "--input-length", "3", "--output-length", "5"],
-            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "harness",
+                "load",
+                "--base-url",
+                address,
+                "--output",
+                output,
+                "--num-requests",
+                "50",
+                "--request-rate",
+                "5",
+                "--vocab-size",
+                "10",
+                "--input-length",
+                "3",
+                "--output-length",
+                "5",
+            ],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         deadline = time.monotonic() + 30
         while stub.count < 4 and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -158,8 +194,20 @@ def test_a_model_the_server_does_not_have(tmp_path, capsys):
 
 def test_an_output_that_cannot_be_written_shows_before_the_run(tmp_path, capsys):
     with running() as (address, stub):
-        assert main(["load", "--base-url", address, "--num-requests", "1",
-                     "--output", "/proc/none/r.json"]) == 2  # fmt: skip
+        assert (
+            main(
+                [
+                    "load",
+                    "--base-url",
+                    address,
+                    "--num-requests",
+                    "1",
+                    "--output",
+                    "/proc/none/r.json",
+                ]
+            )
+            == 2
+        )
     assert stub.count == 0
     assert "cannot write to /proc/none/r.json" in capsys.readouterr().err
 
@@ -183,8 +231,17 @@ def test_serve_refuses_a_model_path_that_is_wrong(capsys):
 
 def test_closed_loop_keeps_its_concurrency(tmp_path):
     with running("slow") as (address, _):
-        status, record = load(address, tmp_path, "--arrivals", "closed", "--max-concurrency", "3",
-                              "--request-rate", "inf", requests=7)  # fmt: skip
+        status, record = load(
+            address,
+            tmp_path,
+            "--arrivals",
+            "closed",
+            "--max-concurrency",
+            "3",
+            "--request-rate",
+            "inf",
+            requests=7,
+        )
     assert status == 0
     assert record["summary"]["all"]["peak_concurrency"] == 3
     assert record["requests"]["intended_s"] == []
@@ -212,8 +269,9 @@ def test_a_client_that_falls_behind_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loops.LoadLoop, "_launch", launch)
     with running() as (address, _):
-        _, record = load(address, tmp_path, "--arrivals", "constant", "--request-rate", "100",
-                         requests=50)  # fmt: skip
+        _, record = load(
+            address, tmp_path, "--arrivals", "constant", "--request-rate", "100", requests=50
+        )
     summary = record["summary"]["all"]
     assert summary["send_lag_ms"]["p50"] > 100
     # No coordinated omission: the delay is in the latency.

@@ -110,9 +110,17 @@ def test_a_warm_up_beyond_the_run(arguments, sentence, tmp_path, capsys):
 def test_a_warm_up_beyond_a_closed_loop_is_a_warning(tmp_path, capsys):
     with running() as (address, _):
         status, record = load(
-            address, tmp_path, "--arrivals", "closed", "--max-concurrency", "2",
-            "--request-rate", "inf", "--warm-up", "60",
-        )  # fmt: skip
+            address,
+            tmp_path,
+            "--arrivals",
+            "closed",
+            "--max-concurrency",
+            "2",
+            "--request-rate",
+            "inf",
+            "--warm-up",
+            "60",
+        )
     assert status == 0
     assert record["summary"]["steady"]["time_to_first_token_ms"] is None
     assert any("the steady figures are empty" in warning for warning in record["warnings"])
@@ -150,9 +158,14 @@ def mooncake(*hash_ids, **changes):
 def test_blocks_of_a_trace_may_have_any_name(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text(
-        "\ufeff" + mooncake("a1", "b") + mooncake("a1", "c") + mooncake(-7, -8.0)
-        + mooncake(-7, 8) + mooncake(7, 8) + mooncake(None, hash_ids=None, input_length="600")
-    )  # fmt: skip
+        "\ufeff"
+        + mooncake("a1", "b")
+        + mooncake("a1", "c")
+        + mooncake(-7, -8.0)
+        + mooncake(-7, 8)
+        + mooncake(7, 8)
+        + mooncake(None, hash_ids=None, input_length="600")
+    )
     specification = LoadSpecification.parse(
         {"num_requests": 6, "arrivals": "trace", "prompts": "trace", "trace": str(path)}
     )
@@ -192,8 +205,11 @@ def test_an_entry_of_a_trace_that_cannot_be_read_is_named(name, content, sentenc
 
 
 STUDY = {
-    "methods": ["h2o"], "rates": [2], "vocabulary_size": 10, "load": {"num_requests": 3},
-}  # fmt: skip
+    "methods": ["h2o"],
+    "rates": [2],
+    "vocabulary_size": 10,
+    "load": {"num_requests": 3},
+}
 
 
 def of_load(**values):

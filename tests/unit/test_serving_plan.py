@@ -103,9 +103,14 @@ def test_time_scale_and_limit(traces):
 
 def test_mooncake_prefixes_are_shared_as_recorded(traces):
     specification = LoadSpecification.parse(
-        {"num_requests": 2, "arrivals": "trace", "prompts": "trace",
-         "trace": str(traces / "m.jsonl"), "time_scale": 3}
-    )  # fmt: skip
+        {
+            "num_requests": 2,
+            "arrivals": "trace",
+            "prompts": "trace",
+            "trace": str(traces / "m.jsonl"),
+            "time_scale": 3,
+        }
+    )
     first, second = make_plan(specification, 1000, None).requests
     assert (first.send_at, second.send_at) == (0.0, 1.0)
     assert (len(first.prompt), len(second.prompt)) == (1100, 600)

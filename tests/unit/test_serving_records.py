@@ -36,10 +36,22 @@ def test_a_record_that_cannot_be_written_is_kept_elsewhere(tmp_path, temporary, 
     with running() as (address, stub):
         stub.on_request = spoil
         status = main(
-            ["load", "--base-url", address, "--output", str(folder / "r.json"),
-             "--num-requests", "3", "--vocab-size", "9", "--input-length", "4",
-             "--output-length", "5"]
-        )  # fmt: skip
+            [
+                "load",
+                "--base-url",
+                address,
+                "--output",
+                str(folder / "r.json"),
+                "--num-requests",
+                "3",
+                "--vocab-size",
+                "9",
+                "--input-length",
+                "4",
+                "--output-length",
+                "5",
+            ]
+        )
     assert status == 1
     printed = capsys.readouterr()
     assert "3 of 3 requests succeeded" in printed.out
@@ -74,8 +86,10 @@ def test_without_room_for_a_temporary_file_the_figures_are_shown(
 
 def test_an_output_that_is_a_folder_shows_before_the_run(tmp_path, capsys):
     with running() as (address, stub):
-        assert main(["load", "--base-url", address, "--num-requests", "1", "--output",
-                     str(tmp_path)]) == 2  # fmt: skip
+        assert (
+            main(["load", "--base-url", address, "--num-requests", "1", "--output", str(tmp_path)])
+            == 2
+        )
     assert "it is a folder; name a file in it" in capsys.readouterr().err
     assert stub.count == 0
 

@@ -96,8 +96,13 @@ RESULTS = [
 
 def test_counts_keep_every_request_apart():
     assert counts(RESULTS) == {
-        "planned": 5, "succeeded": 3, "failed": 0, "timed_out": 1, "incomplete": 0, "not_sent": 1,
-    }  # fmt: skip
+        "planned": 5,
+        "succeeded": 3,
+        "failed": 0,
+        "timed_out": 1,
+        "incomplete": 0,
+        "not_sent": 1,
+    }
 
 
 def test_throughput_of_the_whole_run():
@@ -176,15 +181,20 @@ def test_metrics():
         "kv_eviction_requests:cab": 5.0,
     }
     assert parse_cache_config(METRICS) == {
-        "block_size": 32, "kv_cache_memory_bytes": 100, "num_gpu_blocks": 135,
-    }  # fmt: skip
+        "block_size": 32,
+        "kv_cache_memory_bytes": 100,
+        "num_gpu_blocks": 135,
+    }
 
 
 def test_objectives():
     assert parse_slo(["time_to_first_token_ms:20"]) == {"time_to_first_token_ms": 20.0}
     check_run_slo({"time_to_first_token_ms": {"p99": 2000}})
-    for wrong in ({"latency": {"p99": 1}}, {"time_to_first_token_ms": {"p98": 1}},
-                  {"time_to_first_token_ms": 5}):  # fmt: skip
+    for wrong in (
+        {"latency": {"p99": 1}},
+        {"time_to_first_token_ms": {"p98": 1}},
+        {"time_to_first_token_ms": 5},
+    ):
         with pytest.raises(UsageError, match="slo"):
             check_run_slo(wrong)
 
@@ -199,15 +209,26 @@ def test_a_run_with_failures_keeps_no_objective():
 
 def serving_record(method, rate, seed, ttft):
     run = [result(i, 0.0, 0.0, [ttft, ttft + 1.0]) for i in range(3)]
-    return load_in_todays_names({
-        "run": {"method": method, "sparsity": 0.9 if method != "dense" else 0.0,
-                "request_rate": rate, "seed": seed,
-                "slo": {"time_to_first_token_ms": {"p99": 2000}}},
-        "counts": counts(run), "duration_s": 5.0, "quality": None,
-        "memory": {"kv_cache_memory_bytes": 1 << 20, "kv_cache_usage": {"mean": 0.5, "max": 1.0},
-                   "num_requests_running": {"mean": 2.0, "max": 3.0}},
-        "summary": {"steady": summarize(run, run, (0.0, 5.0), True, {})},
-    })  # fmt: skip
+    return load_in_todays_names(
+        {
+            "run": {
+                "method": method,
+                "sparsity": 0.9 if method != "dense" else 0.0,
+                "request_rate": rate,
+                "seed": seed,
+                "slo": {"time_to_first_token_ms": {"p99": 2000}},
+            },
+            "counts": counts(run),
+            "duration_s": 5.0,
+            "quality": None,
+            "memory": {
+                "kv_cache_memory_bytes": 1 << 20,
+                "kv_cache_usage": {"mean": 0.5, "max": 1.0},
+                "num_requests_running": {"mean": 2.0, "max": 3.0},
+            },
+            "summary": {"steady": summarize(run, run, (0.0, 5.0), True, {})},
+        }
+    )
 
 
 def test_the_highest_rate_is_the_last_before_the_first_that_breaks():
@@ -252,10 +273,12 @@ def test_ratios_are_paired_by_seed():
 
 def quality_row(window, log_likelihood, steps=4, preemptions=0, evicted=3):
     return {
-        "window": window, "log_likelihoods": [log_likelihood] * 4, "num_predictions": 255,
+        "window": window,
+        "log_likelihoods": [log_likelihood] * 4,
+        "num_predictions": 255,
         "predictions_per_entry": 64,
         "eviction": {"num_steps": steps, "preemptions": preemptions, "blocks_evicted": evicted},
-    }  # fmt: skip
+    }
 
 
 def test_windows_of_another_chunk_do_not_count():

@@ -81,8 +81,10 @@ def test_a_sweep_reports_and_resumes(rendering_stub_servers, tmp_path, capsys):
     found = records(tmp_path)
     assert set(found) == {
         f"{key}_rate{rate}_seed{seed}"
-        for key in ("dense_s0.0", "h2o_s0.9") for rate in (20, 40) for seed in (0, 1)
-    }  # fmt: skip
+        for key in ("dense_s0.0", "h2o_s0.9")
+        for rate in (20, 40)
+        for seed in (0, 1)
+    }
     one = found["h2o_s0.9_rate40_seed1"]
     assert one["complete"]
     assert one["kind"] == "serving"
@@ -317,9 +319,13 @@ def test_interrupting_a_sweep_leaves_no_process(number, tmp_path):
     (tmp_path / "model" / "config.json").write_text("{}")
     arguments = study(tmp_path, rates=[1], load={**STUDY["load"], "num_requests": 60})
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True, cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
+        [sys.executable, "-c", code, *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
     for line in process.stderr:
         if line.startswith("dense_s0.0_rate1, seed 0"):
             break
@@ -372,20 +378,43 @@ def test_the_telling_line_of_a_log(tmp_path):
 
 def test_flags():
     flags = serve_flags(
-        {"block_size": 32, "enable_prefix_caching": False, "enforce_eager": True, "x": None,
-         "logits_processors": ["a:b"], "kv_transfer_config": {"kv_role": "kv_both"}}
-    )  # fmt: skip
+        {
+            "block_size": 32,
+            "enable_prefix_caching": False,
+            "enforce_eager": True,
+            "x": None,
+            "logits_processors": ["a:b"],
+            "kv_transfer_config": {"kv_role": "kv_both"},
+        }
+    )
     assert flags == [
-        "--block-size", "32", "--no-enable-prefix-caching", "--enforce-eager",
-        "--logits-processors", "a:b", "--kv-transfer-config", '{"kv_role":"kv_both"}',
-    ]  # fmt: skip
+        "--block-size",
+        "32",
+        "--no-enable-prefix-caching",
+        "--enforce-eager",
+        "--logits-processors",
+        "a:b",
+        "--kv-transfer-config",
+        '{"kv_role":"kv_both"}',
+    ]
 
 
 def test_serve_prints_the_plain_command(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
-    arguments = ["serve", str(tmp_path), "--policy", "cab", "--sparsity", "0.9",
-                 "--score-query-stride", "4", "--max-model-len", "1024", "--print-command",
-                 "--enable-lora"]  # fmt: skip
+    arguments = [
+        "serve",
+        str(tmp_path),
+        "--policy",
+        "cab",
+        "--sparsity",
+        "0.9",
+        "--score-query-stride",
+        "4",
+        "--max-model-len",
+        "1024",
+        "--print-command",
+        "--enable-lora",
+    ]
     assert main(arguments) == 0
     line = capsys.readouterr().out.strip()
     assert line.startswith(f"vllm serve {tmp_path} --kv-transfer-config '{{")

@@ -16,8 +16,12 @@ def test_the_key_goes_to_every_page_of_the_server(tmp_path, monkeypatch):
     assert record["target"]["vllm_version"] == "1.2"
     assert record["memory"]["num_gpu_blocks"] == 10
     assert stub.paths_with_key == {
-        "/v1/models", "/version", "/v1/completions", "/metrics", "/health",
-    }  # fmt: skip
+        "/v1/models",
+        "/version",
+        "/v1/completions",
+        "/metrics",
+        "/health",
+    }
     assert "secret" not in str(record)
 
 

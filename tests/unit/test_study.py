@@ -34,8 +34,9 @@ def runs(settings, device="cpu") -> list[OfflineRun]:
 
 
 def test_runs_of_a_comparison(model):
-    made = runs({"model": str(model), "methods": ["dense", "h2o"], "sparsity": ["0.5", 0.9],
-                 "num_runs": 2})  # fmt: skip
+    made = runs(
+        {"model": str(model), "methods": ["dense", "h2o"], "sparsity": ["0.5", 0.9], "num_runs": 2}
+    )
     keys = ("dense_s0.0", "h2o_s0.5", "h2o_s0.9")
     assert [run.file_name for run in made] == [
         f"{key}_ctx1024_seed{seed}.json" for seed in (0, 1) for key in keys
@@ -48,8 +49,9 @@ def test_runs_of_a_comparison(model):
 
 def test_methods_with_parameters_and_budgets(model):
     bridges = {"policy": "cab", "args": {"bridge_definition": "forman"}}
-    made = runs({"model": str(model), "methods": ["dense", bridges], "sparsity": [],
-                 "budget_tokens": [256]})  # fmt: skip
+    made = runs(
+        {"model": str(model), "methods": ["dense", bridges], "sparsity": [], "budget_tokens": [256]}
+    )
     assert [run.key for run in made] == ["dense_s0.0", "cab-forman_b256"]
     assert made[1].settings == {
         "kv_policy": "cab",
@@ -148,8 +150,17 @@ def test_several_texts_and_their_throughput_passes_share_one_engine(model, tmp_p
 
 
 def test_throughput_is_a_pass_of_its_own(model):
-    made = runs({"model": str(model), "methods": ["h2o"], "sparsity": [0.5], "num_runs": 3,
-                 "throughput": True, "load_runs": 1, "max_num_seqs": 16})  # fmt: skip
+    made = runs(
+        {
+            "model": str(model),
+            "methods": ["h2o"],
+            "sparsity": [0.5],
+            "num_runs": 3,
+            "throughput": True,
+            "load_runs": 1,
+            "max_num_seqs": 16,
+        }
+    )
     assert [run.kind for run in made] == ["perplexity"] * 3 + ["throughput"]
     load = made[-1].measurement.load
     assert (load.num_requests, load.prompt_tokens, load.output_tokens) == (32, 896, 128)
@@ -181,13 +192,15 @@ def test_a_lone_window_still_gets_an_engine_for_two(model):
         ({"methods": [{"name": "x"}]}, "give a policy's name or"),
         ({"methods": [{"policy": "cab", "arguments": {}}]}, "name, args and granularity"),
         ({"methods": [{"policy": "cab", "name": "a/b"}]}, "use letters"),
-        ({"methods": ["cab", {"policy": "cab", "name": "cab", "args": {"local": 0.3}}]},
-         "same name"),
+        (
+            {"methods": ["cab", {"policy": "cab", "name": "cab", "args": {"local": 0.3}}]},
+            "same name",
+        ),
         ({"throughput": True, "load_output_tokens": 1024}, "leaves no prompt"),
         ({"num_runs": 2, "seeds": [1]}, "drop one"),
         ({"dataset": "text:/nowhere.txt"}, "cannot read /nowhere.txt"),
     ],
-)  # fmt: skip
+)
 def test_refusals(model, settings, sentence):
     with pytest.raises(UsageError, match=r"^[^\n]+$") as refusal:
         points({"model": str(model), **settings})
@@ -230,7 +243,13 @@ def test_records_are_in_the_same_order_whenever_they_were_made():
     def record(method, sparsity, seed):
         return {"method": method, "sparsity": sparsity, "seed": seed, "budget_tokens": None}
 
-    wanted = [("dense", 0.0, 0), ("h2o", 0.5, 0), ("h2o", 0.5, 1), ("h2o", 0.9, 0),
-              ("cab", 0.5, 0), ("cab-forman", 0.5, 0)]  # fmt: skip
+    wanted = [
+        ("dense", 0.0, 0),
+        ("h2o", 0.5, 0),
+        ("h2o", 0.5, 1),
+        ("h2o", 0.9, 0),
+        ("cab", 0.5, 0),
+        ("cab-forman", 0.5, 0),
+    ]
     wanted = [record(*values) for values in wanted]
     assert sorted(reversed(wanted), key=order) == wanted

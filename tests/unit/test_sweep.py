@@ -168,12 +168,24 @@ def test_results_have_the_documented_metrics(engines, settings, tmp_path):
     run(settings, tmp_path / "e")
     report_experiment(tmp_path / "e")
     entry = read_json(tmp_path / "e" / "aggregated_results.json")["h2o_s0.5"]
-    for metric in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte",
-                   "avg_cache_size", "peak_memory_mib", "process_peak_memory_mib",
-                   "blocks_evicted", "decision_seconds"):  # fmt: skip
+    for metric in (
+        "perplexity",
+        "word_perplexity",
+        "byte_perplexity",
+        "bits_per_byte",
+        "avg_cache_size",
+        "peak_memory_mib",
+        "process_peak_memory_mib",
+        "blocks_evicted",
+        "decision_seconds",
+    ):
         assert set(entry[metric]) == Estimate.__required_keys__, metric
-    for metric in ("prefill_tokens_per_second", "decode_tokens_per_second",
-                   "output_tokens_per_second", "preemptions"):  # fmt: skip
+    for metric in (
+        "prefill_tokens_per_second",
+        "decode_tokens_per_second",
+        "output_tokens_per_second",
+        "preemptions",
+    ):
         assert set(entry["throughput"][metric]) == Estimate.__required_keys__, metric
     # 4 requests of 224 + 32 tokens; the made-up engine takes a second an output token.
     assert entry["throughput"]["prefill_tokens_per_second"]["mean"] == 4 * 224

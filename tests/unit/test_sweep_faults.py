@@ -218,8 +218,11 @@ def test_a_study_tells_the_effective_sparsity_of_each_point(engines, study, tmp_
     settings.update(throughput=False, load_requests=None, vary={"min_blocks": [2, 6]})
     varied.write_text(json.dumps(settings))
     assert main(arguments(varied, tmp_path)) == 0
-    row = next(line for line in (tmp_path / "varied" / "report.md").read_text().splitlines()
-               if line.startswith("| h2o"))  # fmt: skip
+    row = next(
+        line
+        for line in (tmp_path / "varied" / "report.md").read_text().splitlines()
+        if line.startswith("| h2o")
+    )
     first, second = row.split(" | ")[2:]
     assert " at " not in first, "2 of 20 blocks: what was asked"
     assert " at 0.7" in second

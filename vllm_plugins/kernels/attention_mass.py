@@ -134,9 +134,20 @@ def _mass_kernel(
 
     if ONE_QUERY:
         queries, lse, _ = _query_rows(
-            0, num_rows, query_ptr, lse_ptr, query_token_stride, query_head_stride,
-            lse_head_stride, first_token, first_head, GROUP, HEAD_SIZE, HEAD_PADDED, M,
-        )  # fmt: skip
+            0,
+            num_rows,
+            query_ptr,
+            lse_ptr,
+            query_token_stride,
+            query_head_stride,
+            lse_head_stride,
+            first_token,
+            first_head,
+            GROUP,
+            HEAD_SIZE,
+            HEAD_PADDED,
+            M,
+        )
     for start in range(first_key, seq_len, tl.num_programs(1) * N):
         place = start + key
         ids = tl.load(table_ptr + place // BLOCK_SIZE, mask=place < seq_len, other=0).to(tl.int64)
@@ -161,9 +172,20 @@ def _mass_kernel(
             diagonal = (diagonal + M - 1) // M * M
             for r in range(begin, diagonal, M):
                 queries, lse, t = _query_rows(
-                    r, num_rows, query_ptr, lse_ptr, query_token_stride, query_head_stride,
-                    lse_head_stride, first_token, first_head, GROUP, HEAD_SIZE, HEAD_PADDED, M,
-                )  # fmt: skip
+                    r,
+                    num_rows,
+                    query_ptr,
+                    lse_ptr,
+                    query_token_stride,
+                    query_head_stride,
+                    lse_head_stride,
+                    first_token,
+                    first_head,
+                    GROUP,
+                    HEAD_SIZE,
+                    HEAD_PADDED,
+                    M,
+                )
                 p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
                 p = tl.where(place[:, None] <= (first_place + t)[None, :], p, 0.0)
                 if PEAK:
@@ -173,9 +195,20 @@ def _mass_kernel(
                 total += tl.sum(p, 1)
             for r in range(tl.maximum(begin, diagonal), num_rows, M):
                 queries, lse, t = _query_rows(
-                    r, num_rows, query_ptr, lse_ptr, query_token_stride, query_head_stride,
-                    lse_head_stride, first_token, first_head, GROUP, HEAD_SIZE, HEAD_PADDED, M,
-                )  # fmt: skip
+                    r,
+                    num_rows,
+                    query_ptr,
+                    lse_ptr,
+                    query_token_stride,
+                    query_head_stride,
+                    lse_head_stride,
+                    first_token,
+                    first_head,
+                    GROUP,
+                    HEAD_SIZE,
+                    HEAD_PADDED,
+                    M,
+                )
                 p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
                 if PEAK:
                     highest = tl.maximum(highest, tl.max(p, 1))

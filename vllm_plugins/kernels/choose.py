@@ -71,10 +71,15 @@ def _tile(
 # No integer is specialised: each would compile the kernel anew, in the middle of serving.
 @triton.jit(
     do_not_specialize=[
-        "ids_stride", "numbers_stride", "list_stride", "layer_stride", "first_layer", "num_layers",
+        "ids_stride",
+        "numbers_stride",
+        "list_stride",
+        "layer_stride",
+        "first_layer",
+        "num_layers",
         "sink_tokens",
     ]
-)  # fmt: skip
+)
 def _choose_kernel(
     ids_ptr,
     numbers_ptr,
@@ -115,9 +120,20 @@ def _choose_kernel(
 
     if ONE_TILE:
         place, real, position, first, second = _tile(
-            0, num_candidates, now, sink_tokens, ids_ptr, position_ptr, mass_ptr, peak_ptr,
-            FIRST, SECOND, HEADS, BLOCK_SIZE, TILE,
-        )  # fmt: skip
+            0,
+            num_candidates,
+            now,
+            sink_tokens,
+            ids_ptr,
+            position_ptr,
+            mass_ptr,
+            peak_ptr,
+            FIRST,
+            SECOND,
+            HEADS,
+            BLOCK_SIZE,
+            TILE,
+        )
     # Of each ranking, its least key that is chosen, and of those with this key the least position.
     first_key = least
     first_position = tl.full([], 0, tl.int64)
@@ -139,9 +155,20 @@ def _choose_kernel(
                 for start in range(0, num_candidates, TILE):
                     if not ONE_TILE:
                         place, real, position, first, second = _tile(
-                            start, num_candidates, now, sink_tokens, ids_ptr, position_ptr,
-                            mass_ptr, peak_ptr, FIRST, SECOND, HEADS, BLOCK_SIZE, TILE,
-                        )  # fmt: skip
+                            start,
+                            num_candidates,
+                            now,
+                            sink_tokens,
+                            ids_ptr,
+                            position_ptr,
+                            mass_ptr,
+                            peak_ptr,
+                            FIRST,
+                            SECOND,
+                            HEADS,
+                            BLOCK_SIZE,
+                            TILE,
+                        )
                     if ranking == 0:
                         left = real
                         key = first
@@ -180,9 +207,20 @@ def _choose_kernel(
     for start in range(0, num_candidates, TILE):
         if not ONE_TILE:
             place, real, position, first, second = _tile(
-                start, num_candidates, now, sink_tokens, ids_ptr, position_ptr, mass_ptr, peak_ptr,
-                FIRST, SECOND, HEADS, BLOCK_SIZE, TILE,
-            )  # fmt: skip
+                start,
+                num_candidates,
+                now,
+                sink_tokens,
+                ids_ptr,
+                position_ptr,
+                mass_ptr,
+                peak_ptr,
+                FIRST,
+                SECOND,
+                HEADS,
+                BLOCK_SIZE,
+                TILE,
+            )
         kept = (first > first_key) | ((first == first_key) & (position >= first_position))
         kept = kept & (first_count > 0)
         if SECOND >= 0:
