@@ -52,6 +52,8 @@ def test_random_arrivals_aborts_and_preemptions(layer_groups, tiny_engines):
                 extra = {"kv_policy": "cab", "kv_policy_args": {"bridge_definition": "forman"}}
             if policy != "dense":
                 extra["kv_sparsity"] = float(rng.choice([0.0, 0.3, 0.5, 0.9]))
+            if policy not in ("dense", "forman"):
+                extra["kv_granularity"] = str(rng.choice(["block", "token"]))
             length = int(rng.integers(1, 500))
             tokens = rng.integers(0, 256, size=length).tolist()
             name = f"r{arrived}"

@@ -441,7 +441,10 @@ def test_serve_prints_the_plain_command(tmp_path, capsys):
         ({"load": {"num_requests": 3, "slo": "fast"}}, "slo of a load is 'fast'"),
         ({"rates": 4}, "rates of a serving study must be a list"),
         ({"methods": [{"sparsity": [0.5]}]}, "give a policy's name or {policy, name, args}"),
-        ({"methods": [{"policy": "h2o", "color": 1}]}, "it takes policy, name and args"),
+        (
+            {"methods": [{"policy": "h2o", "color": 1}]},
+            "it takes policy, name, args and granularity",
+        ),
         ({"methods": [{"policy": "cab", "args": {"local": 0.9}}]}, "sum to 1"),
         ({"budget_tokens": [40]}, "give at least 64"),
         ({"vary": {"colour": [1]}}, "no setting that can vary"),
