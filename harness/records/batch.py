@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnreadableFile, UsageError
-from .files import read_json
+from ..errors import UsageError
+from .files import read_record_of
 from .specifications import BATCH, digest
 from .stored import check_sources
 
 BATCH_RECORDS = "*_seed*.json"
 _OF_A_RECORD = (
     "schema_version",
-    "kind",
     "key",
     "method",
     "policy",
@@ -40,12 +39,7 @@ def read_batch_record(path: Path) -> dict[str, Any]:
         UnreadableFile: it is none, or cut short.
 
     """
-    record = read_json(path)
-    lacking = [n for n in _OF_A_RECORD if not isinstance(record, dict) or n not in record]
-    if lacking or record["kind"] != BATCH:
-        what = f"it has no {lacking[0]}" if lacking else f"its kind is {record['kind']!r}"
-        raise UnreadableFile(f"{path} is no bench record ({what}); delete it, or move it elsewhere")
-    return record
+    return read_record_of(path, BATCH, "bench", _OF_A_RECORD)
 
 
 def read_batch_records(folder: Path) -> list[dict[str, Any]]:

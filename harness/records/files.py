@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -80,3 +80,24 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _on_one_line(numbers: re.Match[str]) -> str:
     return " ".join(numbers[0].split())
+
+
+def read_record_of(path: Path, kind: str, what: str, names: Iterable[str]) -> dict[str, Any]:
+    """A record of ``kind`` that has every field of ``names``.
+
+    Args:
+        path: of its file.
+        kind: its field of that name.
+        what: such records are called so.
+        names: what a report or a resumed study takes from it.
+
+    Raises:
+        UnreadableFile: it is none, or cut short.
+
+    """
+    record = read_json(path)
+    lacking = [n for n in ("kind", *names) if not isinstance(record, dict) or n not in record]
+    if lacking or record["kind"] != kind:
+        why = f"it has no {lacking[0]}" if lacking else f"its kind is {record['kind']!r}"
+        raise UnreadableFile(f"{path} is no {what} record ({why}); delete it, or move it elsewhere")
+    return record

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnreadableFile
-from .files import read_json
+from .files import read_record_of
 from .former_names import load_in_todays_names
+from .specifications import SERVING
 
 SERVING_RECORDS = "*_seed*.json"
 _OF_A_RECORD = (
-    "kind",
     "run",
     "complete",
     "stop_reason",
@@ -42,12 +42,11 @@ def read_serving_record(path: Path) -> dict[str, Any]:
         UnreadableFile: it is none, or cut short.
 
     """
-    record = read_json(path)
-    lacking = [n for n in _OF_A_RECORD if not isinstance(record, dict) or n not in record]
-    if lacking or record["kind"] != "serving" or not isinstance(record["run"], dict):
-        what = f"it has no {lacking[0]}" if lacking else f"its kind is {record['kind']!r}"
+    record = read_record_of(path, SERVING, "serving", _OF_A_RECORD)
+    if not isinstance(record["run"], dict):
         raise UnreadableFile(
-            f"{path} is no serving record ({what}); delete it, or move it elsewhere"
+            f"{path} is no serving record (its run is {record['run']!r:.60}); delete it, or move "
+            "it elsewhere"
         )
     return load_in_todays_names(record)
 

@@ -22,8 +22,8 @@ from .points import (
     check_known,
     check_seeds,
     check_vary,
-    comparisons_of,
-    with_varied,
+    points_of,
+    typed_settings,
 )
 from .run import Run
 from .settings import check_folder_name, read_study
@@ -35,7 +35,6 @@ _KINDS = {
     **dict.fromkeys(("methods", *_OF_A_METHOD), list),
     **dict.fromkeys(("eviction", "engine", "environment", "load", "vary"), dict),
 }
-_NAMES = {list: "list", dict: "mapping"}
 _OURS = (
     "model",
     "block_size",
@@ -92,25 +91,14 @@ class BenchStudy:
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> BenchStudy:
         """From untyped settings."""
-        check_known(values, (f.name for f in fields(cls)), "a bench study")
-        for name, kind in _KINDS.items():
-            if not isinstance(values.get(name, kind()), kind):
-                raise UsageError(f"{name} of a bench study must be a {_NAMES[kind]}")
-        lists = {
-            name: tuple(values[name])
-            for name, kind in _KINDS.items()
-            if kind is list and name in values
-        }
-        study = cls(**{**values, **lists})
+        known = (f.name for f in fields(cls))
+        study = cls(**typed_settings(values, known, _KINDS, "a bench study"))
         study._validate()
         return study
 
     def points(self, folder: Path) -> list[Comparison]:
         """The runs of each point of ``vary``, and the folder of their records."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "vary"}
-        return comparisons_of(
-            self.vary, folder, lambda varied: BenchStudy.parse(with_varied(values, varied)).runs()
-        )
+        return points_of(self, folder)
 
     def runs(self) -> list[BatchRun]:
         """Every run, one seed's after the other; those of ``vary`` apart."""

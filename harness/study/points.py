@@ -6,12 +6,14 @@ import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
 from .run import Run
+
+_KIND_NAMES: dict[type, str] = {list: "list", dict: "mapping"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,15 @@ def with_varied(values: Mapping[str, Any], varied: Mapping[str, Any]) -> dict[st
     return {k: list(v) if isinstance(v, tuple) else v for k, v in made.items()}
 
 
+def points_of(study: Any, folder: Path) -> list[Comparison]:
+    """The points of a study with ``vary``, ``runs`` and ``parse``, as ``comparisons_of``."""
+    values = {f.name: getattr(study, f.name) for f in fields(study) if f.name != "vary"}
+    parse = type(study).parse
+    return comparisons_of(
+        study.vary, folder, lambda varied: parse(with_varied(values, varied)).runs()
+    )
+
+
 def check_vary(vary: Mapping[str, Any], can_vary: Iterable[str]) -> None:
     """Refuse names of no setting, and values that are no list.
 
@@ -85,6 +96,28 @@ def check_vary(vary: Mapping[str, Any], can_vary: Iterable[str]) -> None:
             raise UsageError(f"vary names {name!r}, which is no setting that can vary")
         if not isinstance(values, list) or not values:
             raise UsageError(f"vary.{name} must be a list of values")
+
+
+def typed_settings(
+    values: Mapping[str, Any], known: Iterable[str], kinds: Mapping[str, type], what: str
+) -> dict[str, Any]:
+    """``values`` of a study's file, lists as tuples.
+
+    Args:
+        values: by name, as read.
+        known: names of all settings.
+        kinds: those that are lists or mappings.
+        what: the study, in a sentence.
+
+    Raises:
+        UsageError: an unknown setting, or one of another kind.
+
+    """
+    check_known(values, known, what)
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name, kind()), kind):
+            raise UsageError(f"{name} of {what} must be a {_KIND_NAMES[kind]}")
+    return {k: tuple(v) if kinds.get(k) is list else v for k, v in values.items()}
 
 
 def check_known(values: Iterable[str], known: Iterable[str], what: str) -> None:

@@ -21,11 +21,10 @@ from .own_settings import own_settings
 from .points import (
     Comparison,
     check_file_names,
-    check_known,
     check_seeds,
     check_vary,
-    comparisons_of,
-    with_varied,
+    points_of,
+    typed_settings,
 )
 from .run import Run
 from .serving_specification import HttpLoad, ServerSpecification, ServingRun, server_settings
@@ -38,7 +37,6 @@ _KINDS = {
     **dict.fromkeys(("eviction", "server", "environment", "load", "slo", "vary"), dict),
 }
 _OF_THE_STUDY = ("kv_policy", "kv_sparsity", "kv_budget_tokens")
-_NAMES = {list: "list", dict: "mapping"}
 
 
 @dataclass(frozen=True)
@@ -87,16 +85,8 @@ class ServingStudy:
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> ServingStudy:
         """From untyped settings."""
-        check_known(values, (f.name for f in fields(cls)), "a serving study")
-        for name, kind in _KINDS.items():
-            if not isinstance(values.get(name, kind()), kind):
-                raise UsageError(f"{name} of a serving study must be a {_NAMES[kind]}")
-        lists = {
-            name: tuple(values[name])
-            for name, kind in _KINDS.items()
-            if kind is list and name in values
-        }
-        study = cls(**{**values, **lists})
+        known = (f.name for f in fields(cls))
+        study = cls(**typed_settings(values, known, _KINDS, "a serving study"))
         study._validate()
         return study
 
@@ -145,10 +135,7 @@ class ServingStudy:
 
         A name may be that of a setting, or of one inside it: ``server.max_num_seqs``.
         """
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "vary"}
-        return comparisons_of(
-            self.vary, folder, lambda varied: ServingStudy.parse(with_varied(values, varied)).runs()
-        )
+        return points_of(self, folder)
 
     def runs(self) -> list[ServingRun]:
         """Every run, one server's after the other; those of ``vary`` apart."""
