@@ -145,8 +145,7 @@ class EvictionConfig:
             )
         check_choice("granularity", self.granularity, GRANULARITIES)
         check_choice("request_granularity", self.request_granularity, ("any", "server"))
-        if self.score not in SCORES:
-            raise EvictionConfigError(f"score is {self.score!r}; use one of: {', '.join(SCORES)}")
+        check_choice("score", self.score, SCORES)
         if not isinstance(self.policy_args, Mapping):
             raise EvictionConfigError(
                 f'policy_args is {self.policy_args!r}; give a mapping like {{"cab": {{...}}}}'

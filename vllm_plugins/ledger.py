@@ -248,8 +248,7 @@ class Ledger:
 
         What was planned for them goes too: they may be another's when the workers come to it.
         """
-        self._pending.pop(request_id, None)
-        self._packs.pop(request_id, None)
+        self._drop_plans(request_id)
         state = self.requests.get(request_id)
         if state is not None:
             state.restart()
@@ -257,11 +256,14 @@ class Ledger:
     def finish(self, request_id: str) -> dict[str, Any]:
         """Forget a request and return its record; an empty one for a stranger's."""
         state = self.requests.pop(request_id, None)
-        self._pending.pop(request_id, None)
-        self._packs.pop(request_id, None)
+        self._drop_plans(request_id)
         if state is None:
             return {}
         return state.final_record(self.block_size, self.config.min_blocks)
+
+    def _drop_plans(self, request_id: str) -> None:
+        self._pending.pop(request_id, None)
+        self._packs.pop(request_id, None)
 
     @property
     def live_share(self) -> float | None:

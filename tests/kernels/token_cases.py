@@ -329,7 +329,6 @@ def check_choice(rankings, device="cpu", *, blocks=(9, 6, 3), tied=False, scorin
         batch.numbers,
         scores.arrays(),
         tuple(kinds[n] for n, _ in rankings),
-        layers=every,
         sink_tokens=4,
         most_candidates=batch.most_candidates,
         most_moves=batch.most_moves,

@@ -40,6 +40,7 @@ class ScoredRow:
     request_id: str
     needs: frozenset[str]
     num_tokens: int
+    first_position: int
     start: int
     stop: int
     seq_len: int
@@ -56,9 +57,9 @@ class ScoredRow:
 class EvictionMetadata(CPUAttentionMetadata):
     """vLLM's metadata, and the rows to score.
 
-    ``block_rows``, ``token_rows``: those whose blocks, or tokens, are scored. ``slots``,
-    ``positions``: int64, where the new tokens of requests at token granularity are written, and
-    what their places in their sequences are.
+    ``block_rows``: those whose blocks are scored; ``token_rows``: those at token granularity.
+    ``slots``, ``positions``: int64, where the latter's new tokens are written, and what their
+    places in their sequences are.
     """
 
     block_rows: tuple[ScoredRow, ...] = ()
@@ -87,23 +88,18 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
             num_tokens = common_attn_metadata.seq_lens.tolist()
             rows = tuple(self._rows(built, num_tokens, self._state))
             made.block_rows = tuple(row for row in rows if row.needs & {ATTENTION, GRAPH})
-            made.token_rows = tuple(row for row in rows if TOKEN_MASS in row.needs)
-            self._place_tokens(made, num_tokens, self._state)
+            made.token_rows = tuple(row for row in rows if TOKENS in row.needs)
+        if made.token_rows:
+            made.slots = torch.cat(
+                [made.slot_mapping[r.stop - r.num_tokens : r.stop] for r in made.token_rows]
+            )
+            made.positions = torch.cat(
+                [
+                    torch.arange(r.first_position, r.first_position + r.num_tokens)
+                    for r in made.token_rows
+                ]
+            )
         return made
-
-    def _place_tokens(
-        self, made: EvictionMetadata, num_tokens: list[int], state: CPUWorkerState
-    ) -> None:
-        """Note where the new tokens of requests at token granularity go."""
-        starts = made.query_start_loc.tolist()
-        slots, positions = [], []
-        for i, request_id in enumerate(state.row_ids[: len(num_tokens)]):
-            if TOKENS in state.needs.get(request_id, ()):
-                start, stop = starts[i], starts[i + 1]
-                slots.append(made.slot_mapping[start:stop])
-                positions.append(torch.arange(num_tokens[i] - (stop - start), num_tokens[i]))
-        if slots:
-            made.slots, made.positions = torch.cat(slots), torch.cat(positions)
 
     def _rows(
         self, built: CPUAttentionMetadata, num_tokens: list[int], state: CPUWorkerState
@@ -114,7 +110,7 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
         for i, request_id in enumerate(state.row_ids[: len(seq_lens)]):
             needs = state.needs.get(request_id, frozenset())
             stop, seq_len = starts[i + 1], seq_lens[i]
-            if not needs & {ATTENTION, GRAPH, TOKEN_MASS} or stop == starts[i]:
+            if not needs & {ATTENTION, GRAPH, TOKENS} or stop == starts[i]:
                 continue
             start = starts[i] if state.window is None else max(starts[i], stop - state.window)
             weight = 1
@@ -128,6 +124,7 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
                 request_id,
                 needs,
                 stop - starts[i],
+                num_tokens[i] - (stop - starts[i]),
                 start,
                 stop,
                 seq_len,
@@ -242,7 +239,7 @@ class EvictionImpl(CPUAttentionBackendImpl):
                 if len(array):
                     array[blocks, :, offsets] = 0.0
             for row in metadata.token_rows:
-                if row.stop == row.start:
+                if row.stop == row.start or TOKEN_MASS not in row.needs:
                     continue
                 if state.decay != 1.0:
                     # A decode's query that is scored stands for those that are not.

@@ -170,11 +170,13 @@ class EvictionImpl(FlashAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         state = self._state
-        if (
-            state is None
-            or not isinstance(attn_metadata, EvictionMetadata)
-            or not self._scores(state, layer, attn_metadata)
-        ):
+        metadata = attn_metadata if isinstance(attn_metadata, EvictionMetadata) else None
+        by_block = by_token = False
+        if state is not None and metadata is not None:
+            by_block = metadata.block_scores and layer.layer_name in state.scored_layers
+            # A layer that reads another one's cache has no place of its own.
+            by_token = metadata.token_scores and layer.layer_name in state.layer_places
+        if state is None or metadata is None or not (by_block or by_token):
             return super().forward(
                 layer,
                 query,
@@ -186,30 +188,23 @@ class EvictionImpl(FlashAttentionImpl):
                 output_scale,
                 output_block_scale,
             )
-        lse = self._attend(query, kv_cache, attn_metadata, output)
+        lse = self._attend(query, kv_cache, metadata, output)
         queries = Queries(
             query,
             kv_cache,
             lse,
-            attn_metadata.block_table,
-            attn_metadata.seq_lens,
-            attn_metadata.query_start_loc,
+            metadata.block_table,
+            metadata.seq_lens,
+            metadata.query_start_loc,
             state.flags,
             self.scale,
             self.logits_soft_cap,
         )
-        if attn_metadata.block_scores and layer.layer_name in state.scored_layers:
-            self._score_blocks(state, layer, queries, attn_metadata)
-        if attn_metadata.token_scores and layer.layer_name in state.layer_places:
-            self._score_tokens(state, layer, queries, attn_metadata)
+        if by_block:
+            self._score_blocks(state, layer, queries, metadata)
+        if by_token:
+            self._score_tokens(state, layer, queries, metadata)
         return output
-
-    @staticmethod
-    def _scores(state: CUDAWorkerState, layer: Any, metadata: EvictionMetadata) -> bool:
-        """Whether the layer's attention is scored in this step."""
-        blocks = metadata.block_scores and layer.layer_name in state.scored_layers
-        # A layer that reads another one's cache has no place of its own.
-        return blocks or (metadata.token_scores and layer.layer_name in state.layer_places)
 
     def _attend(
         self,

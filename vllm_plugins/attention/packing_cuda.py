@@ -40,18 +40,16 @@ class CUDAPacker(Packer):
         )
         if rule.selection != "head" or len(rankings) < len(rule.ranked) or len(rankings) > 2:
             return False
-        layers = slice(0, len(self.tokens.position))
         moves = choose.choose_tokens(
             batch.block_ids,
             batch.numbers,
             self.tokens.arrays(),
             rankings,
-            layers=layers,
             sink_tokens=self.sink_tokens,
             most_candidates=batch.most_candidates,
             most_moves=batch.most_moves,
         )
-        self.move(group, layers, batch.block_ids, *moves)
+        self.move(group, slice(0, len(self.tokens.position)), batch.block_ids, *moves)
         return True
 
     def norms(

@@ -75,8 +75,6 @@ def _tile(
         "numbers_stride",
         "list_stride",
         "layer_stride",
-        "first_layer",
-        "num_layers",
         "sink_tokens",
     ]
 )
@@ -93,8 +91,6 @@ def _choose_kernel(
     numbers_stride,
     list_stride,
     layer_stride,
-    first_layer,
-    num_layers,
     sink_tokens,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
@@ -106,13 +102,13 @@ def _choose_kernel(
     request = tl.program_id(0)
     layer = tl.program_id(1) // HEADS
     head = tl.program_id(1) % HEADS
-    item = ((request * num_layers + layer) * HEADS + head).to(tl.int64)
+    item = request.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     ids_ptr += request * ids_stride
     numbers_ptr += request * numbers_stride
     num_candidates = tl.load(numbers_ptr).to(tl.int32)
     room = tl.load(numbers_ptr + 1).to(tl.int32)
     now = tl.load(numbers_ptr + 2).to(tl.int32)
-    own = (first_layer + layer).to(tl.int64) * layer_stride + head * BLOCK_SIZE
+    own = layer.to(tl.int64) * layer_stride + head * BLOCK_SIZE
     position_ptr += own
     mass_ptr += own
     peak_ptr += own
@@ -243,7 +239,6 @@ def choose_tokens(
     scores: Mapping[str, torch.Tensor],
     rankings: tuple[int, ...],
     *,
-    layers: slice,
     sink_tokens: int,
     most_candidates: int,
     most_moves: int,
@@ -261,7 +256,6 @@ def choose_tokens(
         scores: ``position``, and ``mass`` and ``peak`` where a ranking needs them, of all layers
             (``attention.token_scores.TokenScores``).
         rankings: one or two of ``MASS``, ``MEAN``, ``PEAK``, ``POSITION``.
-        layers: of the scores, those that are ranked.
         sink_tokens: so many first tokens of a sequence always stay.
         most_candidates: no request has more.
         most_moves: no head moves more.
@@ -272,14 +266,13 @@ def choose_tokens(
 
     """
     position = scores["position"]
-    heads, block_size = position.shape[2:]
-    num_layers = layers.stop - layers.start
-    shape = (len(block_ids), num_layers, heads)
+    layers, _, heads, block_size = position.shape
+    shape = (len(block_ids), layers, heads)
     source = torch.empty(*shape, most_moves, dtype=torch.int32, device=position.device)
     target = torch.empty_like(source)
     count = torch.empty(shape, dtype=torch.int32, device=position.device)
     tile = 512 if most_candidates <= 512 else 2048  # few shapes: each is compiled when it comes
-    _choose_kernel[(len(block_ids), num_layers * heads)](
+    _choose_kernel[(len(block_ids), layers * heads)](
         block_ids,
         numbers,
         position,
@@ -292,8 +285,6 @@ def choose_tokens(
         numbers.stride(0),
         most_moves,
         position.stride(0),
-        layers.start,
-        num_layers,
         sink_tokens,
         FIRST=rankings[0],
         SECOND=rankings[1] if len(rankings) > 1 else -1,
