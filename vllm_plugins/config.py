@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -197,6 +198,19 @@ class EvictionConfig:
             if TOKEN in self.granularities:
                 needs |= {TOKENS, TOKEN_MASS, TOKEN_PEAK}
         return needs
+
+    def token_settings(self) -> list[RequestSettings]:
+        """The policies that this server's settings name, where they have a form at token
+        granularity and requests may use it; with any budget."""
+        if TOKEN not in self.granularities:
+            return []
+        offered = () if self.request_policies == "any" else self.request_policies
+        made = []
+        for name in sorted({self.policy, *offered}):
+            if get_policy(name).tokens is not None:
+                with suppress(EvictionConfigError):  # its parameters are of the other granularity
+                    made.append(self._settings(name, 0.5, None, None, TOKEN, ""))
+        return made
 
     def check_budget(self, block_size: int) -> None:
         """Refuse a server-wide ``budget_tokens`` that cannot hold what is protected, and sinks that

@@ -102,23 +102,24 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         scheduled = scheduler_output.num_scheduled_tokens
         cached = scheduler_output.scheduled_cached_reqs
         before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        needs = {}
+        needs, windows = {}, {}
         for new in scheduler_output.scheduled_new_reqs:
             before[new.req_id] = new.num_computed_tokens
             state = ledger.requests.get(new.req_id)
             if state is not None and state.settings.needs:
                 needs[new.req_id] = state.settings.needs
-        step = ledger.schedule({r: before[r] + n for r, n in scheduled.items() if r in before})
+                if state.settings.window is not None:
+                    windows[new.req_id] = state.settings.window
         used = self._pool.num_gpu_blocks - 1 - self._pool.get_num_free_blocks()
-        for request_id in scheduled:
-            table = sum(len(manager.req_to_blocks[request_id]) for manager in self._managers)
-            ledger.note_blocks(request_id, table, used)
+        after = {r: before[r] + n for r, n in scheduled.items() if r in before}
+        step = ledger.schedule(after, used)
         if self.config.check_integrity:
             self.check_integrity()
         return EvictionPlan(
             step=step,
             evicted=ledger.take_evictions(),
             needs=needs,
+            windows=windows,
             started=[new.req_id for new in scheduler_output.scheduled_new_reqs],
             num_groups=ledger.num_groups,
             packs=ledger.take_packs(),

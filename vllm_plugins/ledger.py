@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from .policies import (
 )
 from .request_settings import RequestSettings
 from .request_state import RequestLike, RequestState
+from .request_table import RequestTable
 
 logger = logging.getLogger("vllm.kv_eviction")
 
@@ -55,6 +56,7 @@ class Ledger:
         self.num_groups = num_groups
         self.num_blocks = num_blocks
         self.requests: dict[str, RequestState] = {}
+        self.table = RequestTable(block_size, num_groups)
         self.totals: Counter[str] = Counter()
         self.requests_by_policy: Counter[str] = Counter()
         self._step = 0
@@ -67,7 +69,7 @@ class Ledger:
         self, request: RequestLike, settings: RequestSettings, seed: int, refused: str | None = None
     ) -> None:
         """A request arrived. ``refused``: why its own settings were replaced by the server's."""
-        state = RequestState.begin(request, settings, seed, self.num_groups)
+        state = RequestState.begin(request, settings, seed, self.table, self.num_groups)
         if refused is not None:
             state.record["refused_settings"] = refused
             self.totals["refused_settings"] += 1
@@ -77,13 +79,20 @@ class Ledger:
         self.requests[request.request_id] = state
         self.requests_by_policy[settings.policy] += 1
 
-    def schedule(self, num_tokens_after: dict[str, int]) -> int:
-        """A step was scheduled after which requests have so many tokens; returns its number."""
+    def schedule(self, num_tokens_after: Mapping[str, int], num_pool_blocks: int) -> int:
+        """A step was scheduled; returns its number.
+
+        Args:
+            num_tokens_after: tokens that each of its requests will have.
+            num_pool_blocks: blocks of the pool that are in use.
+
+        """
         self._step += 1
-        for request_id, num_tokens in num_tokens_after.items():
-            state = self.requests.get(request_id)
-            if state is not None and state.settings.needs & BLOCK_SCORES:
-                state.in_flight[self._step] = num_tokens
+        known = self.requests
+        rows = [known[r].row for r in num_tokens_after if r in known]
+        if len(rows) < len(num_tokens_after):
+            num_tokens_after = {r: n for r, n in num_tokens_after.items() if r in known}
+        self.table.begin_step(self._step, rows, list(num_tokens_after.values()), num_pool_blocks)
         return self._step
 
     def observe(
@@ -101,8 +110,7 @@ class Ledger:
 
         """
         self._scores = scores
-        for state in self.requests.values():
-            state.scores_arrived(step)
+        self.table.end_steps(step)
         for request_id, group, block_id, key_ids, mass in graph:
             owner = self.requests.get(request_id)
             # A row that was on its way when its request was preempted describes freed blocks.
@@ -123,16 +131,20 @@ class Ledger:
         include, so that a reused block cannot inherit its former owner's score.
         """
         state = self.requests.get(request_id)
-        if state is None or not state.settings.evicts or state.request.is_finished():
+        if state is None or num_processed_tokens < state.due[group]:
+            return []
+        if state.request.is_finished():
             return []
         rule = state.settings.rule
         if state.settings.needs & BLOCK_SCORES:
             num_processed_tokens = min(num_processed_tokens, state.num_scored_tokens)
-        live = state.groups[group]
-        live.extend(min(num_processed_tokens // self.block_size, len(blocks)), blocks)
+        num_full_blocks = min(num_processed_tokens // self.block_size, len(blocks))
+        live = state.extend(group, num_full_blocks, blocks)
+        # A budget never shrinks: until another block is full there is nothing to decide.
+        state.due[group] = (live.num_seen + 1) * self.block_size
         keep = state.settings.keep(state.num_tokens, self.block_size, self.config.min_blocks)
         slack = 0 if rule is None else self.config.slack(self.block_size)
-        if len(live.positions) <= keep + slack or "policy_error" in state.record:
+        if len(live.positions) <= keep + slack:
             return []
         started = time.perf_counter()
         try:
@@ -142,7 +154,7 @@ class Ledger:
                 kept = self._pack(state, rule, group, live, keep)
         except Exception as error:
             # A third party's policy must not take the engine down; the request goes on whole.
-            state.record["policy_error"] = f"{type(error).__name__}: {error}"
+            state.fail(f"{type(error).__name__}: {error}")
             self.totals["policy_errors"] += 1
             self._log_once(f"policy {state.settings.policy} failed, nothing evicted: {error!r}")
             return []
@@ -181,7 +193,7 @@ class Ledger:
             keep,
             num_sink_blocks=self.config.sink_blocks,
             **extra,
-            **settings.policy_args,
+            **policy.block_parameters(settings.policy_args),
         )
         return check_kept(kept, live.positions, keep, self.config.sink_blocks)
 
@@ -218,13 +230,6 @@ class Ledger:
         )
         return np.concatenate((np.arange(region), np.arange(end, n)))
 
-    def note_blocks(self, request_id: str, num_table_blocks: int, num_pool_blocks: int) -> None:
-        """After allocation: ``request_id`` has tables of ``num_table_blocks`` (nulls included,
-        summed over groups), and the pool has ``num_pool_blocks`` in use."""
-        state = self.requests.get(request_id)
-        if state is not None:
-            state.note_blocks(num_table_blocks, num_pool_blocks)
-
     def take_evictions(self) -> dict[str, dict[int, list[int]]]:
         """Victims since the last call: ``{request_id: {group: [position, ...]}}``."""
         pending, self._pending = self._pending, {}
@@ -240,7 +245,7 @@ class Ledger:
         state = self.requests.get(request_id)
         if state is not None and "policy_error" not in state.record:
             self.totals["policy_errors"] += 1
-            state.record["policy_error"] = reason
+            state.fail(reason)
             self._log_once(f"policy {state.settings.policy} failed, nothing more evicted: {reason}")
 
     def release(self, request_id: str) -> None:
@@ -259,7 +264,9 @@ class Ledger:
         self._drop_plans(request_id)
         if state is None:
             return {}
-        return state.final_record(self.block_size, self.config.min_blocks)
+        record = state.final_record(self.block_size, self.config.min_blocks)
+        self.table.remove(state.row)
+        return record
 
     def _drop_plans(self, request_id: str) -> None:
         self._pending.pop(request_id, None)
@@ -268,9 +275,8 @@ class Ledger:
     @property
     def live_share(self) -> float | None:
         """Share still held of the full blocks of current requests that evict; None: no such."""
-        groups = [live for state in self.requests.values() for live in state.groups]
-        seen = sum(live.num_seen for live in groups)
-        return 1.0 - sum(live.num_evicted for live in groups) / seen if seen else None
+        seen, evicted = int(self.table.seen.sum()), int(self.table.evicted.sum())
+        return 1.0 - evicted / seen if seen else None
 
     def _log_once(self, message: str) -> None:
         if message not in self._logged and len(self._logged) < 100:

@@ -24,6 +24,7 @@ class EvictionPlan(KVConnectorMetadata):
             table are null from this step on.
         needs: what to gather for requests seen for the first time or again after preemption
             (see ``policies.base``); requests that need nothing are not listed.
+        windows: of those, the ones whose rule has a window (``TokenRule.window``).
         started: requests whose tables begin anew with this step.
         num_groups: layer groups.
         packs: by request, what is packed before this step's nulls are written.
@@ -33,6 +34,7 @@ class EvictionPlan(KVConnectorMetadata):
     step: int = 0
     evicted: dict[str, dict[int, list[int]]] = field(default_factory=dict)
     needs: dict[str, frozenset[str]] = field(default_factory=dict)
+    windows: dict[str, int] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
     num_groups: int = 1
     packs: dict[str, list[Pack]] = field(default_factory=dict)

@@ -48,6 +48,11 @@ class RequestSettings:
             return frozenset()
         return get_policy(self.policy).needed(self.policy_args, self.granularity)
 
+    @cached_property
+    def window(self) -> int | None:
+        """Of the last so many queries' attention the request's tokens are ranked by."""
+        return self.rule.window if self.rule is not None and self.evicts else None
+
     def keep(self, num_tokens: int, block_size: int, min_blocks: int) -> int:
         """How many full blocks a sequence of ``num_tokens`` may hold."""
         if self.budget_tokens is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from .live_blocks import LiveBlocks
+from .live_blocks import BlockLike, LiveBlocks
 from .request_settings import RequestSettings
+from .request_table import RequestTable
 
 
 class RequestLike(Protocol):
@@ -24,31 +27,39 @@ class RequestLike(Protocol):
     def is_finished(self) -> bool: ...
 
 
+NEVER = sys.maxsize
+
+
 @dataclass
 class RequestState:
     """One request: what it follows, its live blocks by layer group, and its record.
 
-    ``num_scored_tokens``: tokens that the newest reported scores include. ``in_flight``: step to
-    the tokens the request has after it, for steps whose scores have not come back.
+    ``row``: its numbers in ``table``. ``due``: by layer group, the processed tokens below which
+    nothing new is full, so nothing has to be decided.
     """
 
     request: RequestLike
     settings: RequestSettings
     seed: int
+    table: RequestTable
+    row: int
     groups: list[LiveBlocks]
-    num_scored_tokens: int = 0
-    in_flight: dict[int, int] = field(default_factory=dict)
-    steps: int = 0
-    blocks_steps: float = 0.0
+    due: list[int]
     record: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def begin(
-        cls, request: RequestLike, settings: RequestSettings, seed: int, num_groups: int
+        cls,
+        request: RequestLike,
+        settings: RequestSettings,
+        seed: int,
+        table: RequestTable,
+        num_groups: int,
     ) -> RequestState:
         """The state of a request that has just arrived."""
-        state = cls(request, settings, seed, [LiveBlocks() for _ in range(num_groups)])
-        state.restart()
+        groups = [LiveBlocks() for _ in range(num_groups)]
+        due = [0 if settings.evicts else NEVER] * num_groups
+        state = cls(request, settings, seed, table, table.add(), groups, due)
         state.record = {
             "policy": settings.policy,
             "granularity": settings.granularity,
@@ -58,8 +69,6 @@ class RequestState:
             "decisions": 0,
             "decision_seconds": 0.0,
             "first_eviction_tokens": None,
-            "peak_blocks": 0.0,
-            "peak_pool_blocks": 0,
         }
         return state
 
@@ -68,16 +77,29 @@ class RequestState:
         """Tokens that a relative budget is a share of: the whole prompt counts from the start."""
         return max(self.request.num_prompt_tokens, self.request.num_tokens)
 
+    @property
+    def num_scored_tokens(self) -> int:
+        """Tokens that the newest reported scores include."""
+        return int(self.table.scored[self.row])
+
     def restart(self) -> None:
         """Forget what died with the blocks of a preempted request."""
         self.groups = [LiveBlocks() for _ in self.groups]
-        self.num_scored_tokens = 0
-        self.in_flight.clear()
+        self.due = [0 if due != NEVER else NEVER for due in self.due]
+        self.table.restart(self.row)
 
-    def scores_arrived(self, step: int) -> None:
-        """The reported scores include every step up to ``step``."""
-        for done in [s for s in self.in_flight if s <= step]:
-            self.num_scored_tokens = max(self.num_scored_tokens, self.in_flight.pop(done))
+    def extend(self, group: int, num_full_blocks: int, blocks: Sequence[BlockLike]) -> LiveBlocks:
+        """The live blocks of a group, with those that became full since the last call."""
+        live = self.groups[group]
+        before = live.num_seen
+        live.extend(num_full_blocks, blocks)
+        self.table.seen[self.row] += live.num_seen - before
+        return live
+
+    def fail(self, reason: str) -> None:
+        """The policy could not be followed: nothing more is decided."""
+        self.record["policy_error"] = reason
+        self.due = [NEVER] * len(self.due)
 
     def note_decision(self, group: int, num_tokens: int, num_evicted: int, seconds: float) -> None:
         """Record a decision over the first ``num_tokens`` tokens of ``group``."""
@@ -85,6 +107,7 @@ class RequestState:
         record["decisions"] += 1
         record["decision_seconds"] += seconds
         record["blocks_evicted"] += num_evicted
+        self.table.evicted[self.row] += num_evicted
         if record["first_eviction_tokens"] is None:
             record["first_eviction_tokens"] = num_tokens
         if "trace" in record:
@@ -96,16 +119,6 @@ class RequestState:
                 entry["region"] = self.groups[group].block_ids[: len(kept) - num_recent].tolist()
             record["trace"].append(entry)
 
-    def note_blocks(self, num_table_blocks: int, num_pool_blocks: int) -> None:
-        """Record what is held in a step (``Ledger.note_blocks``)."""
-        evicted = sum(live.num_evicted for live in self.groups)
-        blocks = (num_table_blocks - evicted) / len(self.groups)
-        record = self.record
-        record["peak_blocks"] = max(record["peak_blocks"], blocks)
-        record["peak_pool_blocks"] = max(record["peak_pool_blocks"], num_pool_blocks)
-        self.steps += 1
-        self.blocks_steps += blocks
-
     def final_record(self, block_size: int, min_blocks: int) -> dict[str, Any]:
         """The record of a request that ended (counts; blocks are a layer group's average).
 
@@ -113,12 +126,16 @@ class RequestState:
         sparsity is 0: its budget was not kept.
         """
         effective = self.settings.effective_sparsity(self.num_tokens, block_size, min_blocks)
+        table, row, groups = self.table, self.row, len(self.groups)
+        steps = int(table.steps[row])
         kept_to = self.record["blocks_evicted"] and "policy_error" not in self.record
         return {
             **self.record,
             "effective_sparsity": effective if kept_to else 0.0,
-            "average_blocks": self.blocks_steps / self.steps if self.steps else 0.0,
-            "num_steps": self.steps,
+            "peak_blocks": int(table.peak_blocks[row]) / groups,
+            "peak_pool_blocks": int(table.peak_pool[row]),
+            "average_blocks": int(table.block_steps[row]) / groups / steps if steps else 0.0,
+            "num_steps": steps,
             "block_size": block_size,
             "preemptions": self.request.num_preemptions,
         }

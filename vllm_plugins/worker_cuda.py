@@ -1,7 +1,7 @@
 """The CUDA worker, over vLLM's V2 model runner. (Never import ``worker_cpu.py`` beside it.)
 
-Private state of vLLM 0.32.0 that is touched here: ``runner.req_states.req_id_to_index`` and
-``.index_to_req_id``, ``runner.block_tables.block_tables[group].stage_write``, and the worker's
+Private state of vLLM 0.32.0 that is touched here: ``runner.req_states.req_id_to_index``,
+``runner.block_tables.block_tables[group].stage_write``, and the worker's
 ``_make_model_runner``.
 """
 
@@ -19,6 +19,8 @@ from .attention.compaction import NULL_BLOCK
 from .attention.packing_cuda import CUDAPacker
 from .attention.state import worker_state
 from .attention.state_cuda import CUDAWorkerState
+from .kernels.choose import WARM_UP_TOKENS
+from .packs import Pack
 from .worker import Evicted, EvictionWorkerMixin, evictable
 
 
@@ -73,6 +75,37 @@ class EvictionCUDAWorker(EvictionWorkerMixin, Worker):
         """For FlashAttention's caches."""
         return CUDAPacker(**self.packer_arguments())
 
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM's; then the packing kernels, whose first launch takes seconds to compile."""
+        warmed_up = super().compile_or_warm_up_model()
+        self._warm_up_packing()
+        return warmed_up
+
+    def _warm_up_packing(self) -> None:
+        """Pack made-up requests under the rules that the server's own settings name.
+
+        Nobody holds a block yet, so what moves in them is nobody's. A rule that a request brings
+        is compiled when it comes.
+        """
+        config, tokens = self.eviction.config, self.eviction.tokens
+        _, num_blocks, _, block_size = tokens.position.shape
+        for settings in config.token_settings():
+            for most in WARM_UP_TOKENS:
+                blocks = min(most // block_size, num_blocks - 1)
+                if blocks > 1:
+                    pack = Pack(
+                        group=0,
+                        block_ids=list(range(1, blocks + 1)),
+                        num_kept_blocks=blocks // 2,
+                        budget_blocks=blocks // 2 + 1,
+                        num_tokens=blocks * block_size,
+                        seed=0,
+                        policy=settings.policy,
+                        policy_args=settings.policy_args,
+                    )
+                    self.pack({"": [pack]})
+        self.eviction.pack_failures.clear()
+
     def apply_evictions(self, evicted: Evicted) -> None:
         """Stage the nulls; the runner writes them with the step's new blocks, in this order.
 
@@ -80,7 +113,7 @@ class EvictionCUDAWorker(EvictionWorkerMixin, Worker):
         brings a table in which its victims are null already.
         """
         runner = self.model_runner
-        self.eviction.row_ids = runner.req_states.index_to_req_id
+        self.eviction.row_of = runner.req_states.req_id_to_index
         for request_id, groups in evicted.items():
             row = runner.req_states.req_id_to_index.get(request_id)
             if row is None:

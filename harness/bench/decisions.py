@@ -58,7 +58,7 @@ def measure(policy: str, parameters: dict, num_blocks: int, keep: int, repeats: 
             "kv_policy_args": parameters,
         }
         ledger.admit(request, config.request_settings(extra, BLOCK_SIZE), seed=0)
-        step = ledger.schedule({"r": request.num_tokens})
+        step = ledger.schedule({"r": request.num_tokens}, 0)
         ledger.observe(step, {ATTENTION: scores, KEY_NORM: scores})
         ids = rng.permutation(num_blocks) + 1
         live = LiveBlocks(np.arange(num_blocks), ids, num_seen=num_blocks)

@@ -28,6 +28,14 @@ def position(token, now):
     return token.position
 
 
+def late(token, now):
+    return token.late
+
+
+def valued(token, now):
+    return mean(token, now) * float(token.value.abs().sum())
+
+
 CASES = {
     "h2o": ("h2o", {}, 0.2, oracle.ranked((mean, 1.0)), {}, {}),
     "h2o, chunks of 256": (
@@ -74,6 +82,49 @@ CASES = {
         {"score_query_stride": 4},
         {"prompt": 384, "every": 4},
     ),
+    "h2o, values weighted": (
+        "h2o",
+        {"value_weighted": True},
+        0.2,
+        oracle.ranked((valued, 1.0)),
+        {},
+        {},
+    ),
+    "h2o, one set a layer": (
+        "h2o",
+        {"selection": "layer"},
+        0.2,
+        oracle.together(mean),
+        {},
+        {},
+    ),
+    "h2o, one set": (
+        "h2o",
+        {"selection": "group"},
+        0.2,
+        oracle.together(mean, whole_model=True),
+        {},
+        {},
+    ),
+    "tova": ("tova", {}, 0.0, oracle.together(late), {}, {}),
+    "tova, then decodes": (
+        "tova",
+        {},
+        0.0,
+        oracle.together(late),
+        {},
+        {"prompt": 384, "every": 8},
+    ),
+    "snapkv": ("snapkv", {}, 0.2, oracle.pooled(late, 5), {}, {"window": 32}),
+    "snapkv, then decodes": (
+        "snapkv",
+        {},
+        0.2,
+        oracle.pooled(late, 5),
+        {"score_query_stride": 4},
+        {"prompt": 384, "every": 4, "window": 32},
+    ),
+    "keydiff": ("keydiff", {}, 0.0, oracle.unlike_the_mean(), {}, {}),
     "2 layer groups": (
         "h2o",
         {},

@@ -21,6 +21,10 @@ class Token:
     position: int
     mass: float = 0.0
     peak: float = 0.0
+    late: float = 0.0
+    """Mass from the last queries of the last chunk that had as many, and from later ones."""
+    key: torch.Tensor | None = None
+    value: torch.Tensor | None = None
 
 
 @dataclass
@@ -51,9 +55,10 @@ def run(
     prompt: int | None = None,
     every: int = 1,
     half_life: float | None = None,
+    window: int = 1,
 ) -> Result:
     """Tokens come in chunks, from ``prompt`` on one by one; of these every ``every``-th is scored
-    and counts for all. ``keep`` and ``slack`` are blocks."""
+    and counts for all. ``keep`` and ``slack`` are blocks. ``window``: queries of ``Token.late``."""
     model.set_attn_implementation("eager")
     config = model.config
     num_layers, heads = config.num_hidden_layers, config.num_key_value_heads
@@ -105,14 +110,20 @@ def run(
             )
             single = stop - start == 1
             scored, weight = (t % every == 0, every) if single else (True, 1)
+            begins = stop - start >= window and t == stop - window
+            late = (stop - start < window and scored) or t >= stop - window
             for layer, attention in enumerate(output.attentions):
                 grouped = attention[0, :, 0].double().unflatten(0, (heads, -1))
                 for head in range(heads):
                     held = alive[layer][head]
+                    states = cache.layers[layer]
                     held.append(Token(t))
+                    held[-1].key = states.keys[0, head, -1].double()
+                    held[-1].value = states.values[0, head, -1].double()
                     given = grouped[head].sum(0).tolist()
                     highest = grouped[head].amax(0).tolist()
                     for token, mass, peak in zip(held, given, highest, strict=True):
+                        token.late = (0.0 if begins else token.late) + weight * mass * late
                         token.mass *= decay
                         if scored:
                             token.mass += weight * mass
@@ -135,24 +146,59 @@ def ranked(*rankings: tuple[Callable[[Token, int], float], float], sinks: int = 
     return choose
 
 
-def together(key: Callable[[Token, int], float], sinks: int = 4) -> Choose:
-    """All heads of a layer keep one set, by the sum of ``key`` over them."""
+def together(key: Callable[[Token, int], float], whole_model: bool = False) -> Choose:
+    """All heads of a layer, or of the whole model, keep one set, by the sum of ``key``."""
+
+    def choose(candidates, num_tokens, room, budget):
+        sets = []
+        for layers in [candidates] if whole_model else [[layer] for layer in candidates]:
+            total: dict[int, float] = {}
+            for t in [t for layer in layers for held in layer for t in held]:
+                total[t.position] = total.get(t.position, 0.0) + key(t, num_tokens)
+            sets += [_by(total, num_tokens, room, budget)] * len(layers)
+        return [[one] * len(layer) for one, layer in zip(sets, candidates, strict=True)]
+
+    return choose
+
+
+def pooled(key: Callable[[Token, int], float], width: int) -> Choose:
+    """Each head for itself, by the mean of ``key`` over neighbours in the sequence."""
 
     def choose(candidates, num_tokens, room, budget):
         chosen = []
         for layer in candidates:
-            total: dict[int, float] = {}
+            chosen.append([])
             for held in layer:
-                for t in held:
-                    total[t.position] = total.get(t.position, 0.0) + key(t, num_tokens)
-            stand_in = [Token(position, mass) for position, mass in total.items()]
-            one = _choose_one(
-                stand_in, num_tokens, room, budget, [(lambda t, now: t.mass, 1.0)], sinks
-            )
-            chosen.append([one] * len(layer))
+                ordered = sorted(held, key=lambda t: t.position)
+                means = {}
+                for i, t in enumerate(ordered):
+                    near = ordered[max(0, i - width // 2) : i + width // 2 + 1]
+                    means[t.position] = sum(key(n, num_tokens) for n in near) / len(near)
+                chosen[-1].append(_by(means, num_tokens, room, budget))
         return chosen
 
     return choose
+
+
+def unlike_the_mean() -> Choose:
+    """Each head for itself: the keys that point away from their mean direction."""
+
+    def choose(candidates, num_tokens, room, budget):
+        chosen = []
+        for layer in candidates:
+            chosen.append([])
+            for held in layer:
+                mean = sum(t.key / t.key.norm() for t in held) / len(held)
+                away = {t.position: -float(t.key @ mean / t.key.norm() / mean.norm()) for t in held}
+                chosen[-1].append(_by(away, num_tokens, room, budget))
+        return chosen
+
+    return choose
+
+
+def _by(ranks: dict[int, float], num_tokens, room, budget):
+    tokens = [Token(position, mass=rank) for position, rank in ranks.items()]
+    return _choose_one(tokens, num_tokens, room, budget, [(lambda t, now: t.mass, 1.0)], 4)
 
 
 def _choose_one(held, num_tokens, room, budget, rankings, sinks):

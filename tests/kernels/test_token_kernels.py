@@ -5,6 +5,7 @@ import torch
 
 from vllm_plugins.kernels.attention_mass import Tile
 
+from .cases import MIXED
 from .token_cases import check_choice, check_isolation, check_pack, check_start, check_token_mass
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these cases")
@@ -24,6 +25,20 @@ def test_chunks_and_decodes(heads, kv_heads, block_size):
 )
 def test_options(options):
     check_token_mass(tile=SMALL, options=options)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"decay": 0.9, "decode_weight": 4}])
+def test_windows_of_single_requests(options):
+    """One that looks at its last query, at its last 32, at all; and more than a chunk has."""
+    windows = [(0, 1, 32, 10_000)[row % 4] for row in range(len(MIXED))]
+    check_token_mass(tile=SMALL, options={"windows": windows, **options})
+
+
+def test_windows_of_decodes():
+    rows = [(1, 40), (1, 16), (1, 301), (1, 5)]
+    check_token_mass(
+        rows=rows, one_query=True, options={"windows": [1, 32, 0, 1], "decode_weight": 8}
+    )
 
 
 def test_without_peak():

@@ -8,7 +8,7 @@ import torch
 from vllm_plugins.attention.packing_cuda import CUDAPacker
 from vllm_plugins.attention.token_choice import Batch, TokenCandidates, choose, moves
 from vllm_plugins.attention.token_scores import UNWRITTEN, TokenScores
-from vllm_plugins.kernels import TOKENS_NEEDED, TOKENS_SCORED
+from vllm_plugins.kernels import TOKENS_NEEDED, TOKENS_SCORED, WINDOW_SHIFT
 from vllm_plugins.kernels import choose as fused
 from vllm_plugins.kernels.token_mass import add_token_mass, start_tokens
 from vllm_plugins.packs import Pack
@@ -31,7 +31,9 @@ from .cases import MIXED, make_batch
 ALL = frozenset({TOKENS, TOKEN_MASS, TOKEN_PEAK})
 
 
-def expected_tokens(batch, old_mass, old_peak, *, window=None, decay=1.0, decode_weight=1):
+def expected_tokens(
+    batch, old_mass, old_peak, *, window=None, windows=(), decay=1.0, decode_weight=1
+):
     """Float64 mass and peak ``[num_blocks, kv_heads, block_size]`` after a step."""
     mass, peak = old_mass.double().cpu().clone(), old_peak.double().cpu().clone()
     kv_heads, block_size = batch.kv_cache.shape[1:3]
@@ -42,8 +44,10 @@ def expected_tokens(batch, old_mass, old_peak, *, window=None, decay=1.0, decode
             continue
         age = torch.arange(queries - 1, -1, -1, dtype=torch.float64)
         weight = decay**age
-        if window is not None:
-            weight[: max(0, queries - window)] = 0.0
+        own = windows[row] if windows else 0
+        for last in (window, own):
+            if last:
+                weight[: max(0, queries - last)] = 0.0
         elapsed = queries
         if queries == 1:
             weight, elapsed = weight * decode_weight, decode_weight
@@ -52,7 +56,8 @@ def expected_tokens(batch, old_mass, old_peak, *, window=None, decay=1.0, decode
         highest = (grouped * (weight > 0)[None, None, :, None]).amax((1, 2))
         place = torch.arange(length)
         at = table[row, place // block_size].long(), slice(None), place % block_size
-        mass[at] = mass[at] * decay**elapsed + given.T
+        older = 0.0 if 0 < own <= queries else decay**elapsed
+        mass[at] = mass[at] * older + given.T
         peak[at] = torch.maximum(peak[at], highest.T)
     return mass, peak
 
@@ -74,6 +79,8 @@ def check_token_mass(
     options = options or {}
     batch = make_batch(rows, device=device, dtype=dtype, **shape)
     flags = [0 if row in unscored else TOKENS_NEEDED | TOKENS_SCORED for row in range(len(rows))]
+    for row, own in enumerate(options.get("windows", ())):
+        flags[row] |= own << WINDOW_SHIFT
     batch.flags.copy_(torch.tensor(flags))
     num_blocks, kv_heads, block_size, _ = batch.kv_cache.shape
     generator = torch.Generator().manual_seed(5)
@@ -82,6 +89,7 @@ def check_token_mass(
     expected = expected_tokens(batch, mass, peak, **options)
     before = peak.clone()
     options = dict(options)
+    options.pop("windows", None)
     log2_decay = float(np.log2(options.pop("decay", 1.0)))
     add_token_mass(
         batch.queries,
@@ -315,7 +323,8 @@ def check_choice(rankings, device="cpu", *, blocks=(9, 6, 3), tied=False, scorin
         batch.num_tokens,
         batch.seeds,
         torch.zeros(3, 2, 1, dtype=torch.int64, device=device),
-        lambda: None,
+        batch.num_candidates,
+        lambda layer, heads: None,
     )
     kept = choose(rule, candidates, batch, 4)
     source, target, number = moves(kept, batch.num_kept, batch.most_moves)

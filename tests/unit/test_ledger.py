@@ -40,9 +40,9 @@ class Bench:
         self.ledger.admit(self.request, self.config.request_settings(extra, BLOCK), seed=1)
         self.blocks = [FakeBlock(100 + i) for i in range(num_tokens // BLOCK)]
 
-    def step(self, num_tokens, scores=None):
+    def step(self, num_tokens, scores=None, num_pool_blocks=0):
         """Schedule a step up to ``num_tokens`` and report its scores."""
-        step = self.ledger.schedule({"r": num_tokens})
+        step = self.ledger.schedule({"r": num_tokens}, num_pool_blocks)
         if scores is not None:
             self.ledger.observe(step, {"attention": scores})
         return step
@@ -138,10 +138,9 @@ def test_a_finished_request_is_left_alone():
 
 def test_counters_prove_the_knob():
     bench = Bench({"kv_sparsity": 0.5}, trace_decisions=True)
-    bench.step(80, scores(range(20)))
-    bench.ledger.note_blocks("r", 20, 25)
+    bench.step(80, scores(range(20)), num_pool_blocks=25)
     bench.decide(80)
-    bench.ledger.note_blocks("r", 20, 15)
+    bench.step(80, num_pool_blocks=15)
     record = bench.ledger.finish("r")
     assert record["decisions"] == 1
     assert record["blocks_evicted"] == 10
@@ -209,6 +208,29 @@ def test_graph_follows_the_live_blocks():
     assert 101 not in live.graph_rows
 
 
+def test_what_was_under_way_for_a_former_owner_of_a_row_is_not_the_next_ones():
+    bench = Bench({"kv_sparsity": 0.9}, num_tokens=40)
+    late = bench.step(40)
+    bench.ledger.finish("r")
+    bench.ledger.admit(bench.request, bench.config.request_settings(None, BLOCK), seed=1)
+    bench.ledger.observe(late, {"attention": scores(range(10))})
+    assert bench.ledger.requests["r"].num_scored_tokens == 0
+    assert bench.decide(40) == []
+
+
+def test_more_requests_than_rows_keep_their_numbers():
+    config = EvictionConfig.parse({"policy": "streaming", "sparsity": 0.5})
+    ledger = Ledger(config, BLOCK, 1, num_blocks=10)
+    names = [f"r{i}" for i in range(200)]
+    for i, name in enumerate(names):
+        settings = config.request_settings(None, BLOCK)
+        ledger.admit(FakeRequest(name, 4 + i, 4 + i), settings, seed=i)
+        ledger.schedule({n: 4 * BLOCK for n in names[: i + 1]}, i)
+    records = [ledger.finish(name) for name in names]
+    assert [r["num_steps"] for r in records] == list(range(200, 0, -1))
+    assert {(r["peak_blocks"], r["average_blocks"]) for r in records} == {(4, 4)}
+
+
 def test_live_share_is_of_requests_that_evict():
     bench = Bench({"kv_sparsity": 0.5})
     assert bench.ledger.live_share is None
@@ -223,7 +245,7 @@ def test_unknown_requests_are_harmless():
     ledger = Ledger(EvictionConfig(), BLOCK, 1, 10)
     assert ledger.decide("nobody", 0, 100, []) == []
     ledger.release("nobody")
-    ledger.note_blocks("nobody", 1, 1)
+    assert ledger.schedule({"nobody": 4}, 0) == 1
     assert ledger.finish("nobody") == {}
     assert ledger.live_share is None
 

@@ -43,7 +43,14 @@ def call(name, overrides, scores, positions, keep, sinks, seed=0):
         extra["chance"] = chance(positions, seed)
     if GRAPH in needs:
         extra["graph"] = np.tril(np.random.default_rng(seed).random((len(scores),) * 2))
-    return policy.select(scores, positions, keep, num_sink_blocks=sinks, **extra, **parameters)
+    return policy.select(
+        scores,
+        positions,
+        keep,
+        num_sink_blocks=sinks,
+        **extra,
+        **policy.block_parameters(parameters),
+    )
 
 
 @st.composite

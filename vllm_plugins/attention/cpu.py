@@ -34,7 +34,7 @@ class ScoredRow:
     ``block_ids``: int64 ``[n]``, live blocks in order; the queries are tokens ``start`` to
     ``stop`` of the batch, the last of ``seq_len`` (compacted) tokens, of ``num_tokens`` that
     the request has in the batch. ``start == stop`` where this step's query is not sampled;
-    a sampled one stands for ``weight`` queries.
+    a sampled one stands for ``weight`` queries. ``afresh``: a token's older mass is forgotten.
     """
 
     request_id: str
@@ -45,6 +45,7 @@ class ScoredRow:
     stop: int
     seq_len: int
     weight: int
+    afresh: bool
     block_ids: torch.Tensor
 
     @property
@@ -112,11 +113,12 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
             stop, seq_len = starts[i + 1], seq_lens[i]
             if not needs & {ATTENTION, GRAPH, TOKENS} or stop == starts[i]:
                 continue
-            start = starts[i] if state.window is None else max(starts[i], stop - state.window)
+            windows = [w for w in (state.window, state.windows.get(request_id)) if w is not None]
+            start = max(starts[i], stop - min(windows, default=stop))
             weight = 1
             if stop - starts[i] == 1:
                 weight = state.config.score_query_stride
-                if not state.scores_query_at(num_tokens[i] - 1):
+                if not state.scores_decode(num_tokens[i] - 1, state.windows.get(request_id, 0)):
                     start = stop
             num_blocks = -(-seq_len // self.block_size)
             block_ids = built.block_table[i, :num_blocks].long()
@@ -129,6 +131,7 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
                 stop,
                 seq_len,
                 weight,
+                stop - starts[i] >= state.windows.get(request_id, stop),
                 block_ids,
             )
 
@@ -241,7 +244,9 @@ class EvictionImpl(CPUAttentionBackendImpl):
             for row in metadata.token_rows:
                 if row.stop == row.start or TOKEN_MASS not in row.needs:
                     continue
-                if state.decay != 1.0:
+                if row.afresh:
+                    mass[row.block_ids] = 0.0
+                elif state.decay != 1.0:
                     # A decode's query that is scored stands for those that are not.
                     elapsed = row.weight if row.num_tokens == 1 else row.num_tokens
                     mass[row.block_ids] *= state.decay**elapsed

@@ -56,10 +56,11 @@ class Packer(ABC):
         self._group_stride = layers * (num_heads or heads)
 
     @abstractmethod
-    def norms(
-        self, group: int, layers: slice, block_ids: torch.Tensor
+    def vectors(
+        self, kv_cache: torch.Tensor, block_ids: torch.Tensor, heads: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Norms of keys and of values, ``[requests, layers, heads, tokens]`` each."""
+        """Keys and values of blocks (int64 ``[requests, blocks]``), float32
+        ``[requests, heads, tokens, head_size]`` each."""
 
     def pack_fused(self, rule: TokenRule, batch: Batch, group: int) -> bool:
         """Pack in some faster way; False where there is none for this rule."""
@@ -134,7 +135,8 @@ class Packer(ABC):
                 batch.num_tokens,
                 batch.seeds,
                 self._streams[layers] + group * self._group_stride,
-                partial(self.norms, group, layers, batch.block_ids),
+                batch.num_candidates,
+                partial(self._vectors, self.caches[group][layers], batch.block_ids),
             )
             try:
                 chosen = choose(rule, candidates, batch, self.sink_tokens, self.checks)
@@ -151,6 +153,11 @@ class Packer(ABC):
             source, target, count = moves(chosen, batch.num_kept, batch.most_moves)
             self.move(group, layers, batch.block_ids, source, target, count)
         return failure
+
+    def _vectors(
+        self, caches: Sequence[torch.Tensor], block_ids: torch.Tensor, layer: int, heads: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.vectors(caches[layer], block_ids, heads)
 
     def _slices(self, rule: TokenRule, batch: Batch) -> Iterator[slice]:
         """Layers that are ranked together: all, unless they are too many tokens."""

@@ -17,18 +17,18 @@ class CPUPacker(Packer):
         super().__init__(*args, **kwargs)
         self._layout = layout
 
-    def norms(
-        self, group: int, layers: slice, block_ids: torch.Tensor
+    def vectors(
+        self, kv_cache: torch.Tensor, block_ids: torch.Tensor, heads: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        both = []
-        for which in (KEYS, VALUES):
-            by_layer = [
-                self._layout.read(cache, block_ids.flatten(), which).float().norm(dim=-1)
-                for cache in self.caches[group][layers]
-            ]
-            stacked = torch.stack(by_layer)  # layers, heads, requests * tokens
-            both.append(stacked.unflatten(-1, (len(block_ids), -1)).permute(2, 0, 1, 3))
-        return both[0], both[1]
+        part = kv_cache[:, heads]
+        keys, values = (
+            self._layout.read(part, block_ids.flatten(), which)
+            .float()
+            .unflatten(1, (len(block_ids), -1))
+            .transpose(0, 1)
+            for which in (KEYS, VALUES)
+        )
+        return keys, values
 
     def move(
         self,

@@ -52,16 +52,13 @@ class CUDAPacker(Packer):
         self.move(group, slice(0, len(self.tokens.position)), batch.block_ids, *moves)
         return True
 
-    def norms(
-        self, group: int, layers: slice, block_ids: torch.Tensor
+    def vectors(
+        self, kv_cache: torch.Tensor, block_ids: torch.Tensor, heads: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        by_layer = []
-        for cache in self.caches[group][layers]:
-            # requests, blocks, heads, tokens, 2 * head_size
-            halves = cache[block_ids].float().unflatten(-1, (2, -1)).norm(dim=-1)
-            by_layer.append(halves.transpose(1, 2).flatten(2, 3))
-        both = torch.stack(by_layer, 1)  # requests, layers, heads, tokens, 2
-        return both[..., 0], both[..., 1]
+        # requests, blocks, heads, tokens, 2 * head_size
+        both = kv_cache[:, heads][block_ids].float().transpose(1, 2).flatten(2, 3)
+        keys, values = both.chunk(2, dim=-1)
+        return keys, values
 
     def move(
         self,

@@ -109,6 +109,7 @@ class WorkerState(ABC):
         self.scored_layers: frozenset[str] = frozenset()
         self.step = 0
         self.needs: dict[str, frozenset[str]] = {}
+        self.windows: dict[str, int] = {}
         self.mass = self.num_queries = self.norm = torch.empty(0)
         self.kv_caches: dict[str, torch.Tensor] = {}
         self.pack_failures: dict[str, str] = {}
@@ -170,16 +171,19 @@ class WorkerState(ABC):
         self.step = plan.step
         for request_id in finished:
             self.needs.pop(request_id, None)
+            self.windows.pop(request_id, None)
         self.needs.update(plan.needs)
+        self.windows.update(plan.windows)
 
     @property
     def active(self) -> bool:
         """Whether any block's score is kept at all just now."""
         return any(needs & BLOCK_SCORES for needs in self.needs.values())
 
-    def scores_query_at(self, position: int) -> bool:
-        """Whether a decode's query at ``position`` is scored (chunks always are).
+    def scores_decode(self, position: Any, window: Any) -> Any:
+        """Whether a decode's query at ``position`` is scored (chunks always are); ints or arrays.
 
-        By place in the sequence, not by step: who else is in the batch changes nothing.
+        By place in the sequence, not by step: who else is in the batch changes nothing. Of a
+        request that looks at its last query alone (``window`` 1) each one is.
         """
-        return position % self.config.score_query_stride == 0
+        return (position % self.config.score_query_stride == 0) | (window == 1)

@@ -10,7 +10,14 @@ import numpy as np
 import torch
 
 from ..config import EvictionConfig
-from ..kernels import FRACTION_BITS, NEEDED, SCORED, TOKENS_NEEDED, TOKENS_SCORED
+from ..kernels import (
+    FRACTION_BITS,
+    NEEDED,
+    SCORED,
+    TOKENS_NEEDED,
+    TOKENS_SCORED,
+    WINDOW_SHIFT,
+)
 from ..messages import EvictionPlan, ScoreReport
 from ..policies import ATTENTION, KEY_NORM, TOKEN_MASS, TOKENS
 from ..request_settings import BLOCK
@@ -39,16 +46,21 @@ class CUDAWorkerState(WorkerState):
 
     ``mass``, ``num_queries``, ``norm``: int64 ``[num_blocks]``; mass and norm are fixed point.
     ``flags``: int32 ``[max rows]``, written before a step, read by its kernels: what a captured
-    graph does with a row is decided here, not when it was captured. ``row_ids``: the runner's index
-    of a request to its id. ``evicted``: blocks that a request has lost so far, by layer group.
+    graph does with a row is decided here, not when it was captured. ``row_of``: a request's place
+    in the runner. ``evicted``: blocks that a request has lost so far, by layer group.
     """
 
     def __init__(self, config: EvictionConfig) -> None:
         super().__init__(config)
         self.log2_decay = math.log2(self.decay)
         self.allocated = False
-        self.row_ids: Mapping[int, str] = {}
+        self.row_of: Mapping[str, int] = {}
         self.evicted: dict[str, list[int]] = {}
+        # By the runner's index, so that a step's rows are looked up all at once: flags, as if the
+        # query were scored, and blocks lost. What is not written yet is in ``_changed``.
+        self._index_flags = np.zeros(0, dtype=np.int32)
+        self._index_evicted = np.zeros((1, 0), dtype=np.int64)
+        self._changed: set[str] = set()
         self.flags = torch.empty(0, dtype=torch.int32)
         self._host_flags: list[torch.Tensor] = []
         self._rows: tuple[int, Rows] | None = None
@@ -82,17 +94,22 @@ class CUDAWorkerState(WorkerState):
                 torch.zeros(num_rows, dtype=torch.int32, pin_memory=True) for _ in range(COPIES)
             ]
             self._flags_written = 0
+            self._index_flags = np.zeros(num_rows, dtype=np.int32)
+            num_groups = max(self.group_of.values(), default=0) + 1
+            self._index_evicted = np.zeros((num_groups, num_rows), dtype=np.int64)
 
     def start_step(self, plan: EvictionPlan, finished: set[str]) -> None:
         super().start_step(plan, finished)
         for request_id in finished:
             self.evicted.pop(request_id, None)
+            self._changed.discard(request_id)
         for request_id in plan.started:
             self.evicted[request_id] = [0] * plan.num_groups
         for request_id, groups in plan.evicted.items():
             counts = self.evicted.setdefault(request_id, [0] * plan.num_groups)
             for group, positions in groups.items():
                 counts[group] += len(positions)
+        self._changed.update(plan.started, plan.evicted)
         self._rows = None
 
     def rows(
@@ -112,30 +129,34 @@ class CUDAWorkerState(WorkerState):
         """
         if self._rows is not None and self._rows[0] == num_rows:
             return self._rows[1]
-        num_groups = max(self.group_of.values(), default=0) + 1
+        for request_id in [r for r in self._changed if r in self.row_of]:
+            place = self.row_of[request_id]
+            self._index_flags[place] = self._flags_of(request_id)
+            self._index_evicted[:, place] = self.evicted[request_id]
+            self._changed.remove(request_id)
+        index = np.zeros(0, dtype=np.int64) if req_idx is None else req_idx[:num_rows]
         flags = np.zeros(num_rows, dtype=np.int32)
-        evicted = np.zeros((num_groups, num_rows), dtype=np.int64)
-        for row, index in enumerate(() if req_idx is None else req_idx[:num_rows].tolist()):
-            request_id = self.row_ids.get(index)
-            if request_id is None:
-                continue
-            counts = self.evicted.get(request_id)
-            if counts is not None:
-                evicted[:, row] = counts
-            needs = self.needs.get(request_id)
-            if not needs:
-                continue
-            scored = query_lens[row] > 1 or self.scores_query_at(int(seq_lens[row]) - 1)
-            if ATTENTION in needs:
-                flags[row] |= NEEDED | (SCORED if scored else 0)
-            if TOKENS in needs:
-                flags[row] |= TOKENS_NEEDED
-                flags[row] |= TOKENS_SCORED if scored and TOKEN_MASS in needs else 0
+        evicted = np.zeros((len(self._index_evicted), num_rows), dtype=np.int64)
+        real = slice(len(index))
+        flags[real] = self._index_flags[index]
+        evicted[:, real] = self._index_evicted[:, index]
+        decoded = self.scores_decode(seq_lens - 1, flags >> WINDOW_SHIFT)
+        flags[(query_lens <= 1) & ~decoded] &= ~(SCORED | TOKENS_SCORED)
         rows = Rows(flags, evicted)
         if req_idx is not None:
             self._rows = (num_rows, rows)
         self._write_flags(flags)
         return rows
+
+    def _flags_of(self, request_id: str) -> int:
+        """Of a step in which the request's queries are scored."""
+        needs = self.needs.get(request_id, frozenset())
+        flags = self.windows.get(request_id, 0) << WINDOW_SHIFT
+        if ATTENTION in needs:
+            flags |= NEEDED | SCORED
+        if TOKENS in needs:
+            flags |= TOKENS_NEEDED | (TOKENS_SCORED if TOKEN_MASS in needs else 0)
+        return flags
 
     def _write_flags(self, flags: np.ndarray) -> None:
         self._flags_written = (self._flags_written + 1) % COPIES

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch.nn.functional import avg_pool1d, normalize
 
 from ..packs import Pack
 from ..policies import TokenRule, by_position, chance
@@ -14,6 +15,10 @@ from ..policies import TokenRule, by_position, chance
 FALLBACK = TokenRule(recent=0.0, ranked=((by_position, 1.0),))
 """Where a policy's ranking fails, the most recent tokens stay: some have to, as the scheduler has
 freed the other blocks already."""
+MOST_VECTORS = 1 << 18
+"""Keys and values that are looked at together, unless one head has more: 256 MiB at a head size of
+128."""
+Vectors = Callable[[int, slice], tuple[torch.Tensor, torch.Tensor]]
 _LEAST = torch.iinfo(torch.int64).min
 
 
@@ -26,7 +31,9 @@ class TokenCandidates:
         scoring: ``sum``, ``mean`` or ``decay``.
         num_tokens, seeds: int64 ``[requests, 1, 1, 1]``, processed tokens and seed of each request.
         streams: int64 ``[layers, heads, 1]``, a number for each head of the whole model.
-        norms: gives the norms of keys and of values, arrays like the others.
+        num_candidates: int64 ``[requests, 1, 1, 1]``; what lies behind them is padding.
+        vectors: layer (of the arrays' first to last) and heads to keys and values, float32
+            ``[requests, heads, tokens, head_size]`` each.
 
     """
 
@@ -35,7 +42,14 @@ class TokenCandidates:
     num_tokens: torch.Tensor
     seeds: torch.Tensor
     streams: torch.Tensor
-    norms: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    num_candidates: torch.Tensor
+    vectors: Vectors
+
+    @cached_property
+    def real(self) -> torch.Tensor:
+        """bool ``[requests, 1, 1, tokens]``: which slots hold candidates."""
+        places = torch.arange(self.positions.shape[-1], device=self.positions.device)
+        return places < self.num_candidates
 
     @property
     def positions(self) -> torch.Tensor:
@@ -62,8 +76,46 @@ class TokenCandidates:
 
     @cached_property
     def key_norm(self) -> torch.Tensor:
-        keys, values = self.norms()
-        return values / keys.clamp(min=1e-6)
+        return self._of_vectors(lambda k, v: v.norm(dim=-1) / k.norm(dim=-1).clamp(min=1e-6))
+
+    @cached_property
+    def value_norm(self) -> torch.Tensor:
+        return self._of_vectors(lambda _, v: v.norm(p=1, dim=-1))
+
+    @cached_property
+    def key_difference(self) -> torch.Tensor:
+        real = self.real[..., None].float()[:, 0]
+
+        def difference(keys: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            unit = normalize(keys, dim=-1)
+            mean = (unit * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True)
+            return -(unit * normalize(mean, dim=-1)).sum(-1)
+
+        return self._of_vectors(difference)
+
+    def pooled(self, values: torch.Tensor, width: int) -> torch.Tensor:
+        # What is padding sorts behind all that is real, and counts for nothing.
+        far = torch.iinfo(torch.int32).max
+        order = torch.where(self.real, self.positions, far).argsort(-1)
+        real = self.real.expand_as(values).gather(-1, order).float()
+        ordered = values.gather(-1, order) * real
+        flat = torch.stack((ordered, real)).flatten(0, -2)[:, None]
+        sums = avg_pool1d(flat, width, 1, width // 2) * width
+        total, count = sums[:, 0].view(2, *values.shape)
+        return torch.empty_like(values).scatter_(-1, order, total / count.clamp(min=1.0))
+
+    def _of_vectors(
+        self, number: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """A number of each token's key and value, an array like the others."""
+        requests, layers, heads, tokens = self.positions.shape
+        together = max(1, MOST_VECTORS // (requests * tokens))
+        made = torch.empty(self.positions.shape, device=self.positions.device)
+        for layer in range(layers):
+            for start in range(0, heads, together):
+                part = slice(start, min(start + together, heads))
+                made[:, layer, part] = number(*self.vectors(layer, part))
+        return made
 
 
 @dataclass(frozen=True)
@@ -158,7 +210,7 @@ def choose(
 
     """
     positions = candidates.positions
-    real = torch.arange(positions.shape[-1], device=positions.device) < batch.num_candidates
+    real = candidates.real
     left = real.expand_as(positions)
     for i, (ranking, _) in enumerate(rule.ranked):
         ranks = torch.as_tensor(ranking(candidates, left)).float()

@@ -17,3 +17,5 @@ look at nothing else."""
 NEEDED, SCORED, TOKENS_NEEDED, TOKENS_SCORED = 1, 2, 4, 8
 """Bits of a row's flag: its request wants scores of blocks, and in this step; the same for scores
 of tokens."""
+WINDOW_SHIFT = 4
+"""The bits above these hold the window of a request whose rule has one (``TokenRule.window``)."""

@@ -11,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import FRACTION_BITS
+from . import FRACTION_BITS, WINDOW_SHIFT
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _ONE = tl.constexpr(2.0**FRACTION_BITS)
+_WINDOW_SHIFT = tl.constexpr(WINDOW_SHIFT)
 
 
 @triton.jit
@@ -114,13 +115,19 @@ def _mass_kernel(
     kv_head = tl.program_id(0)
     seq_len = tl.load(lens_ptr + row)
     first_key = tl.program_id(1) * N
-    if (tl.load(flags_ptr + row) & FLAG) == 0 or first_key >= seq_len:
+    flags = tl.load(flags_ptr + row)
+    if (flags & FLAG) == 0 or first_key >= seq_len:
         return
     query_start = tl.load(query_start_ptr + row)
     num_queries = tl.load(query_start_ptr + row + 1) - query_start
     if num_queries == 0:
         return
     num_scored = tl.minimum(num_queries, window)
+    afresh = False
+    if BY_TOKEN:
+        own = flags >> _WINDOW_SHIFT
+        num_scored = tl.minimum(num_scored, tl.where(own > 0, own, num_scored))
+        afresh = (own > 0) & (num_queries >= own)
     first_scored = num_queries - num_scored
     num_rows = num_scored * GROUP
     weight = tl.where(num_queries == 1, decode_weight, 1).to(tl.float32)
@@ -224,6 +231,7 @@ def _mass_kernel(
             if DECAY:
                 elapsed = tl.where(num_queries == 1, decode_weight, num_queries).to(tl.float32)
                 known *= tl.exp2(log2_decay * elapsed)
+            known = tl.where(afresh, 0.0, known)
             tl.store(mass_ptr + score, known + total * weight, mask=real)
             if PEAK:
                 known = tl.load(peak_ptr + score, mask=real, other=0.0)

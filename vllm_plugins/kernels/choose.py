@@ -15,6 +15,9 @@ MASS, MEAN, PEAK, POSITION = range(4)
 """Rankings: attention received; per query that saw the token; the highest ever; the most recent."""
 _MASS, _MEAN, _PEAK = (tl.constexpr(kind) for kind in (MASS, MEAN, PEAK))
 _LEAST = tl.constexpr(-(2**31))
+_SMALL_TILE, _LARGE_TILE = 512, 2048
+WARM_UP_TOKENS = (_SMALL_TILE, _LARGE_TILE, 2 * _LARGE_TILE)
+"""So many candidates each bring out another compiled form."""
 
 
 @triton.jit
@@ -271,7 +274,8 @@ def choose_tokens(
     source = torch.empty(*shape, most_moves, dtype=torch.int32, device=position.device)
     target = torch.empty_like(source)
     count = torch.empty(shape, dtype=torch.int32, device=position.device)
-    tile = 512 if most_candidates <= 512 else 2048  # few shapes: each is compiled when it comes
+    # Few shapes: each is compiled when it comes.
+    tile = _SMALL_TILE if most_candidates <= _SMALL_TILE else _LARGE_TILE
     _choose_kernel[(len(block_ids), layers * heads)](
         block_ids,
         numbers,

@@ -20,7 +20,9 @@ def add_token_mass(
     """Add this step's attention to the scores of the tokens it went to, for one layer.
 
     Args:
-        queries: of the step; rows without the flag ``TOKENS_SCORED`` are skipped.
+        queries: of the step; rows without the flag ``TOKENS_SCORED`` are skipped. A row with a
+            window (``WINDOW_SHIFT``) scores so many last queries, and forgets older mass if it has
+            as many.
         mass: float32 ``[num_blocks, num_kv_heads, block_size]``, summed over the queries of the KV
             head's group.
         peak: the like, the largest probability ever given; or None. It knows no age.

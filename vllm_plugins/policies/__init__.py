@@ -22,11 +22,13 @@ from .token_rules import (
     Candidates,
     TokenRule,
     by_chance,
+    by_key_difference,
     by_key_norm,
     by_mass,
     by_peak,
     by_position,
     by_score,
+    by_valued_score,
 )
 
 __all__ = [
@@ -46,11 +48,13 @@ __all__ = [
     "PolicyParameterError",
     "TokenRule",
     "by_chance",
+    "by_key_difference",
     "by_key_norm",
     "by_mass",
     "by_peak",
     "by_position",
     "by_score",
+    "by_valued_score",
     "chance",
     "check_kept",
     "get_policy",

@@ -60,6 +60,8 @@ class Policy:
     tokens: Callable[[Mapping[str, Any]], TokenRule] | None = None
     needs: Needs = frozenset()
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    token_parameters: Mapping[str, Any] = field(default_factory=dict)
+    """More parameters, of the form at token granularity alone; ``select`` never sees them."""
     check: Callable[[Mapping[str, Any]], None] | None = None
     check_granularity: Callable[[Mapping[str, Any], str], None] | None = None
     """Refuses parameters that mean nothing at a granularity (``block`` or ``token``)."""
@@ -72,7 +74,7 @@ class Policy:
                 the policy's own check refuses.
 
         """
-        merged = dict(self.parameters)
+        merged = {**self.parameters, **self.token_parameters}
         for name, value in (overrides or {}).items():
             if name not in merged:
                 known = ", ".join(sorted(merged)) or "none"
@@ -106,6 +108,12 @@ class Policy:
                 f"policy {self.name} has no form at {granularity} granularity; "
                 f"give {prefix}granularity {other}, or another policy"
             )
+        for name, default in self.token_parameters.items():
+            if granularity != "token" and parameters[name] != default:
+                raise PolicyParameterError(
+                    f"parameter {name} of policy {self.name} has a meaning at token granularity "
+                    f"only; drop it, or give {prefix}granularity token"
+                )
         if self.check_granularity is not None:
             self.check_granularity(parameters, granularity)
         if granularity == "token" and self.tokens is not None:
@@ -113,6 +121,10 @@ class Policy:
                 self.tokens(parameters)
             except ValueError as error:
                 raise PolicyParameterError(f"policy {self.name}: {error}") from None
+
+    def block_parameters(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of ``parameters`` that ``select`` takes."""
+        return {k: v for k, v in parameters.items() if k not in self.token_parameters}
 
     def needed(self, parameters: Mapping[str, Any], granularity: str = "block") -> frozenset[str]:
         """The inputs (see ``NEEDS``) that the policy wants under ``parameters``."""

@@ -16,7 +16,7 @@ from .token_rules import (
     TokenRule,
     by_mass,
     by_peak,
-    by_score,
+    scoring,
 )
 
 DEFAULT = "default"
@@ -92,7 +92,8 @@ def cab_tokens(parameters: Mapping[str, Any]) -> TokenRule:
     bridges = ((ranking, parameters["bridge"]),) if parameters["bridge"] > 0 else ()
     return TokenRule(
         recent=parameters["local"],
-        ranked=((by_score, parameters["importance"]), *bridges),
+        ranked=((scoring(parameters["value_weighted"]), parameters["importance"]), *bridges),
+        selection=parameters["selection"],
     )
 
 
@@ -140,6 +141,7 @@ POLICY = Policy(
     tokens=cab_tokens,
     needs=_needs,
     parameters={"local": 0.3, "bridge": 0.2, "importance": 0.5, "bridge_definition": DEFAULT},
+    token_parameters={"selection": "head", "value_weighted": False},
     check=_check,
     check_granularity=_check_granularity,
 )

@@ -9,7 +9,7 @@ import numpy as np
 
 from .base import ATTENTION, Policy, check_shares
 from .select import keep_highest, num_recent
-from .token_rules import TokenRule, by_score
+from .token_rules import TokenRule, scoring
 
 
 def h2o(
@@ -40,8 +40,14 @@ def h2o_tokens(parameters: Mapping[str, Any]) -> TokenRule:
     """As the paper has it: every head keeps its recent tokens, and those of the highest score.
 
     The paper splits the budget in halves; ``recent=0.5, heavy=0.5`` is that.
+
+    ``selection`` and ``value_weighted``: see ``token_rules``.
     """
-    return TokenRule(recent=parameters["recent"], ranked=((by_score, parameters["heavy"]),))
+    return TokenRule(
+        recent=parameters["recent"],
+        ranked=((scoring(parameters["value_weighted"]), parameters["heavy"]),),
+        selection=parameters["selection"],
+    )
 
 
 POLICY = Policy(
@@ -50,5 +56,6 @@ POLICY = Policy(
     tokens=h2o_tokens,
     needs=frozenset({ATTENTION}),
     parameters={"recent": 0.2, "heavy": 0.8},
+    token_parameters={"selection": "head", "value_weighted": False},
     check=lambda p: check_shares("h2o", p, ("recent", "heavy")),
 )

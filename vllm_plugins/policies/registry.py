@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
-from . import cab, dense, h2o, key_norm, random, streaming
+from . import cab, dense, h2o, key_norm, keydiff, random, snapkv, streaming, tova
 from .base import NEEDS, Policy, PolicyParameterError
 
 ENTRY_POINT_GROUP = "kv_eviction.policies"
 
 _BUILT_IN = {
-    module.POLICY.name: module.POLICY for module in (dense, h2o, cab, streaming, random, key_norm)
+    module.POLICY.name: module.POLICY
+    for module in (dense, h2o, cab, streaming, random, key_norm, tova, snapkv, keydiff)
 }
 
 

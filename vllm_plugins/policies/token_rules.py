@@ -22,6 +22,8 @@ TOKEN_NEEDS = frozenset({TOKENS, TOKEN_MASS, TOKEN_PEAK})
 
 SELECTIONS = ("head", "layer", "group")
 """Who keeps one set: a KV head, all heads of a layer, or all layers of a layer group."""
+LONGEST_WINDOW = 1 << 20
+"""Queries; more than any chunk has."""
 
 
 class Candidates(Protocol):
@@ -36,6 +38,9 @@ class Candidates(Protocol):
         peak: float in 0 to 1. Needs ``TOKEN_PEAK``.
         chance: float in 0 to 1, fixed for a (request, layer, head, position).
         key_norm: float, norm of the value over norm of the key.
+        value_norm: float, L1 norm of the value.
+        key_difference: float in -1 to 1, how little a key looks like the mean of its head's keys:
+            minus the cosine of the two.
 
     """
 
@@ -51,6 +56,14 @@ class Candidates(Protocol):
     def chance(self) -> Any: ...
     @property
     def key_norm(self) -> Any: ...
+    @property
+    def value_norm(self) -> Any: ...
+    @property
+    def key_difference(self) -> Any: ...
+
+    def pooled(self, values: Any, width: int) -> Any:
+        """Of ``values``, the mean over the ``width`` (odd) candidates nearest in the sequence."""
+        ...
 
 
 Ranking = Callable[[Candidates, Any], Any]
@@ -70,9 +83,11 @@ class TokenRule:
         needs: of ``TOKEN_NEEDS``, what is gathered for the rankings. Those of this module bring
             theirs along.
         selection: who keeps one set of tokens, of ``SELECTIONS``; of a rank's own heads.
+        window: None, and ``mass`` is what all queries gave; or it is what the last so many gave. A
+            step of at least so many queries then starts it afresh, one of fewer adds to it.
 
     Raises:
-        ValueError: a share, need or selection that is none.
+        ValueError: a share, need, selection or window that is none.
 
     """
 
@@ -80,6 +95,7 @@ class TokenRule:
     ranked: tuple[tuple[Ranking, float], ...]
     needs: frozenset[str] = field(default_factory=frozenset)
     selection: str = "head"
+    window: int | None = None
 
     def __post_init__(self) -> None:
         shares = [self.recent, *(share for _, share in self.ranked)]
@@ -87,6 +103,8 @@ class TokenRule:
             raise ValueError("a token rule needs a ranking, and shares from 0 to 1")
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection is {self.selection!r}; use {', '.join(SELECTIONS)}")
+        if self.window is not None and not 1 <= self.window <= LONGEST_WINDOW:
+            raise ValueError(f"window is {self.window}; use 1 to {LONGEST_WINDOW:,}")
         own = {
             need for ranking, _ in self.ranked for known, need in _OF_RANKINGS if known is ranking
         }
@@ -112,6 +130,12 @@ def by_mass(tokens: Candidates, left: Any) -> Any:
     return tokens.mass
 
 
+def by_valued_score(tokens: Candidates, left: Any) -> Any:
+    """Score times the norm of the value (Guo et al., EMNLP 2024, arXiv:2406.12335, "VATP"): what a
+    token added to the outputs, not only how much it was looked at."""
+    return tokens.score * tokens.value_norm
+
+
 def by_peak(tokens: Candidates, left: Any) -> Any:
     """What some query once needed most."""
     return tokens.peak
@@ -132,8 +156,19 @@ def by_key_norm(tokens: Candidates, left: Any) -> Any:
     return tokens.key_norm
 
 
+def by_key_difference(tokens: Candidates, left: Any) -> Any:
+    """Keys unlike the mean key."""
+    return tokens.key_difference
+
+
+def scoring(value_weighted: bool) -> Ranking:
+    """The ranking by ``score``, with or without the values' norms."""
+    return by_valued_score if value_weighted else by_score
+
+
 _OF_RANKINGS: tuple[tuple[Ranking, str], ...] = (
     (by_score, TOKEN_MASS),
+    (by_valued_score, TOKEN_MASS),
     (by_mass, TOKEN_MASS),
     (by_peak, TOKEN_PEAK),
 )
