@@ -111,7 +111,7 @@ def run(
             single = stop - start == 1
             scored, weight = (t % every == 0, every) if single else (True, 1)
             begins = stop - start >= window and t == stop - window
-            late = (stop - start < window and scored) or t >= stop - window
+            late = t >= stop - window if stop - start >= window else scored
             for layer, attention in enumerate(output.attentions):
                 grouped = attention[0, :, 0].double().unflatten(0, (heads, -1))
                 for head in range(heads):

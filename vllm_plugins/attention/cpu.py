@@ -113,12 +113,13 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
             stop, seq_len = starts[i + 1], seq_lens[i]
             if not needs & {ATTENTION, GRAPH, TOKENS} or stop == starts[i]:
                 continue
-            windows = [w for w in (state.window, state.windows.get(request_id)) if w is not None]
+            own = state.windows.get(request_id)
+            windows = [window for window in (state.window, own) if window is not None]
             start = max(starts[i], stop - min(windows, default=stop))
             weight = 1
             if stop - starts[i] == 1:
                 weight = state.config.score_query_stride
-                if not state.scores_decode(num_tokens[i] - 1, state.windows.get(request_id, 0)):
+                if not state.scores_decode(num_tokens[i] - 1, own):
                     start = stop
             num_blocks = -(-seq_len // self.block_size)
             block_ids = built.block_table[i, :num_blocks].long()
@@ -131,7 +132,7 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
                 stop,
                 seq_len,
                 weight,
-                stop - starts[i] >= state.windows.get(request_id, stop),
+                own is not None and stop - starts[i] >= own,
                 block_ids,
             )
 
