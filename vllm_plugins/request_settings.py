@@ -11,6 +11,8 @@ from typing import Any
 from .policies import TokenRule, get_policy
 
 BLOCK, TOKEN = GRANULARITIES = ("block", "token")
+DEFAULT_GRANULARITY = "default"
+"""Tokens where the policy can choose them, else blocks."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def check_request_settings(settings: Mapping[str, Any]) -> None:
     known = dict(settings)
     if "kv_policy" not in known:
         known.pop("kv_policy_args", None)  # of the server's policy, which is not known here
-    EvictionConfig().request_settings(known, block_size=1)
+    EvictionConfig().request_settings(known, block_size=None)
     for name, value in settings.items():
         if isinstance(value, Mapping):
             raise UsageError(f"{name} is {value!r}; a request carries it as JSON text only")

@@ -8,15 +8,16 @@ from typing import Any
 
 from vllm_plugins.config import SCORES
 from vllm_plugins.parsing import RENAMED, check_renamed
-from vllm_plugins.request_settings import GRANULARITIES
+from vllm_plugins.request_settings import DEFAULT_GRANULARITY, GRANULARITIES
 
 from ..errors import UsageError
 
 _COUNT = {"type": int, "metavar": "N"}
 _FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "granularity": (
-        "block: one set of blocks for all heads; token: every head keeps its own tokens",
-        {"choices": GRANULARITIES},
+        "token: every head keeps its own tokens; block: one set of blocks for all heads; default: "
+        "token where the policy can",
+        {"choices": (DEFAULT_GRANULARITY, *GRANULARITIES)},
     ),
     "layer_groups": ("groups of layers with victims of their own", {"type": int, "metavar": "G"}),
     "score": ("how attention mass adds up", {"choices": SCORES}),
@@ -25,7 +26,7 @@ _FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "score_query_stride": ("during decode score every N-th query, N times", _COUNT),
     "score_layer_stride": ("score every N-th layer of a group", _COUNT),
     "sink_blocks": ("first blocks that are never evicted", _COUNT),
-    "sink_tokens": ("the same in tokens, with --granularity token", _COUNT),
+    "sink_tokens": ("the same in tokens, at token granularity", _COUNT),
     "slack_tokens": ("tokens over budget at which heads are packed", _COUNT),
     "min_blocks": ("no relative budget is smaller", _COUNT),
 }

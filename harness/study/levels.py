@@ -139,6 +139,7 @@ def _remedies(settings: RequestSettings, engine: EngineSpecification) -> list[st
     length, block, chunk = engine.context_length, engine.block_size, engine.prefill_chunk
     eviction = engine.eviction
     least, sinks = eviction["min_blocks"], eviction["sink_blocks"]
+    packed = settings.rule is not None and eviction["slack_tokens"] > 0
     longer = range(length - length % block + block, _MAX_LENGTHENING * length, block)
     smaller = range(length // block - 1, sinks, -1) if settings.budget_tokens is not None else ()
     higher = (n / 10 for n in range(1, 10) if settings.budget_tokens is None)
@@ -156,6 +157,15 @@ def _remedies(settings: RequestSettings, engine: EngineSpecification) -> list[st
         (
             (f"--min-blocks {n}", settings, replace(engine, eviction={**eviction, "min_blocks": n}))
             for n in range(least - 1, max(1, sinks), -1)
+        ),
+        (
+            (
+                "--slack-tokens 0",
+                settings,
+                replace(engine, eviction={**eviction, "slack_tokens": n}),
+            )
+            for n in (0,)
+            if packed
         ),
         (
             (f"--block-size {n}", settings, replace(engine, block_size=n))

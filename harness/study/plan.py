@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from vllm_plugins.config import EvictionConfig
+from vllm_plugins.request_settings import DEFAULT_GRANULARITY
 
 from ..errors import UsageError
 from ..inputs.corpora import describe
 from ..inputs.models import fingerprint, recorded_name, resolve_model
 from ..inputs.text import Text
-from ..records.specifications import STOCK
+from ..records.specifications import DENSE, STOCK
 from .levels import check_levels, levels_for
 from .points import Comparison, comparisons_of
-from .run import Run
+from .run import Budget, Method, Run
 from .settings import Study, short_name
 from .specification import EngineSpecification, Load, OfflineRun, Perplexity, Throughput
 
@@ -110,13 +111,7 @@ def _runs(
     eviction = EvictionConfig.parse(
         {"policy": "dense", **{name: getattr(study, name) for name in _EVICTION}}
     )
-    if not any(method.granularity for method, _ in levels):
-        # Records say what was measured, whatever the default is by then.
-        eviction = replace(
-            eviction,
-            score=eviction.score_at(eviction.granularity),
-            request_granularity="server",
-        )
+    eviction, levels = _settled(eviction, levels)
     path = resolve_model(study.model)
     max_num_seqs = max(2, study.max_num_seqs)
     pool = study.kv_pool_windows or max_num_seqs
@@ -148,6 +143,30 @@ def _runs(
             if run.seed in seeds[: study.load_runs]
         ]
     return runs
+
+
+def _settled(
+    eviction: EvictionConfig, levels: Sequence[tuple[Method, Budget]]
+) -> tuple[EvictionConfig, list[tuple[Method, Budget]]]:
+    """Engine and methods without a default: records say what was measured, whatever the defaults
+    are by then. Where all methods have one granularity it is the engine's, else their own."""
+    granularities = [eviction.granularity_of(m.policy, m.args, m.granularity) for m, _ in levels]
+    evicting = {g for g, (m, _) in zip(granularities, levels, strict=True) if m.policy != DENSE}
+    evicting = evicting or set(granularities)
+    if len(evicting) == 1 and not any(method.granularity for method, _ in levels):
+        (granularity,) = evicting
+        score = eviction.score_at(granularity)
+        settled = replace(
+            eviction, granularity=granularity, score=score, request_granularity="server"
+        )
+        return settled, list(levels)
+    if eviction.granularity != DEFAULT_GRANULARITY:
+        return eviction, list(levels)
+    own = [
+        (m if m.policy == DENSE else replace(m, granularity=g), budget)
+        for g, (m, budget) in zip(granularities, levels, strict=True)
+    ]
+    return eviction, own
 
 
 def _check_window(study: Study) -> None:

@@ -143,10 +143,11 @@ class Study:
             "score_half_life": ("--score decay", self.score == "decay" or "score" in self.vary),
             "text_column": ("a --dataset of rows", any(map(has_rows, texts))),
         }
-        by_token = any("token" in str(m) for m in (self.granularity, *self.methods, self.vary))
+        own = [m.get("granularity") for m in self.methods if isinstance(m, Mapping)]
+        chosen = {self.granularity, *own, *self.vary.get("granularity", ())}
+        by_token, by_block = (chosen - {other, None} != set() for other in ("block", "token"))
         for name in ("sink_tokens", "slack_tokens"):
             needed[name] = ("--granularity token", by_token)
-        by_block = self.granularity == "block" or "granularity" in self.vary
         for name in ("sink_blocks", "score_layer_stride"):
             needed[name] = ("--granularity block", by_block)
         for name in ("load_runs", "load_requests", "load_output_tokens"):

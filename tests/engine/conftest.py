@@ -214,7 +214,10 @@ def tiny_llama(tmp_path_factory):
 
 
 def make_tiny(folder: str, engine: dict[str, Any] | None = None, **settings: Any) -> Any:
-    """An engine over the random model in ``folder``, with the plugin's ``settings``."""
+    """An engine over the random model in ``folder``, with the plugin's ``settings``.
+
+    Blocks unless they say otherwise: their decisions are made where a test can look at them.
+    """
     from vllm import LLM
 
     from vllm_plugins import eviction_engine_args
@@ -236,7 +239,7 @@ def make_tiny(folder: str, engine: dict[str, Any] | None = None, **settings: Any
         **eviction_engine_args(
             check_integrity=True,
             trace_decisions=True,
-            **{"policy": "dense", **ALL_SCORES, **settings},
+            **{"policy": "dense", "granularity": "block", **ALL_SCORES, **settings},
         ),
     )
 

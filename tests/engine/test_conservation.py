@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vllm_plugins.policies import policy_names
+from vllm_plugins.policies import get_policy, policy_names
 
 from .conftest import connector_of
 
@@ -30,6 +30,11 @@ def held_by_request(connector):
     return held
 
 
+def forms_of(name):
+    policy = get_policy(name)
+    return ["block"] * (policy.select is not None) + ["token"] * (policy.tokens is not None)
+
+
 @pytest.mark.parametrize("layer_groups", [1, 2])
 def test_random_arrivals_aborts_and_preemptions(layer_groups, tiny_engines):
     """``check_integrity`` runs inside the engine at every step, and here after it. Requests that
@@ -53,7 +58,7 @@ def test_random_arrivals_aborts_and_preemptions(layer_groups, tiny_engines):
             if policy != "dense":
                 extra["kv_sparsity"] = float(rng.choice([0.0, 0.3, 0.5, 0.9]))
             if policy not in ("dense", "forman"):
-                extra["kv_granularity"] = str(rng.choice(["block", "token"]))
+                extra["kv_granularity"] = str(rng.choice(forms_of(policy)))
             length = int(rng.integers(1, 500))
             tokens = rng.integers(0, 256, size=length).tolist()
             name = f"r{arrived}"

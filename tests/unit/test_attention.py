@@ -150,7 +150,7 @@ def test_token_mass_is_the_attention_of_each_head():
 
 def test_scores_of_tokens_are_kept_only_where_a_request_may_need_them():
     assert state().tokens.arrays().keys() == {"position", "mass", "peak"}
-    assert state(request_granularity="server").tokens.arrays() == {}
+    assert state(granularity="block", request_granularity="server").tokens.arrays() == {}
     fixed = state(policy="streaming", granularity="token", request_policies=["random"])
     assert fixed.tokens.arrays().keys() == {"position"}
 

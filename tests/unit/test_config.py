@@ -7,6 +7,7 @@ import pytest
 from vllm_plugins.config import EvictionConfig
 from vllm_plugins.engine_args import check_has_budget
 from vllm_plugins.parsing import EvictionConfigError
+from vllm_plugins.policies import Policy, registry
 from vllm_plugins.refusals.server_settings import decode, encode
 from vllm_plugins.request_settings import RequestSettings
 
@@ -176,9 +177,9 @@ def test_a_policy_that_was_chosen_to_evict_needs_a_budget():
 def test_the_engines_log_says_what_it_does():
     cab = {"policy": "cab", "sparsity": 0.9}
     told = EvictionConfig.parse(cab).summary()
-    assert "policy cab, sparsity 0.9, blocks for all heads; prefix caching is off" in told
-    told = EvictionConfig.parse({**cab, "granularity": "token"}).summary()
     assert "policy cab, sparsity 0.9, tokens for every head; prefix caching is off" in told
+    told = EvictionConfig.parse({**cab, "granularity": "block"}).summary()
+    assert "policy cab, sparsity 0.9, blocks for all heads; prefix caching is off" in told
     assert "policy h2o, 2,048 tokens" in EvictionConfig.parse({"budget_tokens": "2048"}).summary()
     assert "evicts nothing unless a request asks" in EvictionConfig().summary()
 
@@ -197,8 +198,9 @@ def test_a_servers_settings_travel_in_one_word():
 
 def test_a_request_may_choose_the_granularity():
     server = EvictionConfig.parse({"policy": "cab", "sparsity": 0.5})
-    assert server.request_settings({}, 32).rule is None
+    assert server.request_settings({"kv_granularity": "block"}, 32).rule is None
     settings = server.request_settings({"kv_granularity": "token"}, 32)
+    assert settings == server.request_settings({}, 32)
     assert settings.needs == {"tokens", "token_mass", "token_peak"}
     assert settings.rule.num_recent(10) == 3
     fixed = EvictionConfig.parse({"request_granularity": "server", "granularity": "token"})
@@ -209,6 +211,27 @@ def test_a_request_may_choose_the_granularity():
     ):
         with pytest.raises(EvictionConfigError, match=sentence):
             fixed.request_settings(extra, 32)
+
+
+def test_by_default_a_policy_has_the_form_that_it_can_have(monkeypatch):
+    def select(scores, positions, keep, *, num_sink_blocks):
+        return positions[-keep:]
+
+    monkeypatch.setitem(registry._BUILT_IN, "mine", Policy("mine", select))
+    registry.get_policy.cache_clear()
+    server = EvictionConfig.parse({"policy": "h2o", "sparsity": 0.5})
+    forman = {"kv_policy": "cab", "kv_policy_args": {"bridge_definition": "forman"}}
+    for extra, granularity in (
+        ({}, "token"),
+        ({"kv_policy": "tova"}, "token"),
+        ({"kv_policy": "mine"}, "block"),
+        (forman, "block"),
+    ):
+        assert server.request_settings(extra, 32).granularity == granularity
+    fixed = EvictionConfig.parse({"policy": "h2o", "request_granularity": "server"})
+    with pytest.raises(EvictionConfigError, match="'block' is not offered by this server"):
+        fixed.request_settings({**forman, "kv_sparsity": 0.5}, 32)
+    registry.get_policy.cache_clear()
 
 
 def test_what_means_nothing_at_a_granularity_is_refused():
@@ -258,7 +281,7 @@ def test_a_request_cannot_ask_for_scores_that_nobody_gathers():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"score_queries": 32}, "score mean divides by all queries"),
+        ({"score_queries": 32, "score": "mean"}, "score mean divides by all queries"),
         ({"sink_tokens": 200}, "more than a block of 32 tokens can hold"),
         ({"budget_tokens": 32, "sparsity": 0.0}, "below the 2 blocks of 32"),
     ],

@@ -34,7 +34,9 @@ class Bench:
     """One request in a ledger, its blocks numbered from 100."""
 
     def __init__(self, extra, *, num_tokens=80, groups=1, **settings):
-        self.config = EvictionConfig.parse({"policy": "h2o", "sparsity": 0.5, **settings})
+        self.config = EvictionConfig.parse(
+            {"policy": "h2o", "sparsity": 0.5, "granularity": "block", **settings}
+        )
         self.ledger = Ledger(self.config, BLOCK, groups, num_blocks=200)
         self.request = FakeRequest("r", num_tokens, num_tokens)
         self.ledger.admit(self.request, self.config.request_settings(extra, BLOCK), seed=1)

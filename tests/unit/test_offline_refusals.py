@@ -40,14 +40,20 @@ def nothing_evicted(sentence):
     [
         (["--context-length", "128"], {"--context-length"}),
         (
-            ["--context-length", "128", "--prefill-chunk", "32", "--sparsity", "0.9"],
+            ["--context-length", "128", "--prefill-chunk", "32", "--sparsity", "0.9"]
+            + ["--slack-tokens", "0"],
             {"--context-length", "--min-blocks"},
         ),
         (["--prefill-chunk", "1024"], {"--context-length", "--prefill-chunk"}),
         (["--sparsity", "0.01"], {"--context-length", "--sparsity"}),
         (["--budget-tokens", "1024"], {"--context-length", "--budget-tokens"}),
         (
-            ["--block-size", "128", "--context-length", "512", "--sparsity", "0.9"],
+            ["--sparsity", "0.1"],
+            {"--context-length", "--sparsity", "--slack-tokens", "--prefill-chunk"},
+        ),
+        (
+            ["--block-size", "128", "--context-length", "512", "--sparsity", "0.9"]
+            + ["--slack-tokens", "0"],
             {"--context-length", "--min-blocks", "--block-size"},
         ),
     ],

@@ -70,7 +70,7 @@ def check_engine(vllm_config: Any) -> None:
     if cache.block_size is not None:
         check_block_size(cache.block_size)
         config.check_budget(cache.block_size)
-    check_settings(config.request_settings(None, cache.block_size or 1))
+    check_settings(config.request_settings(None, cache.block_size))
     if current_platform.is_cuda():
         _check_cuda(vllm_config)
     elif vllm_config.use_v2_model_runner:

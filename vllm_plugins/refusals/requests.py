@@ -47,7 +47,7 @@ def _for_server(validator: type, word: str) -> type:
 
 class _Validator:
     config = EvictionConfig()
-    block_size = 1
+    block_size: int | None = None
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
