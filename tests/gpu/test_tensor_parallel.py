@@ -81,5 +81,5 @@ def test_two_ranks_keep_the_same_tokens(made):
                 assert head_a[:4] == head_b[:4] == [0, 1, 2, 3], "sinks"
                 shares.append(len(set(head_a) & set(head_b)) / len(head_a))
         print(policy, "kept alike", min(shares), sum(shares) / len(shares))
-        # Rounded otherwise in bfloat16, as above. By chance three in ten would agree.
-        assert sum(shares) / len(shares) > 0.9, policy
+        # Rounded otherwise, as above: on a CPU 0.987 in bfloat16, and all of it in float32.
+        assert sum(shares) / len(shares) > 0.95, policy
