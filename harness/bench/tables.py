@@ -13,6 +13,7 @@ from ..report.bench import bench_results, bench_rows
 from ..report.cells import level
 from ..report.lines import commit_line, provenance_line
 from ..report.tables import Row, markdown
+from .kernel_tables import kernels_table
 
 
 def bench_table(record: dict[str, Any]) -> str:
@@ -83,33 +84,6 @@ def _percent(nats: float, interval: list[float]) -> str:
     return f"{value:+.1f}% [{low:+.1f}, {high:+.1f}]"
 
 
-def _kernels(record: dict[str, Any]) -> str:
-    copy = record["copy_bandwidth_bytes_per_second"] / 1e12
-    table: list[Row] = [
-        (
-            "batch",
-            "scored queries",
-            "block mass us",
-            "FlashAttention us",
-            "ratio",
-            f"keys read at, of copy ({copy:.2f} TB/s)",
-        ),
-    ]
-    for entry in record["measured"]:
-        decode = entry["batch"].startswith("decode")
-        table.append(
-            (
-                entry["batch"] + (", by token" if entry.get("scores") == "tokens" else ""),
-                "all" if entry["window"] is None else f"last {entry['window']}",
-                f"{entry['ms'] * 1e3:.0f}",
-                f"{entry['attention_ms'] * 1e3:.0f}",
-                f"{entry['ms'] / entry['attention_ms']:.2f}",
-                f"{100 * entry['share_of_copy_bandwidth']:.0f}%" if decode else "-",
-            )
-        )
-    return markdown(table)
-
-
 def _decisions(record: dict[str, Any]) -> str:
     blocks = sorted({entry["live_blocks"] for entry in record["measured"]})
     table: list[Row] = [
@@ -126,6 +100,6 @@ def _decisions(record: dict[str, Any]) -> str:
 
 
 _TABLES = {
-    "kernels": _kernels,
+    "kernels": kernels_table,
     "decisions": _decisions,
 }

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from vllm_plugins.attention.state import worker_state
+from vllm_plugins.ledger import Ledger
 
+from ..packs import decisions_of, planned_packs
 from . import token_oracle as oracle
 from .conftest import connector_of
 
@@ -200,6 +202,40 @@ def test_engine_equals_oracle(case, tiny_engines, tiny_llama):
     assert kept_tokens(record) == expected.kept
     np.testing.assert_allclose(
         log_probs(out, tokens), expected.log_likelihoods[: len(tokens) - 1], atol=2e-4
+    )
+
+
+def test_decisions_with_a_step_in_flight_equal_the_oracle(tiny_engines, tiny_llama, monkeypatch):
+    """Asynchronous scheduling, which vLLM has on GPUs only: a chunk that is still computed when
+    the scheduler decides has no candidates, but its queries count."""
+    decide = Ledger.decide
+
+    def late(ledger, request_id, group, num_processed_tokens, blocks):
+        return decide(ledger, request_id, group, max(0, num_processed_tokens - 64), blocks)
+
+    monkeypatch.setattr(Ledger, "decide", late)
+    llm = tiny_engines()
+    prompts = [{"prompt_token_ids": TOKENS}, {"prompt_token_ids": TOKENS[::-1]}]
+    with planned_packs() as packs:
+        out, _ = llm.generate(prompts, settings("cab"), use_tqdm=False)
+    record = out.kv_transfer_params["kv_eviction"]
+    decisions = decisions_of(record, packs)
+    assert all(scored - processed == 64 for scored, processed in decisions.items())
+    expected = oracle.run(
+        tiny_llama[1],
+        TOKENS,
+        keep=KEEP,
+        block_size=BLOCK,
+        recent=0.3,
+        choose=oracle.ranked((mean, 0.5), (peak, 0.2)),
+        chunk=64,
+        slack=1,
+        decisions=decisions,
+    )
+    assert record["decisions"] == expected.num_decisions > 0
+    assert kept_tokens(record) == expected.kept
+    np.testing.assert_allclose(
+        log_probs(out, TOKENS), expected.log_likelihoods[: len(TOKENS) - 1], atol=2e-4
     )
 
 

@@ -7,7 +7,7 @@ tokens are deleted, and attention probabilities as Transformers reports them, on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -56,9 +56,14 @@ def run(
     every: int = 1,
     half_life: float | None = None,
     window: int = 1,
+    decisions: Mapping[int, int] | None = None,
 ) -> Result:
     """Tokens come in chunks, from ``prompt`` on one by one; of these every ``every``-th is scored
-    and counts for all. ``keep`` and ``slack`` are blocks. ``window``: queries of ``Token.late``."""
+    and counts for all. ``keep`` and ``slack`` are blocks. ``window``: queries of ``Token.late``.
+
+    ``decisions``: where to decide other than before each chunk and with all tokens before it:
+    first token of a chunk to the number of tokens whose full blocks count then.
+    """
     model.set_attn_implementation("eager")
     config = model.config
     num_layers, heads = config.num_hidden_layers, config.num_key_value_heads
@@ -73,7 +78,7 @@ def run(
     prompt = n if prompt is None else prompt
     starts = [*range(0, prompt, chunk), *range(prompt, n)]
     for start, stop in zip(starts, [*starts[1:], n], strict=True):
-        full = start // block_size
+        full = (start if decisions is None else decisions.get(start, 0)) // block_size
         if packed + full - first_unpacked > keep + slack:
             packed, first_unpacked = keep - num_recent, full - num_recent
             limit = first_unpacked * block_size

@@ -17,7 +17,11 @@ def mass_by_step(engine: Any, prompt: list[int], num_decodes: int = 20) -> Itera
         max_tokens=2 * num_decodes,
         ignore_eos=True,
         detokenize=False,
-        extra_args={"kv_policy": "h2o", "kv_budget_tokens": 10**7},
+        extra_args={
+            "kv_policy": "h2o",
+            "kv_budget_tokens": 10**7,
+            "kv_granularity": "block",
+        },
     )
     engine.add_request("m", {"prompt_token_ids": prompt}, params)
     while engine.has_unfinished_requests():

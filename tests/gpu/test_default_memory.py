@@ -8,45 +8,65 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from harness.cli import main
 from harness.resources.server import free_port, serving
 
 from ..child import child
+from .default_memory import NUM_EVICTING
+from .engines import NEEDS_GPU
 from .models import make_llama
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = [*NEEDS_GPU, pytest.mark.usefixtures("no_engine")]
 H2O = {"policy": "h2o", "sparsity": 0.9}
+BY_BLOCK = {**H2O, "layer_groups": 3, "granularity": "block"}
+CAB_BY_TOKEN = {"policy": "cab", "sparsity": 0.9, "granularity": "token"}
+"""Keeps the mass and the peak of every token."""
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_llama(tmp_path_factory.mktemp("llama"))
+def wide_llama(tmp_path_factory):
+    """A token takes 256 KiB of keys and values here, so that some hundred thousand fill a GPU."""
+    return make_llama(
+        tmp_path_factory.mktemp("wide"),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+    )
 
 
 @pytest.mark.parametrize(
-    ("engine", "settings", "groups"),
+    ("model", "engine", "settings", "groups", "fill"),
     [
-        ({}, H2O, 1),
-        ({"gpu_memory_utilization": 0.95}, {**H2O, "layer_groups": 3}, 3),
+        ("llama", {}, H2O, 1, False),
+        ("llama", {"gpu_memory_utilization": 0.95}, BY_BLOCK, 3, False),
+        ("wide_llama", {"gpu_memory_utilization": 0.95}, CAB_BY_TOKEN, 1, True),
     ],
-    ids=["default", "0.95, three groups"],
+    ids=["default", "0.95, three groups", "0.95, by token, full pool"],
 )
-def test_an_engine_starts_captures_and_serves(engine, settings, groups, model, tmp_path):
+def test_an_engine_starts_captures_and_serves(
+    model, engine, settings, groups, fill, request, tmp_path
+):
     output = tmp_path / "output.json"
-    arguments = (model, json.dumps(engine), json.dumps(settings), str(output))
-    with child("tests.gpu.default_memory", *arguments) as process:
-        assert process.wait(timeout=240) == 0
+    given = [json.dumps(value) for value in (engine, settings, fill)]
+    folder = request.getfixturevalue(model)
+    with child("tests.gpu.default_memory", folder, *given, str(output)) as process:
+        assert process.wait(timeout=360) == 0
     made = json.loads(output.read_text())
-    assert made["tokens"] == [40] * 300
+    print({name: value for name, value in made.items() if not isinstance(value, list)})
+    assert made["answered"] == made["asked"]
+    assert len(made["evicted"]) == NUM_EVICTING
     assert min(made["evicted"]) > 60
+    assert made["granularity"] == [settings.get("granularity", "token")]
+    assert made["policy_errors"] == []
     assert made["groups"] == groups
     assert made["idle_blocks"] == made["num_blocks"] - 1
     assert made["cudagraph_mode"] == "FULL_AND_PIECEWISE"
+    if fill:
+        assert made["peak_pool_share"] > 0.95
     limit = engine.get("gpu_memory_utilization", 0.92)
     assert limit - 0.05 < made["memory_used"] < limit + 0.04
 

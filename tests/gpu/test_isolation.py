@@ -6,100 +6,39 @@ keys by what else is in the batch, unless vLLM is in its batch-invariant mode, a
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from contextlib import ExitStack
 
-import numpy as np
 import pytest
-import torch
 
-from .models import make_llama
+from ..child import child
+from .engines import NEEDS_GPU
+from .isolation import NUM_WATCHED
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
-NUM_WATCHED = 12
-KEPT = {"kv_policy": "h2o", "kv_budget_tokens": 10**7}
-LOST = {"kv_policy": "h2o", "kv_sparsity": 0.9}
+pytestmark = NEEDS_GPU
+MODES = ("graphs", "eager")
 
 
-def both_runs(model: str, enforce_eager: bool) -> list[dict[str, object]]:
-    """Tokens of the watched requests and blocks evicted, neighbours keeping and losing theirs."""
-    from vllm import LLM
-
-    from vllm_plugins import eviction_engine_args
-
-    llm = LLM(
-        model,
-        max_model_len=2048,
-        max_num_seqs=32,
-        max_num_batched_tokens=1024,
-        gpu_memory_utilization=0.2,  # other engines may run beside it
-        kv_cache_memory_bytes=1 << 30,  # nobody waits for memory: the batches are the same
-        skip_tokenizer_init=True,
-        enforce_eager=enforce_eager,
-        seed=0,
-        **eviction_engine_args(block_size=16, policy="dense", check_integrity=True),
-    )
-    made = [_run(llm.llm_engine, neighbours) for neighbours in (KEPT, LOST)]
-    llm.llm_engine.engine_core.shutdown()
-    return made
-
-
-def _run(engine, neighbours):
-    from vllm import SamplingParams
-
-    rng = np.random.default_rng(11)
-    watched, evicted, arrived, running = {}, 0, 0, {}
-    while arrived < 5 * NUM_WATCHED or engine.has_unfinished_requests():
-        if arrived < 5 * NUM_WATCHED and rng.random() < 0.9:
-            watch = arrived % 5 == 0
-            params = SamplingParams(
-                max_tokens=int(rng.integers(50, 300)),
-                temperature=0.0,
-                ignore_eos=True,
-                detokenize=False,
-                extra_args={} if watch else neighbours,
+@pytest.fixture(scope="module")
+def outputs(llama, tmp_path_factory):
+    """Of both modes, how the process ended and the file with what it saw; they run side by side."""
+    folder = tmp_path_factory.mktemp("isolation")
+    paths = {mode: folder / f"{mode}.json" for mode in MODES}
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                child("tests.gpu.isolation", llama, mode, str(path), VLLM_BATCH_INVARIANT="1")
             )
-            prompt = rng.integers(0, 512, size=int(rng.integers(1, 1500))).tolist()
-            name = f"{'watched' if watch else 'neighbour'}-{arrived}"
-            internal = engine.add_request(name, {"prompt_token_ids": prompt}, params)
-            if not watch:
-                running[name] = internal
-            arrived += 1
-        if running and rng.random() < 0.02:
-            engine.abort_request([running.pop(sorted(running)[0])], internal=True)
-        for output in engine.step():
-            if output.finished:
-                running.pop(output.request_id, None)
-                record = output.kv_transfer_params["kv_eviction"]
-                assert record["preemptions"] == 0
-                evicted += record["blocks_evicted"]
-                if output.request_id.startswith("watched"):
-                    watched[output.request_id] = list(output.outputs[0].token_ids)
-    return {"watched": watched, "evicted": evicted}
+            for mode, path in paths.items()
+        ]
+        ended = [process.wait(timeout=400) for process in processes]
+    return dict(zip(MODES, zip(ended, paths.values(), strict=True), strict=True))
 
 
-@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
-def test_tokens_of_a_request_do_not_depend_on_evicting_neighbours(enforce_eager, tmp_path):
-    model = make_llama(tmp_path / "llama")
-    output = tmp_path / "output.json"
-    child = f"""
-import json, pathlib
-from tests.gpu.test_isolation import both_runs
-pathlib.Path({str(output)!r}).write_text(json.dumps(both_runs({model!r}, {enforce_eager})))
-"""
-    subprocess.run(
-        [sys.executable, "-c", child],
-        check=True,
-        cwd=Path(__file__).resolve().parents[2],
-        env={**os.environ, "VLLM_BATCH_INVARIANT": "1"},
-        timeout=400,
-    )
-    kept, lost = json.loads(output.read_text())
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_of_a_request_do_not_depend_on_evicting_neighbours(mode, outputs):
+    ended, path = outputs[mode]
+    assert ended == 0
+    kept, lost = json.loads(path.read_text())
     assert kept["evicted"] == 0
     assert lost["evicted"] > 1000, "the neighbours were meant to lose blocks"
     assert len(lost["watched"]) == NUM_WATCHED

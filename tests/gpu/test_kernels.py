@@ -7,10 +7,9 @@ from tests.kernels.cases import MIXED, add, check_compaction, compare, expected_
 from vllm_plugins.kernels.block_scores import add_key_norms, age_blocks, start_blocks
 from vllm_plugins.kernels.compact import compact_block_table
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+from .engines import NEEDS_GPU
+
+pytestmark = NEEDS_GPU
 
 
 def mass_of(batch, **options):

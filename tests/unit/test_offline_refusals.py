@@ -40,8 +40,7 @@ def nothing_evicted(sentence):
     [
         (["--context-length", "128"], {"--context-length"}),
         (
-            ["--context-length", "128", "--prefill-chunk", "32", "--sparsity", "0.9"]
-            + ["--slack-tokens", "0"],
+            "--context-length 128 --prefill-chunk 32 --sparsity 0.9 --slack-tokens 0".split(),
             {"--context-length", "--min-blocks"},
         ),
         (["--prefill-chunk", "1024"], {"--context-length", "--prefill-chunk"}),
@@ -52,8 +51,7 @@ def nothing_evicted(sentence):
             {"--context-length", "--sparsity", "--slack-tokens", "--prefill-chunk"},
         ),
         (
-            ["--block-size", "128", "--context-length", "512", "--sparsity", "0.9"]
-            + ["--slack-tokens", "0"],
+            "--block-size 128 --context-length 512 --sparsity 0.9 --slack-tokens 0".split(),
             {"--context-length", "--min-blocks", "--block-size"},
         ),
     ],

@@ -1,0 +1,216 @@
+"""Packing: the launch that chooses every head's tokens, the one that moves them, and both.
+
+Scores are drawn at random, so nearly all of what leaves the recent window of a decode is chosen
+and moves: more than in most texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .shapes import ELEMENT_BYTES, SHAPES
+
+POLICIES = ("h2o", "cab")
+"""One ranking, by mass; and two, by mass and by the largest probability."""
+Timer = Callable[[Callable[[], Any], Callable[[], Any]], float]
+"""``(function, prepare) -> milliseconds`` (``device_time.median_ms_prepared``)."""
+
+
+@dataclass(frozen=True)
+class Packs:
+    """Requests that are packed together, all alike.
+
+    Attributes:
+        requests: number of them.
+        region: tokens that every head keeps of the candidates.
+        leaving: further candidates, tokens: those whose blocks are freed.
+        budget: tokens that a request may hold in all.
+        processed: tokens of a request's sequence.
+        held: tokens that lie in the pool, those of neighbours among them.
+
+    """
+
+    requests: int
+    region: int
+    leaving: int
+    budget: int
+    processed: int
+    held: int
+
+
+PACKS = {
+    "decode, 8 of 96 x (27 + 2) blocks": Packs(8, 432, 32, 544, 5440, 96 * 592),
+    "2 x 4000 to a tenth": Packs(2, 320, 3600, 400, 4000, 2 * 4000),
+    "16000 to a tenth": Packs(1, 1280, 14400, 1600, 16000, 16000),
+}
+"""In blocks of 16; a fifth of the budget is the recent window, no candidates."""
+
+
+class PackCase:
+    """Caches and scores of all layers, and requests to pack."""
+
+    def __init__(
+        self,
+        shape: dict[str, int],
+        packs: Packs,
+        policy: str,
+        block_size: int,
+        device: str = "cuda",
+    ) -> None:
+        import torch
+
+        from vllm_plugins.attention.token_choice import Batch
+        from vllm_plugins.attention.token_scores import TokenScores
+        from vllm_plugins.kernels import choose
+        from vllm_plugins.kernels.pack import cache_offsets
+        from vllm_plugins.packs import Pack
+        from vllm_plugins.policies import TOKEN_MASS, TOKEN_PEAK, TOKENS, get_policy
+
+        torch.manual_seed(0)
+        self.packs, self.policy, self.block_size = packs, policy, block_size
+        self.layers, self.kv_heads = shape["layers"], shape["kv_heads"]
+        self.head_size = shape["head_size"]
+        region, budget = (-(-n // block_size) for n in (packs.region, packs.budget))
+        candidates = region + -(-packs.leaving // block_size)
+        num_blocks = 1 + max(-(-packs.held // block_size), packs.requests * candidates)
+        cache_shape = (num_blocks, self.kv_heads, block_size)
+        self.caches = [
+            torch.randn(*cache_shape, 2 * self.head_size, device=device, dtype=torch.bfloat16)
+            for _ in range(self.layers)
+        ]
+        self.offsets = cache_offsets(self.caches)
+        needs = frozenset({TOKENS, TOKEN_MASS, TOKEN_PEAK})
+        self.scores = TokenScores(self.layers, cache_shape, needs, torch.device(device))
+        ids = torch.randperm(num_blocks - 1)[: packs.requests * candidates] + 1
+        rule = get_policy(policy)
+        arguments = rule.resolve({})
+        assert rule.tokens is not None
+        self.batch = Batch.of(
+            [
+                Pack(0, own.tolist(), region, budget, packs.processed, 0, policy, arguments)
+                for own in ids.view(packs.requests, candidates)
+            ],
+            rule.tokens(arguments),
+            block_size,
+            4,
+            torch.device(device),
+        )
+        self.rankings = {"h2o": (choose.MEAN,), "cab": (choose.MEAN, choose.PEAK)}[policy]
+        self._fill(ids.to(device), candidates)
+        self._before = {name: array.clone() for name, array in self.scores.arrays().items()}
+
+    def _fill(self, ids: Any, candidates: int) -> None:
+        """Positions that ascend, scores at random, whatever the token's age."""
+        import torch
+
+        n = candidates * self.block_size
+        place = torch.arange(n, device=ids.device)
+        position = (place * max(self.packs.processed, n) // n).view(candidates, 1, -1)
+        position = position.repeat(self.packs.requests, self.kv_heads, 1)
+        self.scores.position[:, ids] = position.int()
+        age = (self.packs.processed - position).clamp(min=1)
+        self.scores.mass[:, ids] = age * torch.rand(self.layers, *position.shape, device=ids.device)
+        self.scores.peak[:, ids] = torch.rand(self.layers, *position.shape, device=ids.device)
+
+    def restore(self) -> None:
+        """Scores as they were: tokens that were chosen are to be chosen, and moved, again."""
+        for name, array in self.scores.arrays().items():
+            array.copy_(self._before[name])
+
+    def choose(self) -> Any:
+        """The launch that chooses, in all layers and requests: source, target, count."""
+        from vllm_plugins.kernels.choose import choose_tokens
+
+        return choose_tokens(
+            self.batch.block_ids,
+            self.batch.numbers,
+            self.scores.arrays(),
+            self.rankings,
+            sink_tokens=4,
+            most_candidates=self.batch.most_candidates,
+            most_moves=self.batch.most_moves,
+        )
+
+    def move(self, moves: Any) -> None:
+        """The launch that moves."""
+        from vllm_plugins.kernels.pack import move_tokens
+
+        source, target, count = moves
+        move_tokens(
+            self.caches[0],
+            self.offsets,
+            self.batch.block_ids,
+            source,
+            target,
+            count,
+            self.scores.arrays(),
+        )
+
+    def entry(self, timer: Timer, bandwidth: float) -> dict[str, Any]:
+        """Times and bytes.
+
+        Of choosing, the bytes of the scores that its rankings ask for, read once; the lists of
+        moves are not counted. Of moving, keys, values and scores, read and written.
+        """
+        moves = self.choose()
+        num_moves = int(moves[2].sum())
+        candidates = self.packs.requests * self.batch.most_candidates
+        read = 8 if self.policy == "h2o" else 12  # position, mass and perhaps peak
+        token_bytes = 2 * self.head_size * ELEMENT_BYTES + 12
+        num_bytes = {
+            "choose": candidates * self.layers * self.kv_heads * read,
+            "move": 2 * num_moves * token_bytes,
+        }
+        num_bytes["both"] = sum(num_bytes.values())
+        parts = {
+            "choose": self.choose,
+            "move": lambda: self.move(moves),
+            "both": lambda: self.move(self.choose()),
+        }
+        entry = {
+            "policy": self.policy,
+            "block_size": self.block_size,
+            "layers": self.layers,
+            "requests": self.packs.requests,
+            "candidate_tokens": self.batch.most_candidates,
+            "moves": num_moves,
+        }
+        for part, function in parts.items():
+            ms = timer(function, self.restore)
+            entry[f"{part}_ms"] = ms
+            entry[f"{part}_bytes"] = num_bytes[part]
+            entry[f"{part}_share_of_copy_bandwidth"] = num_bytes[part] / (ms / 1e3) / bandwidth
+        return entry
+
+
+def measure_packing(
+    shape: str, block_size: int, bandwidth: float, timer: Timer
+) -> Iterator[dict[str, Any]]:
+    """Entries of all packs and policies.
+
+    Args:
+        shape: of ``SHAPES``.
+        block_size: tokens.
+        bandwidth: of a copy, bytes per second.
+        timer: gives milliseconds.
+
+    """
+    for name, packs in PACKS.items():
+        for policy in POLICIES:
+            case = PackCase(SHAPES[shape], packs, policy, block_size)
+            entry = {"shape": shape, "packs": name, **case.entry(timer, bandwidth)}
+            del case  # before the next one takes as much
+            print(told(entry), flush=True)
+            yield entry
+
+
+def told(entry: dict[str, Any]) -> str:
+    """A line for the terminal."""
+    parts = (
+        f"{part} {entry[f'{part}_ms'] * 1e3:7.1f} us {entry[f'{part}_bytes'] / 2**20:6.1f} MiB "
+        f"{100 * entry[f'{part}_share_of_copy_bandwidth']:5.1f}%"
+        for part in ("choose", "move", "both")
+    )
+    return f"{entry['shape']:13} {entry['packs']:34} {entry['policy']:4} {'  '.join(parts)}"

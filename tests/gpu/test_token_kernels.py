@@ -1,0 +1,37 @@
+"""The cases of token granularity compiled for a GPU: scores, choice, packing."""
+
+import pytest
+import torch
+
+from tests.kernels.token_cases import check_choice, check_pack, check_start, check_token_mass
+
+from .engines import NEEDS_GPU
+
+pytestmark = NEEDS_GPU
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_token_mass(head_size, block_size, dtype):
+    shape = {"heads": 8, "kv_heads": 2, "head_size": head_size, "block_size": block_size}
+    check_token_mass("cuda", dtype=dtype, unscored=[2], **shape)
+    check_token_mass("cuda", dtype=dtype, options={"decay": 0.9, "decode_weight": 4}, **shape)
+    rows = [(1, 40), (0, 0), (1, 16), (1, 3001)] + [(1, 500)] * 20
+    check_token_mass("cuda", dtype=dtype, rows=rows, one_query=True, **shape)
+
+
+def test_tokens_start_afresh():
+    check_start("cuda")
+
+
+@pytest.mark.parametrize("policy", ["h2o", "cab", "streaming", "random"])
+def test_packing(policy):
+    check_pack(policy, {}, "cuda")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("blocks", [(9, 6, 3), (29, 28, 12), (150, 40, 600)])
+def test_the_fused_choice_is_that_of_torch(blocks, tied):
+    for rankings in ([("score", 1.0)], [("score", 0.5), ("peak", 0.2)], [("position", 1.0)]):
+        check_choice(rankings, "cuda", blocks=blocks, tied=tied)
