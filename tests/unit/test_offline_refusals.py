@@ -35,12 +35,24 @@ def nothing_evicted(sentence):
     return re.findall(r"(--[a-z-]+) ([\d.]+)", sentence.split("; give ")[1])
 
 
+NO_SLACK = ["--slack-tokens", "0"]
+
+
 @pytest.mark.parametrize(
     ("flags", "remedies"),
     [
         (["--context-length", "128"], {"--context-length"}),
         (
-            "--context-length 128 --prefill-chunk 32 --sparsity 0.9 --slack-tokens 0".split(),
+            [
+                "--context-length",
+                "128",
+                "--prefill-chunk",
+                "32",
+                "--sparsity",
+                "0.9",
+                "--slack-tokens",
+                "0",
+            ],
             {"--context-length", "--min-blocks"},
         ),
         (["--prefill-chunk", "1024"], {"--context-length", "--prefill-chunk"}),
@@ -51,7 +63,16 @@ def nothing_evicted(sentence):
             {"--context-length", "--sparsity", "--slack-tokens", "--prefill-chunk"},
         ),
         (
-            "--block-size 128 --context-length 512 --sparsity 0.9 --slack-tokens 0".split(),
+            [
+                "--block-size",
+                "128",
+                "--context-length",
+                "512",
+                "--sparsity",
+                "0.9",
+                "--slack-tokens",
+                "0",
+            ],
             {"--context-length", "--min-blocks", "--block-size"},
         ),
     ],
