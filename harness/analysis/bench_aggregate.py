@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from ..records.specifications import STOCK
+from ..records.specifications import STEADY, STOCK
 from .roofline import largest_ratio
 from .statistics import estimate, ratio_estimate
+from .steady_aggregate import steady_figures
 
 METRICS = ("output_tokens_per_second", "seconds", "preemptions", "engine_start_seconds")
 _SPEED = "output_tokens_per_second"
@@ -25,7 +26,10 @@ def aggregate_bench(records: Sequence[Record], keys: Sequence[str] = ()) -> dict
     that is stock vLLM; None without one. ``median_*`` are medians over seeds and their ratios:
     ``against_streaming`` to eviction of as many blocks without scores. ``roofline`` is the largest
     ratio to stock that the GPU allows, where its numbers are known. ``scoring_share`` is the share
-    of the batches' time that went into scores, by phase.
+    of the batches' time that went into scores, by phase. ``load`` is a method's own, where it has
+    one. A steady load has ``steady_figures`` too, and ``step_against_stock``: the ratio of its
+    milliseconds per step, paired by seed, to the first stock vLLM with a load of its own, which is
+    there to make as many sequences of as many live tokens.
 
     Args:
         records: of one study's point.
@@ -36,12 +40,27 @@ def aggregate_bench(records: Sequence[Record], keys: Sequence[str] = ()) -> dict
     for record in sorted(records, key=lambda r: (r["policy"] != STOCK, r["key"], r["seed"])):
         groups.setdefault(record["key"], []).append(record)
     groups = {key: runs for key, runs in groups.items() if runs}
-    stock = next((runs for runs in groups.values() if runs[0]["policy"] == STOCK), None)
-    return {key: _entry(runs, stock, groups) for key, runs in groups.items()}
+    stock, alike = (_first_stock(groups.values(), own) for own in (False, True))
+    return {key: _entry(runs, stock, alike, groups) for key, runs in groups.items()}
+
+
+def _first_stock(groups: Iterable[Sequence[Record]], own_load: bool) -> Sequence[Record] | None:
+    """The first method that is stock vLLM, on the study's load or on one of its own."""
+    for runs in groups:
+        if runs[0]["policy"] == STOCK and _has_own_load(runs[0]) == own_load:
+            return runs
+    return None
+
+
+def _has_own_load(record: Record) -> bool:
+    return "study_load" in record["specification"]
 
 
 def _entry(
-    runs: Sequence[Record], stock: Sequence[Record] | None, groups: Mapping[str, Sequence[Record]]
+    runs: Sequence[Record],
+    stock: Sequence[Record] | None,
+    alike: Sequence[Record] | None,
+    groups: Mapping[str, Sequence[Record]],
 ) -> dict[str, Any]:
     first = runs[0]
     unscored = next((g for g in groups.values() if _evicts_alike(g[0], first)), None)
@@ -52,6 +71,11 @@ def _entry(
     entry["num_runs"] = len(runs)
     for metric in METRICS:
         entry[metric] = estimate([run.get(metric) for run in runs])
+    if _has_own_load(first):
+        entry["load"] = first["specification"]["load"]
+    if first["kind"] == STEADY:
+        entry |= steady_figures(runs)
+        entry["step_against_stock"] = _paired(runs, alike, "ms_per_step")
     return entry | {
         "against_stock": _paired(runs, stock),
         "median_output_tokens_per_second": _median(runs),
@@ -69,16 +93,16 @@ def _evicts_alike(record: Record, other: Record) -> bool:
     return (
         record["policy"] == _UNSCORED
         and other["policy"] != STOCK
-        and record["effective_sparsity"] > 0
+        and record["effective_sparsity"] != 0  # None: lengths differ, and some evict
         and all(record[name] == other[name] for name in ("sparsity", "budget_tokens"))
     )
 
 
-def _paired(runs: Sequence[Record], stock: Sequence[Record] | None) -> Any:
+def _paired(runs: Sequence[Record], stock: Sequence[Record] | None, metric: str = _SPEED) -> Any:
     if stock is None or runs is stock:
         return None
-    base = {record["seed"]: record[_SPEED] for record in stock}
-    return ratio_estimate([(r[_SPEED], base[r["seed"]]) for r in runs if r["seed"] in base])
+    base = {record["seed"]: record[metric] for record in stock}
+    return ratio_estimate([(r[metric], base[r["seed"]]) for r in runs if r["seed"] in base])
 
 
 def _median(runs: Sequence[Record]) -> float:

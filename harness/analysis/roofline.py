@@ -7,6 +7,17 @@ request``. ``N / C`` waves of ``output_tokens`` steps each; a step reads the wei
 live token's keys and values. Evicting shrinks the live tokens, so more requests share each read
 of the weights *and* each read is smaller. The bound is a ratio to the dense time by the same
 formula; what vLLM loses to launch gaps or sampling hits both sides.
+
+In a steady state (``step_seconds``) a step of ``B`` sequences is
+
+    max(weights / bandwidth, B * FLOPs per token / rate) + B * live KV bytes / bandwidth
+
+The matrix products run one after the other with attention, so their times add up. Within each the
+larger of bytes and FLOPs counts. For products that is the weights' bytes below some 260 rows and
+FLOPs above; for attention of a single query it is always bytes. ``B`` is the load's number of
+sequences, or as many as the pool holds at their mean live size (``renewal.mean_live_tokens``). The
+input embedding is looked up: it is no part of the products. New prompts are left out: they add
+``P / mean output`` rows per sequence, on both sides.
 """
 
 from __future__ import annotations
@@ -14,6 +25,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import Any
+
+from ..records.specifications import STEADY
+from .renewal import mean_live_tokens
 
 MODEL = "llama-3.1-8b"
 """The model whose sizes stand here."""
@@ -23,6 +37,8 @@ RATES = {
     "H100": (790e12, 3.0e12),
 }
 PARAMETERS = 8.03e9
+IN_PRODUCTS = PARAMETERS - 128256 * 4096
+"""All but the input embedding."""
 BYTES_PER_TOKEN = 32 * 2 * 8 * 128 * 2
 
 
@@ -50,25 +66,85 @@ def seconds(load: Mapping[str, Any], pool_tokens: float, sparsity: float, gpu: s
     return prefill + steps * step
 
 
+def steady_rows(
+    load: Mapping[str, Any], pool_tokens: float, sparsity: float, budget_tokens: int | None = None
+) -> tuple[float, float]:
+    """Sequences that a step of a steady load has, and live tokens of each, on average.
+
+    Args:
+        load: ``num_sequences``, ``prompt_tokens``, and ``output_tokens``, shortest and longest.
+        pool_tokens: tokens that the KV pool holds.
+        sparsity: share of the tokens that is evicted.
+        budget_tokens: in place of ``sparsity``.
+
+    """
+    shortest, longest = load["output_tokens"]
+    prompt = load["prompt_tokens"]
+    live = mean_live_tokens(prompt, (shortest, longest), sparsity, budget_tokens)
+    return min(load["num_sequences"], pool_tokens / live), live
+
+
+def step_seconds(rows: float, live_tokens: float, gpu: str) -> float:
+    """Time of a decode step at the roofline.
+
+    Args:
+        rows: sequences that get a token.
+        live_tokens: of each.
+        gpu: of ``RATES``.
+
+    """
+    flops, bandwidth = RATES[gpu]
+    products = max(2 * IN_PRODUCTS / bandwidth, 2 * IN_PRODUCTS * rows / flops)
+    return products + rows * live_tokens * BYTES_PER_TOKEN / bandwidth
+
+
 def largest_ratio(record: Mapping[str, Any], stock: Mapping[str, Any]) -> float | None:
     """The largest ratio to stock vLLM that the GPU of a bench record allows.
 
     Args:
-        record: of a batch.
-        stock: of the same batch on stock vLLM.
+        record: of a batch, or of a steady load.
+        stock: of stock vLLM on the study's load.
 
     Returns:
         None for other models and GPUs than those whose numbers stand here.
 
     """
-    name = record["hardware"].get("gpu", "")
-    gpu = next((known for known in RATES if known in name), None)
-    if gpu is None or record["specification"]["engine"]["model"] != MODEL:
+    gpu = _gpu_of(record)
+    if gpu is None:
         return None
+    if record["kind"] == STEADY:
+        (rows, step), (base_rows, base_step) = _steady_step(record, gpu), _steady_step(stock, gpu)
+        return (rows / step) / (base_rows / base_step)
     load = record["specification"]["load"]
     # Nominal where it is given: whole blocks are the method's own loss.
     budget = record["budget_tokens"]
     sparsity = record["sparsity"] if budget is None else record["effective_sparsity"]
-    return seconds(load, stock["kv_cache_tokens"], 0.0, gpu) / seconds(
-        load, record["kv_cache_tokens"], sparsity, gpu
-    )
+    base_load = stock["specification"]["load"]
+    base = seconds(base_load, stock["kv_cache_tokens"], 0.0, gpu)
+    ratio = base / seconds(load, record["kv_cache_tokens"], sparsity, gpu)
+    return ratio * _output_tokens(load) / _output_tokens(base_load)
+
+
+def least_ms_per_step(record: Mapping[str, Any]) -> float | None:
+    """The shortest step that the GPU of a steady load's record allows; None as above."""
+    gpu = _gpu_of(record)
+    return None if gpu is None else 1e3 * _steady_step(record, gpu)[1]
+
+
+def _steady_step(record: Mapping[str, Any], gpu: str) -> tuple[float, float]:
+    """Sequences of a step, and its seconds."""
+    load, pool = record["specification"]["load"], record["kv_cache_tokens"]
+    rows, live = steady_rows(load, pool, record["sparsity"], record["budget_tokens"])
+    return rows, step_seconds(rows, live, gpu)
+
+
+def _output_tokens(load: Mapping[str, Any]) -> int:
+    return load["num_requests"] * load["output_tokens"]
+
+
+def _gpu_of(record: Mapping[str, Any]) -> str | None:
+    """The GPU of a record by its name in ``RATES``; None if its sizes do not stand here."""
+    if record["specification"]["engine"]["model"] != MODEL:
+        return None
+    name = record["hardware"].get("gpu", "")
+    return next((known for known in RATES if known in name), None)

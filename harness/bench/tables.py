@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..analysis.aggregate import aggregate, significance
+from ..records.batch import study_load
 from ..records.specifications import DENSE
 from ..report.bench import bench_results, bench_rows
 from ..report.cells import level
@@ -31,7 +32,7 @@ def batches_table(folders: list[Path]) -> str:
     loads, machines = [], []
     for folder in folders:
         results, records = bench_results(folder)
-        loads.append((records[0]["specification"]["load"], results))
+        loads.append((study_load(records[0]["specification"]), results))
         machines.append(commit_line(records[0]))
     told = "\n".join(dict.fromkeys(machines))
     return f"{told}\n\n{markdown(bench_rows(loads))}"

@@ -1,4 +1,4 @@
-"""``kv-eviction bench``: batches on engines of their own, stock vLLM against eviction."""
+"""``kv-eviction bench``: loads on engines of their own, stock vLLM against eviction."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def add_parser(commands: Any) -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
         "bench",
-        help="throughput of stock vLLM and of methods on equal batches; resumes where it stopped",
+        help="throughput of stock vLLM and of methods on equal loads; resumes where it stopped",
         description="Starts an engine per set of server-wide settings, each in a process of its "
-        "own, runs the study's batch on it under every method and seed, and writes a report. Runs "
+        "own, runs the study's load on it under every method and seed, and writes a report. Runs "
         "that are there already are not run again. Exit status 1: some runs failed.",
     )
     add_sweep_flags(parser)

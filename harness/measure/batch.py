@@ -1,14 +1,14 @@
-"""A batch on an engine of its own: raw record out."""
+"""A load on an engine of its own: raw record out."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from ..records.head import record_head
 from ..records.provenance import SCHEMA_VERSION
+from ..records.specifications import STEADY
 from ..resources.batch_engine import BatchEngine
-from ..study.batch_specification import BatchRun
+from ..study.bench_load import BenchRun
 
 UNITS = {
     "*_seconds": "seconds, wall time",
@@ -23,25 +23,36 @@ UNITS = {
 }
 
 
+STEADY_UNITS = {
+    **UNITS,
+    "seconds": "of the window, wall time; what counts or takes time is the window's, but split",
+    "sub_windows": "output tokens per second in equal parts of the window",
+    "ms_per_step": "milliseconds, wall time, without a profiler",
+    "tokens_per_step": "output tokens of all requests",
+    "running": "requests that vLLM runs, on average over the window's steps",
+    "kv_blocks": "blocks of the KV pool",
+    "kv_blocks_used": "of them, on average over the window's steps",
+    "decision_seconds": "seconds the scheduler spent deciding",
+    "scoring_seconds": "by phase",
+    "eviction": "over the requests that ended, also before the window",
+    "split": "milliseconds per step on the device, by class of kernel, of profiled steps right "
+    "after the window; idle: nothing ran there; null on a CPU",
+}
+
+
 class PolicyFailed(RuntimeError):
     """The engine is well, but a policy failed for some requests: the batch is not the method's."""
 
 
-def warm_up(run: BatchRun, engine: BatchEngine) -> None:
-    """Run a small batch, once under the same settings: first steps are slow."""
-    if run.settings in engine.warm:
+def warm_up(run: BenchRun, engine: BatchEngine) -> None:
+    """Run what a load wants to have run before, once under the same settings."""
+    if run.settings in engine.warm or run.measurement.warm_up is None:
         return
-    batch = run.measurement
-    small = replace(
-        batch,
-        num_requests=min(batch.warm_up_requests, batch.num_requests),
-        output_tokens=min(batch.warm_up_output_tokens, batch.output_tokens),
-    )
-    engine.run(small, run.seed, run.settings)
+    engine.run(run.measurement.warm_up, run.seed, run.settings)
     engine.warm.append(run.settings)
 
 
-def measure_batch(run: BatchRun, engine: BatchEngine) -> dict[str, Any]:
+def measure_batch(run: BenchRun, engine: BatchEngine) -> dict[str, Any]:
     """The record of a run.
 
     Raises:
@@ -56,6 +67,6 @@ def measure_batch(run: BatchRun, engine: BatchEngine) -> dict[str, Any]:
         "output_tokens_per_second": measured["output_tokens"] / measured["seconds"],
         **measured,
         **engine.ready,
-        "units": UNITS,
+        "units": STEADY_UNITS if run.kind == STEADY else UNITS,
         "specification": run.to_dict(),
     }

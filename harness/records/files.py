@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -82,22 +82,23 @@ def _on_one_line(numbers: re.Match[str]) -> str:
     return " ".join(numbers[0].split())
 
 
-def read_record_of(path: Path, kind: str, what: str, names: Iterable[str]) -> dict[str, Any]:
-    """A record of ``kind`` that has every field of ``names``.
+def read_record_of(path: Path, kinds: Mapping[str, Iterable[str]], what: str) -> dict[str, Any]:
+    """A record of one of ``kinds`` that has every field of its kind.
 
     Args:
         path: of its file.
-        kind: its field of that name.
+        kinds: by kind, what a report or a resumed study takes from a record.
         what: such records are called so.
-        names: what a report or a resumed study takes from it.
 
     Raises:
         UnreadableFile: it is none, or cut short.
 
     """
     record = read_json(path)
-    lacking = [n for n in ("kind", *names) if not isinstance(record, dict) or n not in record]
-    if lacking or record["kind"] != kind:
-        why = f"it has no {lacking[0]}" if lacking else f"its kind is {record['kind']!r}"
+    kind = record.get("kind") if isinstance(record, dict) else None
+    why = f"its kind is {kind!r}" if kind else "it has no kind"
+    if isinstance(kind, str) and kind in kinds:
+        why = next((f"it has no {name}" for name in kinds[kind] if name not in record), "")
+    if why:
         raise UnreadableFile(f"{path} is no {what} record ({why}); delete it, or move it elsewhere")
     return record

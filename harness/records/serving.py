@@ -42,7 +42,7 @@ def read_serving_record(path: Path) -> dict[str, Any]:
         UnreadableFile: it is none, or cut short.
 
     """
-    record = read_record_of(path, SERVING, "serving", _OF_A_RECORD)
+    record = read_record_of(path, {SERVING: _OF_A_RECORD}, "serving")
     if not isinstance(record["run"], dict):
         raise UnreadableFile(
             f"{path} is no serving record (its run is {record['run']!r:.60}); delete it, or move "

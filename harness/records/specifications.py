@@ -12,7 +12,8 @@ from vllm_plugins.request_settings import RequestSettings
 DENSE = "dense"
 STOCK = "stock"
 """vLLM without the plugin."""
-PERPLEXITY, THROUGHPUT, SERVING, BATCH = "perplexity", "throughput", "serving", "batch"
+PERPLEXITY, THROUGHPUT, SERVING = "perplexity", "throughput", "serving"
+BATCH, STEADY = "batch", "steady"
 """Kinds of records."""
 VARIED = ("method", "policy", "args", "sparsity", "budget_tokens", "seed")
 """What differs between the runs of one comparison."""

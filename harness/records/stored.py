@@ -10,7 +10,7 @@ from ..errors import UnreadableFile, UsageError
 from .files import read_json
 from .former_names import in_todays_names
 from .provenance import identity
-from .specifications import BATCH, SERVING, comparison, order
+from .specifications import BATCH, SERVING, STEADY, comparison, order
 
 EXPERIMENT = "experiment.json"
 """The study, and where its time went."""
@@ -97,7 +97,8 @@ def study_kind(folder: Path) -> str | None:
         with suppress(UnreadableFile):
             record = read_json(path)
             kind = record.get("kind") if isinstance(record, dict) else None
-            return {SERVING: "serving", BATCH: "bench"}.get(kind or "", "offline")
+            kinds = {SERVING: "serving", BATCH: "bench", STEADY: "bench"}
+            return kinds.get(kind or "", "offline")
     return None
 
 

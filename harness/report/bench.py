@@ -1,4 +1,7 @@
-"""The report of a bench study: its records in, a table, figures' numbers and pages out."""
+"""The report of a bench study: its records in, a table, figures' numbers and pages out.
+
+What is told of batches is here, of steady loads in ``steady.py``.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.bench_aggregate import aggregate_bench
-from ..records.batch import read_batch_records
+from ..records.batch import read_batch_records, study_load
 from ..records.files import write_json
+from ..records.specifications import STEADY
 from ..records.stored import AGGREGATED, EXPERIMENT, point_of, read_experiment
-from .cells import times
+from .bench_cells import budget, speed
 from .comparison import failures, time_rows
 from .lines import machine_line
 from .page import write_pages
 from .points import report_points
+from .steady import STEADY_NOTES, steady_conditions, steady_rows
 from .tables import Row, markdown
 
 TITLE = "# Bench: "
@@ -48,14 +53,18 @@ def report_bench(folder: Path) -> None:
     results, records = bench_results(folder)
     write_json(folder / AGGREGATED, results)
     first = records[0]
-    rows = bench_rows([(first["specification"]["load"], results)])
+    load = study_load(first["specification"])
+    rows = bench_rows([(load, results)])
+    steady = load.get("kind") == STEADY
+    conditions = steady_conditions if steady else _conditions
     parts = [
         f"{TITLE}{folder.resolve().name}",
-        _conditions(first, results),
+        conditions(first["specification"]["engine"], load, results),
         f"{machine_line(first)}; code {first.get('code', 'unknown')}; {first['timestamp'][:10]}.",
         markdown(rows),
     ]
-    if notes := [note for column, note in _NOTES.items() if column in rows[0]]:
+    all_notes = {**_NOTES, **STEADY_NOTES} if steady else _NOTES
+    if notes := [note for column, note in all_notes.items() if column in rows[0]]:
         parts.append(f"{'; '.join(notes)}.")
     if failed := failures(folder):
         lines = [f"- {f['key']}, seed {f['seed']}: {f['reason']}" for f in failed]
@@ -78,10 +87,17 @@ def bench_results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def bench_rows(loads: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[Row]:
-    """Header and rows: each load with its aggregated results.
+    """Header and rows: each load with its aggregated results; loads of one kind.
 
     Columns that no row fills are left out.
     """
+    steady = loads[0][0].get("kind") == STEADY
+    table = steady_rows(loads) if steady else _batch_rows(loads)
+    kept = [i for i in range(len(table[0])) if any(row[i] != "-" for row in table[1:])]
+    return [tuple(row[i] for i in kept) for row in table]
+
+
+def _batch_rows(loads: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[Row]:
     header = (
         "load",
         "method",
@@ -95,31 +111,17 @@ def bench_rows(loads: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> 
         "preemptions",
         "share of time on scores, by phase",
     )
-    rows = [
-        (
-            f"{load['num_requests']} x ({load['prompt_tokens']} + {load['output_tokens']})",
-            *_cells(entry),
-        )
-        for load, results in loads
-        for entry in results.values()
-    ]
-    kept = [i for i in range(len(header)) if any(row[i] != "-" for row in rows)]
-    return [tuple(row[i] for i in kept) for row in [header, *rows]]
+    rows = [_cells(entry.get("load", load), entry) for load, of in loads for entry in of.values()]
+    return [header, *rows]
 
 
-def _cells(entry: Mapping[str, Any]) -> Row:
-    speed, ratio = entry["median_output_tokens_per_second"], entry["median_against_stock"]
-    bound, unscored = entry["roofline"], entry["median_against_streaming"]
-    repeated = entry["num_runs"] > 1
-    preemptions = entry["median_preemptions"]
+def _cells(load: Mapping[str, Any], entry: Mapping[str, Any]) -> Row:
+    unscored, preemptions = entry["median_against_streaming"], entry["median_preemptions"]
     return (
+        f"{load['num_requests']} x ({load['prompt_tokens']} + {load['output_tokens']})",
         entry["method"].replace("-", " "),
-        _budget(entry),
-        f"{speed:.0f}" if speed >= 100 else f"{speed:.1f}",
-        "-" if ratio is None else _ratio(ratio),
-        times(entry["against_stock"], "x", 3) if repeated else "-",
-        "-" if bound is None else f"{bound:.2f}x",
-        "-" if bound is None or ratio is None else f"{100 * ratio / bound:.0f}%",
+        budget(entry),
+        *speed(entry),
         "-" if unscored is None else f"{unscored:.3f}x",
         "-" if preemptions is None else f"{preemptions:g}",
         ", ".join(
@@ -130,21 +132,9 @@ def _cells(entry: Mapping[str, Any]) -> Row:
     )
 
 
-def _ratio(value: float) -> str:
-    return f"{value:.2f}x" if value > 1.2 else f"{value:.3f}x"
-
-
-def _budget(entry: Mapping[str, Any]) -> str:
-    """What a row's requests may keep, and what that comes to where it is another number."""
-    effective = entry["effective_sparsity"]
-    if entry["budget_tokens"] is not None:
-        return f"{entry['budget_tokens']:,} tokens ({effective:.3g})" if effective else "0"
-    asked = f"{entry['sparsity']:g}"
-    return asked if asked == f"{effective:.3g}" else f"{asked} ({effective:.3g})"
-
-
-def _conditions(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    engine, load = record["specification"]["engine"], record["specification"]["load"]
+def _conditions(
+    engine: Mapping[str, Any], load: Mapping[str, Any], results: Mapping[str, Any]
+) -> str:
     seeds = max(entry["num_runs"] for entry in results.values())
     starts = ", engines started anew for each" if engine["rounds"] else ""
     return (

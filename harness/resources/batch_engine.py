@@ -1,6 +1,6 @@
-"""An engine in a process of its own that runs batches: the parent's side.
+"""An engine in a process of its own that runs loads: the parent's side.
 
-One JSON line goes to the child per batch, and one comes back (``batch_worker``). A process of its
+One JSON line goes to the child per load, and one comes back (``batch_worker``). A process of its
 own, because stock vLLM must not load the plugin, and because an engine gives its memory back only
 when its process ends.
 """
@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..study.batch_specification import Batch, BatchEngineSpecification
+from ..study.batch_specification import BatchEngineSpecification
+from ..study.bench_load import BenchLoad
 from .processes import PATIENCE_S, end_group, last_error, start
 
 _LAST_LINES = 5
@@ -59,24 +59,25 @@ class BatchEngine:
         s = self._specification
         self.ready = self._ask(worker_arguments(s), s.startup_timeout_s, "start")
 
-    def run(self, batch: Batch, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
-        """Run a batch from empty to done.
+    def run(self, load: BenchLoad, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
+        """Run a load.
 
         Args:
-            batch: its requests.
-            seed: their random tokens follow from it.
+            load: a batch, from empty to done; or a steady load, which is measured in its window.
+            seed: random tokens follow from it, and of a steady load lengths and ages.
             settings: of every request, ``SamplingParams.extra_args``.
 
         Returns:
             ``seconds``, ``output_tokens``, ``preemptions``, ``eviction`` (over the requests'
-            records; None: no plugin), ``tokens_sha256`` (over every token of every request:
-            equal where two sides answered the same), ``scoring_seconds`` by phase.
+            records; None: no plugin), ``scoring_seconds`` by phase. Of a batch also
+            ``tokens_sha256`` (over every token of every request: equal where two sides answered
+            the same), of a steady load what ``steady_loop.measure`` gives.
 
         Raises:
             BatchEngineError: it failed, or took longer than it may.
 
         """
-        question = {**asdict(batch), "seed": seed, "settings": settings}
+        question = {**load.to_dict(), "seed": seed, "settings": settings}
         return self._ask(question, self._specification.batch_timeout_s, "finish a batch")
 
     def _ask(self, question: dict[str, Any], timeout_s: float, what: str) -> dict[str, Any]:

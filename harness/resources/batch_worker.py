@@ -1,6 +1,6 @@
-"""The child's side of ``batch_engine``: a vLLM engine that runs a batch per line of its input.
+"""The child's side of ``batch_engine``: a vLLM engine that runs a load per line of its input.
 
-The first line starts the engine, each further one is a batch; an answer is one line of JSON. What
+The first line starts the engine, each further one is a load; an answer is one line of JSON. What
 vLLM prints goes to the log, as standard output carries the answers.
 """
 
@@ -11,8 +11,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
+
+from ..records.specifications import STEADY
+from .eviction_summary import summary
 
 
 class Worker:
@@ -34,8 +37,21 @@ class Worker:
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
         }
 
-    def run(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def run(self, load: dict[str, Any]) -> dict[str, Any]:
         """See ``BatchEngine.run``."""
+        return self._steady(load) if load.get("kind") == STEADY else self._batch(load)
+
+    def _steady(self, load: dict[str, Any]) -> dict[str, Any]:
+        from ..study.steady_load import SteadyLoad
+        from .steady_engine import VllmSteadyEngine
+        from .steady_loop import measure
+
+        fields = {k: v for k, v in load.items() if k not in ("kind", "seed", "settings")}
+        settings, tokens = load["settings"], self.ready["kv_cache_tokens"]
+        engine = VllmSteadyEngine(self._llm, tokens, settings, self._counters)
+        return measure(SteadyLoad.parse(fields), load["seed"], settings, engine)
+
+    def _batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         import numpy as np
         from vllm import SamplingParams
 
@@ -50,21 +66,23 @@ class Worker:
             detokenize=False,
             extra_args=batch["settings"] or None,
         )
-        preempted, scored = self._preemptions(), self._scoring_seconds()
+        before = self._counters()
         started = time.perf_counter()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - started
+        after = self._counters()
         answers = [list(output.outputs[0].token_ids) for output in outputs]
         records = [(o.kv_transfer_params or {}).get("kv_eviction", {}) for o in outputs]
+        scored = before["scoring_seconds"]
         return {
             "seconds": seconds,
             "output_tokens": sum(map(len, answers)),
-            "preemptions": self._preemptions() - preempted,
+            "preemptions": after["preemptions"] - before["preemptions"],
             "eviction": summary(records),
             "tokens_sha256": hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
             "scoring_seconds": {
                 phase: total - scored.get(phase, 0.0)
-                for phase, total in self._scoring_seconds().items()
+                for phase, total in after["scoring_seconds"].items()
             },
         }
 
@@ -72,16 +90,21 @@ class Worker:
         """End the engine."""
         self._llm.llm_engine.engine_core.shutdown()
 
-    def _preemptions(self) -> int:
-        """So far, by vLLM's own counter: stock counts like the others."""
-        return sum(m.value for m in self._llm.get_metrics() if m.name == "vllm:num_preemptions")
-
-    def _scoring_seconds(self) -> dict[str, float]:
-        """So far, by phase; none without the plugin."""
+    def _counters(self) -> dict[str, Any]:
+        """So far: preemptions by vLLM's own counter, so that stock counts like the others; the
+        scheduler's time for decisions, and the workers' for scores by phase (none without the
+        plugin)."""
+        preemptions = sum(
+            m.value for m in self._llm.get_metrics() if m.name == "vllm:num_preemptions"
+        )
         if not self._scores:
-            return {}
+            return {"preemptions": preemptions, "decision_seconds": 0.0, "scoring_seconds": {}}
         connector = self._llm.llm_engine.engine_core.engine_core.scheduler.connector
-        return dict(connector.scoring_seconds)
+        return {
+            "preemptions": preemptions,
+            "decision_seconds": float(connector.ledger.totals["decision_seconds"]),
+            "scoring_seconds": dict(connector.scoring_seconds),
+        }
 
 
 def engine_arguments(
@@ -93,21 +116,6 @@ def engine_arguments(
     from vllm_plugins import eviction_engine_args
 
     return {**arguments, **eviction_engine_args(block_size=block_size, **eviction)}
-
-
-def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """What was evicted over all requests of a batch, of their records; None without the plugin."""
-    if not any(records):
-        return None
-    return {
-        "average_blocks": sum(r["average_blocks"] for r in records) / len(records),
-        "effective_sparsity": sum(r["effective_sparsity"] for r in records) / len(records),
-        "peak_blocks": max(r["peak_blocks"] for r in records),
-        "blocks_evicted": sum(r["blocks_evicted"] for r in records),
-        "decisions": sum(r["decisions"] for r in records),
-        "decision_seconds": sum(r["decision_seconds"] for r in records),
-        "policy_errors": sum("policy_error" in r for r in records),
-    }
 
 
 def main() -> None:
@@ -135,8 +143,8 @@ def main() -> None:
 
     if answer(begin) and worker is not None:
         for line in sys.stdin:
-            batch = json.loads(line)
-            answer(lambda: worker.run(batch))  # noqa: B023  called at once
+            load = json.loads(line)
+            answer(lambda: worker.run(load))  # noqa: B023  called at once
         worker.shutdown()
     sys.stdout.flush()
     os._exit(0)  # all is answered; an engine can stumble while the interpreter exits

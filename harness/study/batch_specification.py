@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from vllm_plugins.config import EvictionConfig
 
@@ -49,6 +49,8 @@ class Batch:
     warm_up_requests: int = 2
     """Before a method's first batch on an engine: first steps are slow."""
     warm_up_output_tokens: int = 8
+    study_load: dict[str, Any] | None = None
+    """The study's load, where this one is a method's own."""
 
     @property
     def kind(self) -> str:
@@ -63,24 +65,57 @@ class Batch:
         """Tokens of the longest request at its end."""
         return self.prompt_tokens + self.output_tokens
 
-    def file_suffix(self, run: BatchRun) -> str:
+    @property
+    def size(self) -> int:
+        """Units of a study's progress."""
+        return self.num_requests
+
+    @property
+    def warm_up(self) -> Batch:
+        """A small batch that comes first: first steps are slow."""
+        return replace(
+            self,
+            num_requests=min(self.warm_up_requests, self.num_requests),
+            output_tokens=min(self.warm_up_output_tokens, self.output_tokens),
+        )
+
+    def file_suffix(self, run: Run[Any, Any]) -> str:
         return f"_seed{run.seed}"
 
     def request_tokens(self, engine: BatchEngineSpecification) -> int:
         return self.max_tokens
 
-    def stored(self, run: BatchRun) -> dict[str, Any]:
-        engine = asdict(run.resource)
-        for name in ("startup_timeout_s", "batch_timeout_s", "model_path"):
-            del engine[name]
-        return {
-            "method": run.method.to_dict(),
-            "sparsity": run.budget.sparsity,
-            "budget_tokens": run.budget.tokens,
-            "seed": run.seed,
-            "engine": engine,
-            "load": asdict(self),
-        }
+    def to_dict(self) -> dict[str, Any]:
+        """As records and the engine's process have it."""
+        values = asdict(self)
+        del values["study_load"]
+        return values
+
+    def stored(self, run: Run[Any, Any]) -> dict[str, Any]:
+        return stored_run(run, self.to_dict(), self.study_load)
 
 
-BatchRun: TypeAlias = Run[BatchEngineSpecification, Batch]
+def stored_run(
+    run: Run[Any, Any], load: dict[str, Any], study_load: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A bench run as its record tells it.
+
+    Args:
+        run: on an engine of a bench study.
+        load: what it measures.
+        study_load: the study's, where ``load`` is the method's own. By it records of a study with
+            several loads are known as one study's (``records.batch.study_load``).
+
+    """
+    engine = asdict(run.resource)
+    for name in ("startup_timeout_s", "batch_timeout_s", "model_path"):
+        del engine[name]
+    return {
+        "method": run.method.to_dict(),
+        "sparsity": run.budget.sparsity,
+        "budget_tokens": run.budget.tokens,
+        "seed": run.seed,
+        "engine": engine,
+        "load": load,
+        **({} if study_load is None else {"study_load": study_load}),
+    }

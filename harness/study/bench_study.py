@@ -1,4 +1,4 @@
-"""A bench study: batches on engines of their own, stock vLLM against eviction; from a YAML file."""
+"""A bench study: loads on engines of their own, stock vLLM against eviction; from a YAML file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..client.checks import check_json, check_numbers
 from ..errors import UsageError
 from ..inputs.models import DEFAULT_MODEL, fingerprint, recorded_name, resolve_model
 from ..records.specifications import STOCK
-from .batch_specification import Batch, BatchEngineSpecification, BatchRun
+from .batch_specification import BatchEngineSpecification
+from .bench_load import BenchRun, parse_load
 from .levels import levels_for
 from .own_settings import own_settings
 from .points import (
     Comparison,
     check_file_names,
-    check_known,
     check_seeds,
     check_vary,
     points_of,
@@ -27,10 +27,11 @@ from .points import (
 )
 from .run import Run
 from .settings import check_folder_name, read_study
+from .steady_load import SteadyLoad
 
 _OF_A_METHOD = ("sparsity", "budget_tokens", "seeds")
-_OF_AN_ENGINE = ("eviction", "start")
-"""What a method may say about the engine that it runs on."""
+_LAID_OVER = ("eviction", "load")
+"""Mappings that a method may bring; they are laid over the study's."""
 _KINDS = {
     **dict.fromkeys(("methods", *_OF_A_METHOD), list),
     **dict.fromkeys(("eviction", "engine", "environment", "load", "vary"), dict),
@@ -56,7 +57,8 @@ class BenchStudy:
     model: str = DEFAULT_MODEL
     methods: tuple[Any, ...] = (STOCK, "h2o", "cab")
     """Names, or ``{policy: h2o, name: h2o-all, args: {}, sparsity: [0.9], budget_tokens: [1024],
-    seeds: [0], eviction: {score_query_stride: 1}, start: 2}`` with some of these."""
+    seeds: [0], eviction: {score_query_stride: 1}, load: {prompt_tokens: 26}, start: 2}`` with some
+    of these."""
     sparsity: tuple[float, ...] = (0.9,)
     budget_tokens: tuple[int, ...] = ()
     """Absolute budgets, beside the sparsities."""
@@ -74,7 +76,8 @@ class BenchStudy:
     startup_timeout_s: float = 600.0
     batch_timeout_s: float = 3600.0
     load: dict[str, Any] = field(default_factory=dict)
-    """Fields of ``Batch``."""
+    """Fields of ``Batch``; with ``kind: steady`` those of ``SteadyLoad``. Those of a method are
+    laid over them."""
     vary: dict[str, list[Any]] = field(default_factory=dict)
     """Setting to values, like ``load.num_requests``: each combination is a table of its own."""
 
@@ -100,31 +103,31 @@ class BenchStudy:
         """The runs of each point of ``vary``, and the folder of their records."""
         return points_of(self, folder)
 
-    def runs(self) -> list[BatchRun]:
+    def runs(self) -> list[BenchRun]:
         """Every run, one seed's after the other; those of ``vary`` apart."""
         path = resolve_model(self.model)
         model = {"model": recorded_name(self.model), "model_fingerprint": fingerprint(path)}
-        batch = self._batch()
-        sides: list[tuple[int, BatchRun]] = []
+        sides: list[tuple[int, BenchRun]] = []
         for entry in self.methods:
             own = own_settings(entry, vars(self), _OF_A_METHOD)
-            entry, of_engine = _split(own["method"])
+            entry, brought = _split(own["method"])
+            load = parse_load(self.load, brought.get("load"))
             levels = levels_for([entry], own["sparsity"], own["budget_tokens"])
             for method, budget in levels:
                 engine = BatchEngineSpecification(
                     **model,
                     block_size=self.block_size,
-                    eviction=self._eviction(method.policy, of_engine),
+                    eviction=self._eviction(method.policy, brought),
                     arguments=self.engine,
                     environment={name: str(value) for name, value in self.environment.items()},
-                    start=of_engine.get("start", 1),
+                    start=brought.get("start", 1),
                     rounds=self.rounds,
                     startup_timeout_s=self.startup_timeout_s,
                     batch_timeout_s=self.batch_timeout_s,
                     model_path=path,
                 )
                 for place, seed in enumerate(check_seeds(own["seeds"])):
-                    sides.append((place, Run(engine, method, budget, seed, batch)))
+                    sides.append((place, Run(engine, method, budget, seed, load)))
         return [run for _, run in sorted(sides, key=lambda side: side[0])]
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,53 +163,62 @@ class BenchStudy:
         can_vary = _KINDS.keys() | {"block_size", "model", "rounds"}
         check_vary(self.vary, can_vary - {"vary"})
 
-    def _eviction(self, policy: str, of_engine: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _eviction(self, policy: str, brought: Mapping[str, Any]) -> dict[str, Any] | None:
         """Settings of a method's engine; requests choose their method and budget themselves."""
         if policy == STOCK:
-            if "eviction" in of_engine:
+            if "eviction" in brought:
                 raise UsageError("method stock is vLLM without the plugin; drop its eviction")
             return None
-        laid = {**self.eviction, **of_engine.get("eviction", {})}
+        laid = {**self.eviction, **brought.get("eviction", {})}
         for name in ("policy", "sparsity", "budget_tokens"):
             if name in laid:
                 raise UsageError(f"eviction.{name} is set by methods and sparsity; remove it")
         return EvictionConfig.parse({**laid, "policy": "dense"}).to_dict()
 
-    def _batch(self) -> Batch:
-        check_known(self.load, (f.name for f in fields(Batch)), "the load of a bench study")
-        for f in list(fields(Batch))[:3]:
-            if f.name not in self.load:
-                raise UsageError(f"load of a bench study has no {f.name}; give a whole number")
-        check_numbers(Batch, self.load)
-        for name, value in self.load.items():
-            if value < 1:
-                raise UsageError(f"load.{name} is {value}; give at least 1")
-        return Batch(**self.load)
-
 
 def _split(entry: Any) -> tuple[Any, dict[str, Any]]:
-    """A method as ``levels_for`` takes it, and what it says about its engine."""
+    """A method as ``levels_for`` takes it, and what it brings: of its engine, and of its load."""
     if not isinstance(entry, Mapping):
         return entry, {}
-    own = {name: entry[name] for name in _OF_AN_ENGINE if name in entry}
-    if not isinstance(own.get("eviction", {}), dict):
-        raise UsageError(f"eviction of method {dict(entry)} must be a mapping")
+    own = {name: entry[name] for name in (*_LAID_OVER, "start") if name in entry}
+    for name in _LAID_OVER:
+        if not isinstance(own.get(name, {}), dict):
+            raise UsageError(f"{name} of method {dict(entry)} must be a mapping")
     start = own.get("start", 1)
     if type(start) is not int or start < 1:
         raise UsageError(f"start of method {dict(entry)} must be a whole number of at least 1")
-    check_json("eviction of a method", own)
+    for name in own:
+        check_json(f"{name} of a method", own[name])
     return {k: v for k, v in entry.items() if k not in own}, own
 
 
-def _check_run(run: BatchRun) -> None:
+def _check_run(run: BenchRun) -> None:
     """Refuse what the engine or the plugin would refuse, before one starts."""
-    engine, longest = run.resource, run.measurement.max_tokens
+    engine, load = run.resource, run.measurement
+    longest = load.max_tokens
     length = engine.arguments.get("max_model_len")
     if type(length) is int and longest > length:
         raise UsageError(
             f"a request of the load has {longest} tokens at its end, more than "
             f"engine.max_model_len {length}; raise the one or lower the other"
         )
+    if isinstance(load, SteadyLoad):
+        _check_steady(load, engine)
     if engine.eviction is not None:
         config = EvictionConfig.parse(engine.eviction)
         config.request_settings(run.settings, engine.block_size)
+
+
+def _check_steady(load: SteadyLoad, engine: BatchEngineSpecification) -> None:
+    most = engine.arguments.get("max_num_seqs")
+    if type(most) is int and load.num_sequences > most:
+        raise UsageError(
+            f"load.num_sequences is {load.num_sequences}, more than engine.max_num_seqs {most}; "
+            "raise the one or lower the other"
+        )
+    seconds = load.settle_seconds + load.measured_seconds
+    if seconds >= engine.batch_timeout_s:
+        raise UsageError(
+            f"load.settle_seconds and load.measured_seconds come to {seconds:g}, not less than "
+            f"batch_timeout_s {engine.batch_timeout_s:g}; raise the one or lower the others"
+        )

@@ -1,4 +1,4 @@
-"""Bench studies: batches on engines in processes of their own."""
+"""Bench studies: loads on engines in processes of their own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..measure.batch import PolicyFailed, measure_batch, warm_up
-from ..records.batch import BATCH_RECORDS, read_batch_record
+from ..records.batch import BATCH_RECORDS, read_batch_record, study_load
 from ..records.provenance import SCHEMA_VERSION, provenance
 from ..records.specifications import VARIED
 from ..resources.batch_engine import BatchEngine, BatchEngineError, batch_engine
 from ..resources.launch import check_batch_engine, device_type
 from ..resources.processes import new_log
-from ..study.batch_specification import BatchRun
+from ..study.bench_load import BenchRun
 from ..study.bench_study import BenchStudy
 from .job import Job
 from .loop import Sweep
@@ -34,15 +34,19 @@ class _Stored(Records):
     def specification(self, record: dict[str, Any]) -> dict[str, Any]:
         return record["specification"]
 
-    def stray(self, record: dict[str, Any], runs: Sequence[BatchRun]) -> str | None:
-        ours, there = runs[0].to_dict(), record["specification"]
-        # Methods differ in their engines; all else must agree.
-        varied = {*VARIED, "engine"}
-        if {k: v for k, v in there.items() if k not in varied} == {
-            k: v for k, v in ours.items() if k not in varied
-        }:
+    def stray(self, record: dict[str, Any], runs: Sequence[BenchRun]) -> str | None:
+        ours, there = _shared(runs[0].to_dict()), _shared(record["specification"])
+        if there == ours:
             return None
         return f"belongs to another study ({changes(there, {'load': ours['load']})})"
+
+
+def _shared(specification: dict[str, Any]) -> dict[str, Any]:
+    """What all runs of a study agree in: methods differ in their engines, and may have a load of
+    their own."""
+    own = {*VARIED, "engine", "study_load"}
+    shared = {name: value for name, value in specification.items() if name not in own}
+    return {**shared, "load": study_load(specification)}
 
 
 class BenchSweep(Sweep):
@@ -73,10 +77,10 @@ class BenchSweep(Sweep):
             self.plan(study.points(folder), redo)
         with self.session.part("preflight"):
             for jobs in self.by_resource():
-                run: BatchRun = jobs[0].run
-                check_batch_engine(run.resource, run.measurement.max_tokens)
+                longest = max(job.run.measurement.max_tokens for job in jobs)
+                check_batch_engine(jobs[0].run.resource, longest)
 
-    def resource_of(self, run: BatchRun) -> Any:
+    def resource_of(self, run: BenchRun) -> Any:
         return run.resource, run.seed if run.resource.rounds else None
 
     @contextmanager
@@ -98,8 +102,8 @@ class BenchSweep(Sweep):
         advance(self.size(job.run))
         return {**record, **self.source}
 
-    def size(self, run: BatchRun) -> int:
-        return run.measurement.num_requests
+    def size(self, run: BenchRun) -> int:
+        return run.measurement.size
 
     def healthy_after(self, error: Exception) -> bool:
         return isinstance(error, PolicyFailed)

@@ -2,7 +2,7 @@
 
 Modes, by the engine argument ``load_format``: ``good``; ``no_start``: vLLM refuses; ``die``: it
 ends in its third batch; ``error``: its third batch fails; ``slow``: no batch ever ends; ``policy``:
-a policy fails in the third batch.
+a policy fails in the third batch. A steady load is a batch too.
 """
 
 import json
@@ -31,6 +31,9 @@ def main():
             answer({"error": "RuntimeError: CUDA is unwell"})
             continue
         evicts = batch["settings"].get("kv_sparsity", 0) > 0
+        if batch.get("kind") == "steady":
+            answer(steady(batch, stock))
+            continue
         tokens = batch["num_requests"] * batch["output_tokens"]
         failed = int(mode == "policy" and number == 3)
         eviction = {"policy_errors": failed, "blocks_evicted": 3 * evicts}
@@ -44,6 +47,34 @@ def main():
                 "scoring_seconds": {} if stock else {"block_mass": 0.1 * evicts},
             }
         )
+
+
+def steady(load, stock):
+    """Stock runs half of the sequences; half as many tokens live make a step twice as fast."""
+    full = stock and load["output_tokens"][1] > 100
+    ms_per_step = (20.0 if full else 10.0 if stock else 10.5) + load["seed"]
+    running, seconds = load["num_sequences"] / (2 if full else 1), load["measured_seconds"]
+    rate = 1e3 * running / ms_per_step
+    parts = ("attention", "scores", "packing", "products", "other", "idle")
+    return {
+        "seconds": seconds,
+        "output_tokens": rate * seconds,
+        "preemptions": 3 * full,
+        "steps": 1e3 * seconds / ms_per_step,
+        "ms_per_step": ms_per_step,
+        "tokens_per_step": running,
+        "running": running,
+        "kv_blocks": 100,
+        "kv_blocks_used": 98 if full else 40,
+        "sub_windows": [0.98 * rate, 1.02 * rate],
+        "num_aged": 2,
+        "settling_seconds": 1.0,
+        "requests_ended": 5,
+        "decision_seconds": 0.0 if stock else 0.1,
+        "scoring_seconds": {},
+        "eviction": None if stock else {"policy_errors": 0},
+        "split": {"steps": 20, "ms_per_step": 11.0, **{p: n / 10 for n, p in enumerate(parts)}},
+    }
 
 
 def answer(value):

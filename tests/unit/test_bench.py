@@ -14,7 +14,7 @@ import pytest
 from harness.cli import main
 from harness.errors import UsageError
 from harness.resources import batch_engine
-from harness.resources.batch_worker import summary
+from harness.resources.eviction_summary import summary
 from harness.study.bench_study import BenchStudy
 from harness.sweep import bench as sweep
 
@@ -29,6 +29,8 @@ STUDY = {
     "load": {"num_requests": 4, "prompt_tokens": 448, "output_tokens": 64},
 }
 KEYS = ("stock_s0.0", "h2o_s0.9", "h2o-all_s0.9")
+STEADY = {"kind": "steady", "num_sequences": 4, "prompt_tokens": 64, "output_tokens": [8, 448]}
+LIVE = {"policy": "stock", "name": "stock-live", "load": {"output_tokens": [1, 45]}}
 
 
 @pytest.fixture
@@ -78,7 +80,8 @@ def test_a_study_is_measured_reported_and_skipped(stubs, study, tmp_path, capsys
     assert (record["kind"], record["method"], record["policy"]) == ("batch", "h2o", "h2o")
     assert record["output_tokens_per_second"] == pytest.approx(256 / 0.55)
     assert record["effective_sparsity"] == 0.75  # 4 of 16 blocks always stay
-    assert record["specification"]["load"]["num_requests"] == 4
+    small = {"warm_up_requests": 2, "warm_up_output_tokens": 8}
+    assert record["specification"]["load"] == {**STUDY["load"], **small}, "as in older records"
     assert record["specification"]["engine"]["eviction"]["score_query_stride"] == 8
     assert found["stock_s0.0_seed0"]["specification"]["engine"]["eviction"] is None
     report = (folder / "report.md").read_text()
@@ -124,6 +127,73 @@ def test_what_varies_has_a_table_of_its_own_and_a_study_may_have_a_name(stubs, s
         assert records(folder / point)["stock_s0.0_seed0"]["output_tokens"] == 4 * tokens
         assert f"({point}/report.md)" in (folder / "report.md").read_text()
     assert main(["report", str(folder)]) == 0
+
+
+def test_a_steady_load_and_stock_at_as_many_live_tokens(stubs, study, tmp_path):
+    settings = {"load": STEADY, "methods": ["stock", LIVE, "h2o"]}
+    assert main(study(**settings)) == 0
+    assert stubs == ["stock_s0.0", "h2o_s0.9"], "another load needs no other engine"
+    folder = tmp_path / "out" / "demo"
+    record = records(folder)["stock-live_s0.0_seed1"]
+    assert (record["kind"], record["effective_sparsity"]) == ("steady", 0.0)
+    assert record["specification"]["load"] == {
+        **STEADY,
+        "output_tokens": [1, 45],
+        "settle_seconds": 10.0,
+        "measured_seconds": 40.0,
+    }
+    base = records(folder)["h2o_s0.9_seed0"]
+    assert base["effective_sparsity"] is None, "lengths differ"
+    assert "study_load" not in base["specification"]
+    assert record["specification"]["study_load"] == base["specification"]["load"]
+    results = json.loads((folder / "aggregated_results.json").read_text())
+    h2o = results["h2o_s0.9"]
+    assert h2o["against_stock"]["mean"] == pytest.approx(2 * (20 / 10.5 * 21 / 11.5) ** 0.5)
+    assert h2o["step_against_stock"]["mean"] == pytest.approx((10.5 / 10 * 11.5 / 11) ** 0.5)
+    assert results["stock-live_s0.0"]["load"]["output_tokens"] == [1, 45]
+    rows = [r for r in (folder / "report.md").read_text().splitlines() if r.startswith("| 4 x (")]
+    assert [row.split(" | ")[:2] for row in rows] == [
+        ["| 4 x (64 + 8 to 448)", "stock"],
+        ["| 4 x (64 + 1 to 45)", "stock live"],
+        ["| 4 x (64 + 8 to 448)", "h2o"],
+    ]
+    assert "| -2.0% to +2.0% | 11.00 (sd 0.71) | +4.8% | 4 | 40% | 0 | 0.03 | 0.00 |" in rows[2]
+    assert main(study(**settings)) == 0
+    assert len(stubs) == 2, "all is there"
+
+
+def test_a_load_of_a_methods_own_hides_no_other_study(stubs, study, tmp_path, capsys):
+    assert main(study(load=STEADY, methods=["stock", LIVE], seeds=[0])) == 0
+    folder = tmp_path / "out" / "demo"
+    assert main(study(load=STEADY, methods=["h2o"], seeds=[0])) == 0, "a method of the same study"
+    other = {**STEADY, "num_sequences": 5}
+    assert main(study(load=other, methods=["cab"], seeds=[0])) == 2
+    assert "load.num_sequences 4 there, 5 here" in capsys.readouterr().err
+    path = folder / "stock-live_s0.0_seed0.json"
+    record = json.loads(path.read_text())
+    record["specification"]["study_load"]["num_sequences"] = 5
+    path.write_text(json.dumps(record))
+    assert main(["report", str(folder)]) == 2
+    assert "mixes records of different loads" in capsys.readouterr().err
+
+
+def test_a_batch_may_be_a_methods_own_too(stubs, study, tmp_path):
+    half = {"policy": "stock", "name": "half", "load": {"num_requests": 2}}
+    assert main(study(methods=["stock", half], seeds=[0])) == 0
+    report = (tmp_path / "out" / "demo" / "report.md").read_text()
+    assert "| 4 x (448 + 64) | stock |" in report
+    assert "| 2 x (448 + 64) | half |" in report
+
+
+def test_a_steady_record_without_a_field_is_measured_again(stubs, study, tmp_path, capsys):
+    arguments = study(load=STEADY, methods=["stock"], seeds=[0])
+    assert main(arguments) == 0
+    path = tmp_path / "out" / "demo" / "stock_s0.0_seed0.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in record.items() if k != "sub_windows"}))
+    assert main(arguments) == 0
+    assert "cannot be read; its run is measured again" in capsys.readouterr().err
+    assert "sub_windows" in json.loads(path.read_text())
 
 
 def test_other_code_is_refused_and_redone(stubs, study, tmp_path, capsys):
@@ -238,6 +308,30 @@ def test_interrupting_leaves_no_process_and_resumes(number, stubs, study, tmp_pa
         ({"load": {**STUDY["load"], "rate": 3}}, "unknown setting 'rate' of the load"),
         ({"load": {**STUDY["load"], "output_tokens": 0}}, "load.output_tokens is 0"),
         ({"load": {**STUDY["load"], "output_tokens": "8"}}, "output_tokens is '8'"),
+        ({"load": {**STEADY, "kind": "steadi"}}, "load.kind is 'steadi'; give batch or steady"),
+        ({"load": {"kind": "steady"}}, "steady load of a bench study has no num_sequences"),
+        ({"load": {**STEADY, "output_token": 3}}, "did you mean 'output_tokens'?"),
+        ({"load": {**STEADY, "study_load": {}}}, "unknown setting 'study_load' of the steady load"),
+        ({"load": {**STEADY, "num_sequences": 0}}, "load.num_sequences is 0; give at least 1"),
+        ({"load": {**STEADY, "num_sequences": 1.5}}, "num_sequences is 1.5; give a whole number"),
+        ({"load": {**STEADY, "prompt_tokens": 0}}, "load.prompt_tokens is 0; give at least 1"),
+        ({"load": {**STEADY, "output_tokens": 64}}, "load.output_tokens is 64; give the shortest"),
+        ({"load": {**STEADY, "output_tokens": [8]}}, "load.output_tokens is [8]; give the"),
+        ({"load": {**STEADY, "output_tokens": [8, True]}}, "load.output_tokens is [8, True]"),
+        ({"load": {**STEADY, "output_tokens": [9, 8]}}, "[9, 8]; give the shortest output"),
+        ({"load": {**STEADY, "output_tokens": [0, 8]}}, "[0, 8]; give the shortest output"),
+        ({"load": {**STEADY, "output_tokens": [8, 449]}}, "513 tokens at its end, more than"),
+        ({"load": {**STEADY, "settle_seconds": -1}}, "load.settle_seconds is -1"),
+        ({"load": {**STEADY, "settle_seconds": "1"}}, "settle_seconds is '1'; give a number"),
+        ({"load": {**STEADY, "measured_seconds": 0}}, "load.measured_seconds is 0"),
+        ({"load": {**STEADY, "measured_seconds": 1e9}}, "is 1000000000.0; give a finite"),
+        ({"load": {**STEADY, "measured_seconds": 3590}}, "not less than batch_timeout_s 3600"),
+        ({"load": STEADY, "engine": {"max_num_seqs": 3}}, "more than engine.max_num_seqs 3"),
+        ({"methods": [{**LIVE, "load": 3}]}, "load of method"),
+        ({"methods": [{**LIVE, "load": {"kind": "steady"}}]}, "load.kind is the study's"),
+        ({"methods": [{**LIVE, "load": {"rate": 1}}]}, "unknown setting 'rate' of the load"),
+        ({"methods": [{**LIVE, "load": {"output_tokens": 0}}]}, "load.output_tokens is 0"),
+        ({"methods": [{**LIVE, "load": {"output_tokens": 65}}]}, "513 tokens at its end"),
         ({"vary": {"colour": [1]}}, "no setting that can vary"),
         ({"vary": {"load.output_tokens": [8, 8]}}, "the same value twice"),
         ({"name": "a/b"}, "plain name of a folder"),
@@ -274,6 +368,7 @@ def test_the_committed_studies_are_valid(monkeypatch):
         "long",
         "overhead",
         "short",
+        "steady",
         "tight",
     }
     for study in studies.values():

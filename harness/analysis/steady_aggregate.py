@@ -1,0 +1,38 @@
+"""From records of steady loads to figures of a method, over seeds. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from .roofline import least_ms_per_step
+from .statistics import estimate
+
+STEADY_METRICS = ("ms_per_step", "tokens_per_step", "running", "kv_blocks_used")
+
+
+def steady_figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures of the runs of one method and budget, one of each seed.
+
+    Returns:
+        An estimate of each of ``STEADY_METRICS``; ``kv_blocks`` of the pool;
+        ``sub_windows_of_mean``, the slowest and the fastest part of a window against the whole;
+        ``decision_ms_per_step``, the scheduler's time for decisions; ``split``, milliseconds per
+        profiled step by class of kernel, on average over the runs; ``roofline_ms_per_step``. The
+        last two are None where there are none.
+
+    """
+    splits = [run["split"] for run in runs]
+    decided = [1e3 * run.get("decision_seconds", 0.0) / run["steps"] for run in runs]
+    parts = [p / run["output_tokens_per_second"] for run in runs for p in run["sub_windows"]]
+    return {
+        **{metric: estimate([run[metric] for run in runs]) for metric in STEADY_METRICS},
+        "kv_blocks": runs[0]["kv_blocks"],
+        "sub_windows_of_mean": [min(parts), max(parts)],
+        "decision_ms_per_step": fmean(decided),
+        "split": {name: fmean(s[name] for s in splits) for name in splits[0]}
+        if all(splits)
+        else None,
+        "roofline_ms_per_step": least_ms_per_step(runs[0]),
+    }
