@@ -152,6 +152,8 @@ class EvictionWorkerMixin(_Worker):
         global _running
         _running = None
         end()
+        self._packer = None
+        self.eviction.release()
         super().shutdown()
 
     def execute_model(self, scheduler_output: Any) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
@@ -19,6 +20,7 @@ from .attention.compaction import NULL_BLOCK
 from .attention.packing_cuda import CUDAPacker
 from .attention.state import worker_state
 from .attention.state_cuda import CUDAWorkerState
+from .attention.token_scores import UNWRITTEN
 from .kernels.choose import WARM_UP_TOKENS
 from .packs import Pack
 from .worker import Evicted, EvictionWorkerMixin, evictable
@@ -87,9 +89,11 @@ class EvictionCUDAWorker(EvictionWorkerMixin, Worker):
         Nobody holds a block yet, so what moves in them is nobody's. A rule that a request brings
         is compiled when it comes.
         """
-        config, tokens = self.eviction.config, self.eviction.tokens
-        _, num_blocks, _, block_size = tokens.position.shape
-        for settings in config.token_settings():
+        position = self.eviction.tokens.position
+        _, num_blocks, _, block_size = position.shape
+        places = torch.arange(num_blocks * block_size, dtype=torch.int32, device=position.device)
+        position.copy_(places.view(1, num_blocks, 1, block_size))  # no two alike, as in a request
+        for settings in self.eviction.config.token_settings():
             for most in WARM_UP_TOKENS:
                 blocks = min(most // block_size, num_blocks - 1)
                 if blocks > 1:
@@ -104,6 +108,7 @@ class EvictionCUDAWorker(EvictionWorkerMixin, Worker):
                         policy_args=settings.policy_args,
                     )
                     self.pack({"": [pack]})
+        position.fill_(UNWRITTEN)
         self.eviction.pack_failures.clear()
 
     def apply_evictions(self, evicted: Evicted) -> None:

@@ -6,7 +6,14 @@ import torch
 from vllm_plugins.kernels.attention_mass import Tile
 
 from .cases import MIXED
-from .token_cases import check_choice, check_isolation, check_pack, check_start, check_token_mass
+from .token_cases import (
+    check_choice,
+    check_isolation,
+    check_pack,
+    check_positions_alike,
+    check_start,
+    check_token_mass,
+)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these cases")
 SMALL = Tile(rows=16, keys=32, warps=1, stages=1)
@@ -99,6 +106,10 @@ def test_the_fused_choice_is_that_of_torch(rankings, tied):
 
 def test_a_choice_among_more_tokens_than_a_tile():
     check_choice([("score", 0.5), ("peak", 0.2)], blocks=(150, 40), tied=True)
+
+
+def test_no_list_is_written_beyond_its_end():
+    check_positions_alike()
 
 
 def test_one_requests_trouble_is_not_its_neighbours():

@@ -349,6 +349,26 @@ def check_choice(rankings, device="cpu", *, blocks=(9, 6, 3), tied=False, scorin
     assert int(number.sum()) > 0
 
 
+def check_positions_alike(device="cpu"):
+    """Slots that nobody wrote: positions and ranks are all equal, and still nothing overflows."""
+    scores, _ = random_state(1, device)
+    scores.mass.zero_()
+    pack = Pack(0, list(range(1, 9)), 6, 8, 1000, 11, "h2o", get_policy("h2o").resolve())
+    rule = get_policy("h2o").tokens(pack.policy_args)
+    batch = Batch.of([pack], rule, 16, 4, torch.device(device))
+    source, target, count = fused.choose_tokens(
+        batch.block_ids,
+        batch.numbers,
+        scores.arrays(),
+        (fused.MASS,),
+        sink_tokens=4,
+        most_candidates=batch.most_candidates,
+        most_moves=batch.most_moves,
+    )
+    assert source.shape[-1] == target.shape[-1] == 32
+    assert (count <= 32).all()
+
+
 def check_isolation(device="cpu"):
     """A ranking that fails for one request leaves its neighbour's pack as it would be alone."""
 

@@ -131,6 +131,12 @@ class WorkerState(ABC):
         self.kv_caches = dict(kv_caches)
         self.allocate(kv_caches)
 
+    def release(self) -> None:
+        """The engine ends: hold on to no cache, so that its memory is free for another one."""
+        self.kv_caches = {}
+        self.mass = self.num_queries = self.norm = torch.empty(0)
+        self.tokens = TokenScores(0, (0, 0, 0), frozenset(), torch.device("cpu"))
+
     @abstractmethod
     def report(self) -> ScoreReport | None:
         """What the scheduler learns after this step; None while nobody needs scores."""

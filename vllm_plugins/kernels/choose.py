@@ -227,13 +227,16 @@ def _choose_kernel(
             kept = kept | (also & (second_count > 0))
         moving = (real & kept & (place >= room)).to(tl.int32)
         hole = (real & ~kept & (place < room)).to(tl.int32)
+        # Positions of a head differ, so nothing is ever cut off; but no list is written beyond its
+        # end, whatever they hold.
         rank = num_sources + tl.cumsum(moving, 0) - 1
-        tl.store(source_ptr + rank, place, mask=moving != 0)
+        tl.store(source_ptr + rank, place, mask=(moving != 0) & (rank < list_stride))
         rank = num_targets + tl.cumsum(hole, 0) - 1
-        tl.store(target_ptr + rank, place, mask=hole != 0)
+        tl.store(target_ptr + rank, place, mask=(hole != 0) & (rank < list_stride))
         num_sources += tl.sum(moving, 0)
         num_targets += tl.sum(hole, 0)
-    tl.store(count_ptr + item, num_sources)
+    num_moves = tl.minimum(tl.minimum(num_sources, num_targets), list_stride)
+    tl.store(count_ptr + item, num_moves)
 
 
 def choose_tokens(
