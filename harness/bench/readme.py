@@ -96,6 +96,8 @@ def _headline(folder: Path) -> str:
 
 def _ablation(folder: Path) -> str:
     points = read_experiment(folder / EXPERIMENT)["comparisons"]
+    # A study that was interrupted lacks points.
+    points = [p for p in points if any((folder / p["folder"]).glob(PERPLEXITY_RECORDS))]
     records = [read_records(folder / point["folder"]) for point in points]
     results = [(point_name(p), aggregate(r)) for p, r in zip(points, records, strict=True)]
     first = records[0][0]

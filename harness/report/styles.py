@@ -26,6 +26,14 @@ _OTHERS: list[dict[str, Any]] = [
     {"color": "#332288", "marker": "*", "linestyle": (0, (6, 2, 1, 2))},
     {"color": "#882255", "marker": "<", "linestyle": (0, (2, 2))},
     {"color": "#44aa99", "marker": ">", "linestyle": (0, (8, 2))},
+    {"color": "#aa4499", "marker": "p", "linestyle": (0, (5, 1, 1, 1))},
+    {"color": "#661100", "marker": "X", "linestyle": (0, (1, 3))},
+    {"color": "#117733", "marker": "H", "linestyle": (0, (7, 1, 3, 1))},
+    {"color": "#88ccee", "marker": "d", "linestyle": (0, (2, 1))},
+    {"color": "#6699cc", "marker": "8", "linestyle": (0, (9, 3))},
+    {"color": "#999933", "marker": "1", "linestyle": (0, (3, 3))},
+    {"color": "#b2182b", "marker": "2", "linestyle": (0, (4, 1, 2, 1))},
+    {"color": "#4d4d4d", "marker": "3", "linestyle": (0, (6, 3))},
 ]
 
 

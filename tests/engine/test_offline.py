@@ -48,7 +48,7 @@ def test_a_record_says_everything_about_its_run(experiment):
     assert [window["num_predictions"] for window in record["windows"]] == [319] * 3
     assert [len(window["log_likelihoods"]) for window in record["windows"]] == [5] * 3
     assert record["specification"]["engine"]["prefill_chunk"] == 64
-    assert record["specification"]["engine"]["eviction"]["score"] == "sum"
+    assert record["specification"]["engine"]["eviction"]["score"] == "mean"
     assert record["effective_sparsity"] == pytest.approx(0.6)
     assert len(record["specification_hash"]) == len(record["code"]) == 16
     assert {"vllm-kv-eviction", "torch", "python"} <= set(record["versions"])

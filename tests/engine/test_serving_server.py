@@ -169,7 +169,7 @@ def test_a_record_has_latency_memory_and_quality_on_one_clock(record):
     assert samples["time_s"][-1] == pytest.approx(record["duration_s"], abs=1.5)
     assert max(samples["kv_cache_usage"]) > 0.1
     assert max(samples["num_requests_running"]) >= 4
-    assert record["memory"]["kv_eviction_blocks_evicted"] > 50
+    assert record["memory"]["kv_eviction_blocks_evicted"] > 40
     assert record["memory"]["kv_eviction_requests:h2o"] == 20
     assert record["memory"]["process_memory_mib"]["max"] > 300
     assert record["memory"]["kv_cache_memory_bytes"] == 150 << 20
