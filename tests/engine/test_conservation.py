@@ -1,11 +1,15 @@
 """Blocks are conserved at every step, whatever happens; freed blocks serve other requests."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
+from vllm_plugins.attention.state import worker_state
 from vllm_plugins.policies import get_policy, policy_names
 
-from .conftest import connector_of
+from .conftest import connector_of, end, make_tiny
 
 
 def add(llm, name, tokens, extra, max_tokens):
@@ -161,3 +165,17 @@ def test_a_preempted_request_gives_the_same_answer(tiny_engines):
         assert (preempted > 0) == (blocks == 46)
         outputs.append([o.outputs[0].token_ids for o in made])
     assert outputs[0] == outputs[1]
+
+
+def test_an_ended_engine_holds_on_to_no_cache(tiny_llama, no_engine):
+    """A sweep starts the next engine in the same process, and needs that memory."""
+    llm = make_tiny(tiny_llama[0], policy="h2o", sparsity=0.9, granularity="token")
+    state = worker_state()
+    kept = [weakref.ref(array) for array in (*state.kv_caches.values(), state.tokens.position)]
+    prompt = {"prompt_token_ids": list(range(250)) * 2}
+    assert llm.generate([prompt], use_tqdm=False)
+    end(llm)
+    del llm
+    gc.collect()
+    assert state.kv_caches == {}
+    assert [reference() for reference in kept] == [None] * len(kept)
