@@ -9,6 +9,7 @@ from vllm_plugins.attention.token_choice import TokenCandidates
 from vllm_plugins.policies import PolicyParameterError, get_policy
 
 LENGTHS = [24, 9]
+SHARING = ("h2o", "cab", "tova", "snapkv", "keydiff")
 LAYERS, HEADS, WIDTH, SIZE = 3, 2, 24, 8
 
 
@@ -77,8 +78,6 @@ def test_pooling_is_over_neighbours_in_the_sequence(candidates, width):
     [
         ("h2o", {"selection": "layer"}, "block", "token granularity only"),
         ("cab", {"value_weighted": True}, "block", "token granularity only"),
-        ("h2o", {"selection": "model"}, "token", "use head, layer, group"),
-        ("snapkv", {"window": 0}, "token", "window is 0"),
         ("tova", {}, "block", "no form at block"),
     ],
 )
@@ -88,7 +87,15 @@ def test_what_a_policy_cannot_do_is_said(policy, parameters, granularity, says):
         known.require(granularity, known.resolve(parameters))
 
 
-@pytest.mark.parametrize("pool", [0, 4])
-def test_a_pool_without_a_middle_is_refused(pool):
-    with pytest.raises(PolicyParameterError, match="odd number"):
-        get_policy("snapkv").resolve({"pool": pool})
+@pytest.mark.parametrize(
+    ("policy", "parameters", "says"),
+    [
+        ("snapkv", {"pool": 0}, "odd number"),
+        ("snapkv", {"pool": 4}, "odd number"),
+        ("snapkv", {"window": 0}, "window of policy snapkv is 0"),
+        *((name, {"selection": "model"}, "use one of: head, layer, group") for name in SHARING),
+    ],
+)
+def test_a_parameter_out_of_range_is_refused_whatever_the_granularity(policy, parameters, says):
+    with pytest.raises(PolicyParameterError, match=says):
+        get_policy(policy).resolve(parameters)

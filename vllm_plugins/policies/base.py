@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .token_rules import TOKEN_NEEDS, TOKENS, TokenRule
+from .token_rules import SELECTIONS, TOKEN_NEEDS, TOKENS, TokenRule
 
 ATTENTION = "attention"
 """Attention mass each block received (higher = keep)."""
@@ -153,6 +153,14 @@ def check_shares(policy: str, parameters: Mapping[str, Any], names: tuple[str, .
         raise PolicyParameterError(
             f"the shares of policy {policy} must be at least 0 and sum to 1, "
             f"but {listed} sum to {sum(values):g}"
+        )
+
+
+def check_selection(policy: str, selection: str) -> None:
+    """Refuse a parameter ``selection`` that is none of ``token_rules.SELECTIONS``."""
+    if selection not in SELECTIONS:
+        raise PolicyParameterError(
+            f"selection of policy {policy} is {selection!r}; use one of: {', '.join(SELECTIONS)}"
         )
 
 

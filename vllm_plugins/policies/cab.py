@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import ATTENTION, GRAPH, Policy, PolicyParameterError, check_shares
+from .base import ATTENTION, GRAPH, Policy, PolicyParameterError, check_selection, check_shares
 from .forman import attention_graph, augmented_forman_curvature
 from .select import keep_highest, middle, num_recent, top
 from .token_rules import (
@@ -118,6 +118,7 @@ def _needs(parameters: Mapping[str, Any]) -> frozenset[str]:
 
 def _check(parameters: Mapping[str, Any]) -> None:
     check_shares("cab", parameters, ("local", "bridge", "importance"))
+    check_selection("cab", parameters["selection"])
     known = dict.fromkeys([DEFAULT, *BRIDGES["block"], *BRIDGES["token"]])
     if parameters["bridge_definition"] not in known:
         raise PolicyParameterError(

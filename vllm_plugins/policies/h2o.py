@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import ATTENTION, Policy, check_shares
+from .base import ATTENTION, Policy, check_selection, check_shares
 from .select import keep_highest, num_recent
 from .token_rules import TokenRule, scoring
 
@@ -50,6 +50,11 @@ def h2o_tokens(parameters: Mapping[str, Any]) -> TokenRule:
     )
 
 
+def _check(parameters: Mapping[str, Any]) -> None:
+    check_shares("h2o", parameters, ("recent", "heavy"))
+    check_selection("h2o", parameters["selection"])
+
+
 POLICY = Policy(
     name="h2o",
     select=h2o,
@@ -57,5 +62,5 @@ POLICY = Policy(
     needs=frozenset({ATTENTION}),
     parameters={"recent": 0.2, "heavy": 0.8},
     token_parameters={"selection": "head", "value_weighted": False},
-    check=lambda p: check_shares("h2o", p, ("recent", "heavy")),
+    check=_check,
 )

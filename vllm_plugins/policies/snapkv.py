@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Policy, PolicyParameterError
+from .base import Policy, PolicyParameterError, check_selection
 from .random import check_recent
 from .token_rules import TOKEN_MASS, Candidates, TokenRule, by_mass
 
@@ -33,6 +33,11 @@ def snapkv_tokens(parameters: Mapping[str, Any]) -> TokenRule:
 
 def _check(parameters: Mapping[str, Any]) -> None:
     check_recent("snapkv", parameters["recent"])
+    check_selection("snapkv", parameters["selection"])
+    if parameters["window"] < 1:
+        raise PolicyParameterError(
+            f"window of policy snapkv is {parameters['window']}; give at least 1 query"
+        )
     if parameters["pool"] < 1 or parameters["pool"] % 2 == 0:
         raise PolicyParameterError(
             f"pool of policy snapkv is {parameters['pool']}; give an odd number of tokens"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Policy
+from .base import Policy, check_selection
 from .random import check_recent
 from .token_rules import TokenRule, by_mass
 
@@ -25,9 +25,14 @@ def tova_tokens(parameters: Mapping[str, Any]) -> TokenRule:
     )
 
 
+def _check(parameters: Mapping[str, Any]) -> None:
+    check_recent("tova", parameters["recent"])
+    check_selection("tova", parameters["selection"])
+
+
 POLICY = Policy(
     name="tova",
     tokens=tova_tokens,
     token_parameters={"recent": 0.0, "selection": "layer"},
-    check=lambda p: check_recent("tova", p["recent"]),
+    check=_check,
 )
