@@ -63,8 +63,8 @@ class EvictionConfig:
     granularity: str = DEFAULT_GRANULARITY
     """What is chosen: ``block``, one set of blocks for all heads of a layer group; or ``token``,
     where each KV head of each layer keeps its own tokens, packed into whole blocks. The default is
-    ``token`` for every policy that has this form: it costs a third of what blocks cost at a tenth
-    of the cache (results/granularity)."""
+    ``token`` for every policy that has this form: at a tenth of the cache H2O and CAB cost half of
+    what they cost by blocks of the same score (results/ladder)."""
     request_granularity: str = "any"
     """``any``, or ``server``: no request may ask for another granularity. Saves the memory and
     time of the other one's scores."""
@@ -229,11 +229,11 @@ class EvictionConfig:
         return needs
 
     def token_settings(self) -> list[RequestSettings]:
-        """The policies that this server's settings name, where they have a form at token
-        granularity and requests may use it; with any budget."""
+        """The policies that this server's settings name (where any may be asked for, the two most
+        likely), if they have a form at token granularity and requests may use it; any budget."""
         if TOKEN not in self.granularities:
             return []
-        offered = () if self.request_policies == "any" else self.request_policies
+        offered = ("h2o", "cab") if self.request_policies == "any" else self.request_policies
         made = []
         for name in sorted({self.policy, *offered}):
             if get_policy(name).tokens is not None:
@@ -306,7 +306,7 @@ class EvictionConfig:
             sparsity, budget = 0.0, None
         granularity = extra.get("kv_granularity", self.granularity)
         if "kv_granularity" in extra:
-            check_choice("kv_granularity", granularity, GRANULARITIES)
+            check_choice("kv_granularity", granularity, (DEFAULT_GRANULARITY, *GRANULARITIES))
         overrides = parse_policy_args(extra.get("kv_policy_args"))
         settings = self._settings(policy, sparsity, budget, overrides, granularity, "kv_")
         granularity = settings.granularity
@@ -359,7 +359,8 @@ class EvictionConfig:
         if needs_mean and self.score_queries != "all":
             raise EvictionConfigError(
                 "score mean divides by all queries at token granularity, and score_queries "
-                f'{self.score_queries} counts only some; give score_queries "all" or score "sum"'
+                f'{self.score_queries} counts only some; give score_queries "all", score "sum", or '
+                f'{prefix}granularity "block"'
             )
         return RequestSettings(policy, sparsity, budget, args, granularity)
 

@@ -69,6 +69,7 @@ class Ledger:
         self, request: RequestLike, settings: RequestSettings, seed: int, refused: str | None = None
     ) -> None:
         """A request arrived. ``refused``: why its own settings were replaced by the server's."""
+        self.finish(request.request_id)  # a name that comes again is another request's
         state = RequestState.begin(request, settings, seed, self.table, self.num_groups)
         if refused is not None:
             state.record["refused_settings"] = refused

@@ -26,7 +26,7 @@ class RequestSettings:
     sparsity: float
     budget_tokens: int | None
     policy_args: Mapping[str, Any]
-    granularity: str = BLOCK
+    granularity: str
 
     @cached_property
     def evicts(self) -> bool:

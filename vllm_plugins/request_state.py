@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .live_blocks import BlockLike, LiveBlocks
+from .policies import BLOCK_SCORES
 from .request_settings import RequestSettings
 from .request_table import RequestTable
 
@@ -59,7 +60,8 @@ class RequestState:
         """The state of a request that has just arrived."""
         groups = [LiveBlocks() for _ in range(num_groups)]
         due = [0 if settings.evicts else NEVER] * num_groups
-        state = cls(request, settings, seed, table, table.add(), groups, due)
+        row = table.add(bool(settings.needs & BLOCK_SCORES))
+        state = cls(request, settings, seed, table, row, groups, due)
         state.record = {
             "policy": settings.policy,
             "granularity": settings.granularity,

@@ -15,7 +15,7 @@ class RequestTable:
     """A row for each request, int64 ``[rows]`` by column. A row that ends is used again.
 
     Attributes:
-        scored: tokens that the newest reported scores include.
+        scored: tokens that the newest reported scores include; 0 where no report is waited for.
         seen, evicted: full processed blocks, and those of them that went, over all layer groups.
         steps, block_steps: steps, and the blocks held in each of them, summed.
         peak_blocks: most blocks held in a step, over all layer groups.
@@ -36,21 +36,24 @@ class RequestTable:
         self._block_size, self._num_groups = block_size, num_groups
         for name in self.columns:
             setattr(self, name, np.zeros(num_rows, dtype=np.int64))
+        self._reported = np.zeros(num_rows, dtype=np.int64)
         self._life = np.zeros(num_rows, dtype=np.int64)
         """Changes when what is under way no longer concerns a row."""
         self._free = list(range(num_rows))[::-1]
         self._under_way: deque[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = deque()
 
-    def add(self) -> int:
-        """A row of zeros."""
+    def add(self, reported: bool) -> int:
+        """A row of zeros. ``reported``: the workers report scores for its request."""
         if not self._free:
             num_rows = len(self._life)
-            for name in (*self.columns, "_life"):
-                setattr(self, name, np.concatenate((getattr(self, name),) * 2))
+            for name in (*self.columns, "_reported", "_life"):
+                column = getattr(self, name)
+                setattr(self, name, np.concatenate((column, np.zeros_like(column))))
             self._free = list(range(num_rows, 2 * num_rows))[::-1]
         row = self._free.pop()
         for name in self.columns:
             getattr(self, name)[row] = 0
+        self._reported[row] = reported
         self._life[row] += 1
         return row
 
@@ -86,7 +89,10 @@ class RequestTable:
         self.block_steps[index] += held
         self.peak_blocks[index] = np.maximum(self.peak_blocks[index], held)
         self.peak_pool[index] = np.maximum(self.peak_pool[index], num_pool_blocks)
-        self._under_way.append((step, index, self._life[index], tokens))
+        waiting = self._reported[index] > 0
+        if waiting.any():  # else no report may ever come to take this away again
+            index = index[waiting]
+            self._under_way.append((step, index, self._life[index], tokens[waiting]))
 
     def end_steps(self, step: int) -> None:
         """The reported scores include every step up to ``step``."""

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from vllm_plugins.policies import policy_names
-from vllm_plugins.request_settings import RequestSettings
+from vllm_plugins.request_settings import BLOCK, RequestSettings
 
 DENSE = "dense"
 STOCK = "stock"
@@ -39,7 +39,7 @@ def effective_sparsity(
     a sparsity the same way. Dense: 0.
     """
     # A budget does not depend on the policy.
-    settings = RequestSettings(DENSE, sparsity, budget_tokens, {})
+    settings = RequestSettings(DENSE, sparsity, budget_tokens, {}, BLOCK)
     return settings.effective_sparsity(num_tokens, block_size, min_blocks)
 
 

@@ -45,9 +45,8 @@ def expected_tokens(
         age = torch.arange(queries - 1, -1, -1, dtype=torch.float64)
         weight = decay**age
         own = windows[row] if windows else 0
-        for last in (window, own):
-            if last:
-                weight[: max(0, queries - last)] = 0.0
+        if own or window:
+            weight[: max(0, queries - (own or window))] = 0.0
         elapsed = queries
         if queries == 1:
             weight, elapsed = weight * decode_weight, decode_weight

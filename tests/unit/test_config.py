@@ -136,12 +136,12 @@ def test_a_server_may_narrow_the_policies_and_so_the_scores():
     [(0.9, 2048, 7), (0.5, 1024, 16), (0.7, 320, 4), (0.9, 320, 4), (0.9, 3200, 10), (0.5, 33, 4)],
 )
 def test_relative_budget(sparsity, num_tokens, keep):
-    settings = RequestSettings("h2o", sparsity, None, {})
+    settings = RequestSettings("h2o", sparsity, None, {}, "block")
     assert settings.keep(num_tokens, 32, min_blocks=4) == keep
 
 
 def test_absolute_budget_counts_full_blocks():
-    assert RequestSettings("h2o", 0.0, 100, {}).keep(10_000, 32, min_blocks=4) == 3
+    assert RequestSettings("h2o", 0.0, 100, {}, "block").keep(10_000, 32, min_blocks=4) == 3
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_a_request_may_choose_the_granularity():
     fixed = EvictionConfig.parse({"request_granularity": "server", "granularity": "token"})
     assert fixed.needs() == {"tokens", "token_mass", "token_peak"}
     for extra, sentence in (
-        ({"kv_granularity": "head"}, "kv_granularity is 'head'; use one of: block, token"),
+        ({"kv_granularity": "head"}, "kv_granularity is 'head'; use one of: default, block, token"),
         ({"kv_granularity": "block"}, "not offered by this server"),
     ):
         with pytest.raises(EvictionConfigError, match=sentence):

@@ -220,6 +220,35 @@ def test_what_was_under_way_for_a_former_owner_of_a_row_is_not_the_next_ones():
     assert bench.decide(40) == []
 
 
+def test_nothing_is_kept_for_reports_that_nobody_waits_for():
+    """On a GPU no report comes while no request needs scores of blocks."""
+    for extra in (
+        {"kv_policy": "streaming", "kv_sparsity": 0.5},
+        {"kv_policy": "h2o", "kv_sparsity": 0.5, "kv_granularity": "token"},
+    ):
+        bench = Bench(extra)
+        for tokens in range(1, 80):
+            bench.step(tokens)
+        assert not bench.ledger.table._under_way
+
+
+def test_more_requests_than_rows_are_not_counted_twice():
+    config = EvictionConfig.parse({"policy": "streaming", "sparsity": 0.5, "granularity": "block"})
+    ledger = Ledger(config, BLOCK, 1, num_blocks=10)
+    blocks = [FakeBlock(i) for i in range(20)]
+    for i in range(100):
+        request = FakeRequest(f"r{i}", 80, 80)
+        ledger.admit(request, config.request_settings(None, BLOCK), seed=i)
+        ledger.decide(request.request_id, 0, 80, blocks)
+    assert ledger.live_share == 0.5
+    assert int(ledger.table.seen.sum()) == 100 * 20
+    ledger.admit(FakeRequest("r3", 80, 80), config.request_settings(None, BLOCK), seed=3)
+    assert int(ledger.table.seen.sum()) == 99 * 20, "a name that came again"
+    for i in range(100):
+        ledger.finish(f"r{i}")
+    assert ledger.live_share is None
+
+
 def test_more_requests_than_rows_keep_their_numbers():
     config = EvictionConfig.parse({"policy": "streaming", "sparsity": 0.5})
     ledger = Ledger(config, BLOCK, 1, num_blocks=10)

@@ -114,8 +114,8 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
             if not needs & {ATTENTION, GRAPH, TOKENS} or stop == starts[i]:
                 continue
             own = state.windows.get(request_id)
-            windows = [window for window in (state.window, own) if window is not None]
-            start = max(starts[i], stop - min(windows, default=stop))
+            window = state.window if own is None else own
+            start = starts[i] if window is None else max(starts[i], stop - window)
             weight = 1
             if stop - starts[i] == 1:
                 weight = state.config.score_query_stride

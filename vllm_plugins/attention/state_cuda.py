@@ -98,6 +98,13 @@ class CUDAWorkerState(WorkerState):
             num_groups = max(self.group_of.values(), default=0) + 1
             self._index_evicted = np.zeros((num_groups, num_rows), dtype=np.int64)
 
+    def release(self) -> None:
+        """As everywhere; and the room for copies."""
+        super().release()
+        self._staging = self._divisor = torch.empty(0)
+        self._pinned, self._host_flags = [], []
+        self.allocated = False
+
     def start_step(self, plan: EvictionPlan, finished: set[str]) -> None:
         super().start_step(plan, finished)
         for request_id in finished:

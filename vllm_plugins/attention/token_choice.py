@@ -15,9 +15,9 @@ from ..policies import TokenRule, by_position, chance
 FALLBACK = TokenRule(recent=0.0, ranked=((by_position, 1.0),))
 """Where a policy's ranking fails, the most recent tokens stay: some have to, as the scheduler has
 freed the other blocks already."""
-MOST_VECTORS = 1 << 18
-"""Keys and values that are looked at together, unless one head has more: 256 MiB at a head size of
-128."""
+MOST_VECTORS = 1 << 17
+"""Keys and values that are looked at together, unless one head has more: with copies some 256 MiB
+at a head size of 128."""
 Vectors = Callable[[int, slice], tuple[torch.Tensor, torch.Tensor]]
 _LEAST = torch.iinfo(torch.int64).min
 
@@ -84,11 +84,12 @@ class TokenCandidates:
 
     @cached_property
     def key_difference(self) -> torch.Tensor:
-        real = self.real[..., None].float()[:, 0]
+        real = self.real[:, 0, :, :, None]
 
         def difference(keys: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-            unit = normalize(keys, dim=-1)
-            mean = (unit * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True)
+            # Selected, not multiplied: what lies behind the candidates may be anything.
+            unit = torch.where(real, normalize(keys, dim=-1), 0.0)
+            mean = unit.sum(-2, keepdim=True) / real.sum(-2, keepdim=True)
             return -(unit * normalize(mean, dim=-1)).sum(-1)
 
         return self._of_vectors(difference)
@@ -97,9 +98,9 @@ class TokenCandidates:
         # What is padding sorts behind all that is real, and counts for nothing.
         far = torch.iinfo(torch.int32).max
         order = torch.where(self.real, self.positions, far).argsort(-1)
-        real = self.real.expand_as(values).gather(-1, order).float()
-        ordered = values.gather(-1, order) * real
-        flat = torch.stack((ordered, real)).flatten(0, -2)[:, None]
+        real = self.real.expand_as(values).gather(-1, order)
+        ordered = torch.where(real, values.gather(-1, order), 0.0)
+        flat = torch.stack((ordered, real.float())).flatten(0, -2)[:, None]
         sums = avg_pool1d(flat, width, 1, width // 2) * width
         total, count = sums[:, 0].view(2, *values.shape)
         return torch.empty_like(values).scatter_(-1, order, total / count.clamp(min=1.0))

@@ -125,8 +125,9 @@ def _mass_kernel(
     num_scored = tl.minimum(num_queries, window)
     afresh = False
     if BY_TOKEN:
+        # A request's own window takes the place of the server's.
         own = flags >> _WINDOW_SHIFT
-        num_scored = tl.minimum(num_scored, tl.where(own > 0, own, num_scored))
+        num_scored = tl.minimum(num_queries, tl.where(own > 0, own, window))
         afresh = (own > 0) & (num_queries >= own)
     first_scored = num_queries - num_scored
     num_rows = num_scored * GROUP

@@ -9,6 +9,8 @@ from .base import Policy, PolicyParameterError, check_selection
 from .random import check_recent
 from .token_rules import TOKEN_MASS, Candidates, TokenRule, by_mass
 
+LONGEST_POOL = 101
+
 
 def snapkv_tokens(parameters: Mapping[str, Any]) -> TokenRule:
     """Every head keeps what the last ``window`` queries of a chunk attend to, each token's mass
@@ -38,9 +40,10 @@ def _check(parameters: Mapping[str, Any]) -> None:
         raise PolicyParameterError(
             f"window of policy snapkv is {parameters['window']}; give at least 1 query"
         )
-    if parameters["pool"] < 1 or parameters["pool"] % 2 == 0:
+    if parameters["pool"] not in range(1, LONGEST_POOL + 1, 2):
         raise PolicyParameterError(
-            f"pool of policy snapkv is {parameters['pool']}; give an odd number of tokens"
+            f"pool of policy snapkv is {parameters['pool']}; give an odd number of tokens, "
+            f"at most {LONGEST_POOL}"
         )
 
 

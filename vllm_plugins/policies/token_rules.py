@@ -84,7 +84,8 @@ class TokenRule:
             theirs along.
         selection: who keeps one set of tokens, of ``SELECTIONS``; of a rank's own heads.
         window: None, and ``mass`` is what all queries gave; or it is what the last so many gave. A
-            step of at least so many queries then starts it afresh, one of fewer adds to it.
+            step of at least so many queries then starts it afresh, one of fewer adds to it. It
+            takes the place of the setting ``score_queries``.
 
     Raises:
         ValueError: a share, need, selection or window that is none.
