@@ -156,12 +156,24 @@ def check_shares(policy: str, parameters: Mapping[str, Any], names: tuple[str, .
         )
 
 
+def check_recent(policy: str, recent: float) -> None:
+    """Refuse a recent share outside 0 to 1."""
+    if not 0.0 <= recent <= 1.0:
+        raise PolicyParameterError(f"recent of policy {policy} is {recent:g}; give 0 to 1")
+
+
 def check_selection(policy: str, selection: str) -> None:
     """Refuse a parameter ``selection`` that is none of ``token_rules.SELECTIONS``."""
     if selection not in SELECTIONS:
         raise PolicyParameterError(
             f"selection of policy {policy} is {selection!r}; use one of: {', '.join(SELECTIONS)}"
         )
+
+
+def check_own_sets(policy: str, parameters: Mapping[str, Any]) -> None:
+    """Check ``recent`` and ``selection``, which policies with a form by tokens alone have."""
+    check_recent(policy, parameters["recent"])
+    check_selection(policy, parameters["selection"])
 
 
 def check_kept(

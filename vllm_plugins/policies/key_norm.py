@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import KEY_NORM, Policy
-from .random import check_recent
+from .base import KEY_NORM, Policy, check_recent
 from .select import keep_highest, num_recent
 from .token_rules import TokenRule, by_key_norm
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import CHANCE, Policy, PolicyParameterError
+from .base import CHANCE, Policy, check_recent
 from .select import keep_highest, num_recent
 from .token_rules import TokenRule, by_chance
 
@@ -31,12 +31,6 @@ def random(
         num_sink_blocks=num_sink_blocks,
         num_recent_blocks=num_recent(keep, recent),
     )
-
-
-def check_recent(name: str, recent: float) -> None:
-    """Refuse a recent share outside 0 to 1."""
-    if not 0.0 <= recent <= 1.0:
-        raise PolicyParameterError(f"recent of policy {name} is {recent:g}; give 0 to 1")
 
 
 POLICY = Policy(

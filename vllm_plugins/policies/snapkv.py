@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Policy, PolicyParameterError, check_selection
-from .random import check_recent
+from .base import Policy, PolicyParameterError, check_own_sets
 from .token_rules import TOKEN_MASS, Candidates, TokenRule, by_mass
 
 LONGEST_POOL = 101
@@ -34,8 +33,7 @@ def snapkv_tokens(parameters: Mapping[str, Any]) -> TokenRule:
 
 
 def _check(parameters: Mapping[str, Any]) -> None:
-    check_recent("snapkv", parameters["recent"])
-    check_selection("snapkv", parameters["selection"])
+    check_own_sets("snapkv", parameters)
     if parameters["window"] < 1:
         raise PolicyParameterError(
             f"window of policy snapkv is {parameters['window']}; give at least 1 query"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Policy, check_selection
-from .random import check_recent
+from .base import Policy, check_own_sets
 from .token_rules import TokenRule, by_mass
 
 
@@ -25,14 +24,9 @@ def tova_tokens(parameters: Mapping[str, Any]) -> TokenRule:
     )
 
 
-def _check(parameters: Mapping[str, Any]) -> None:
-    check_recent("tova", parameters["recent"])
-    check_selection("tova", parameters["selection"])
-
-
 POLICY = Policy(
     name="tova",
     tokens=tova_tokens,
     token_parameters={"recent": 0.0, "selection": "layer"},
-    check=_check,
+    check=lambda p: check_own_sets("tova", p),
 )
