@@ -2,7 +2,7 @@
 
 Private state of vLLM 0.32.0 that is touched here: ``runner.req_states.req_id_to_index``,
 ``runner.block_tables.block_tables[group].stage_write``, and the worker's
-``_make_model_runner``.
+``_make_model_runner`` and ``_maybe_activate_jit_monitor``.
 """
 
 from __future__ import annotations
@@ -77,11 +77,15 @@ class EvictionCUDAWorker(EvictionWorkerMixin, Worker):
         """For FlashAttention's caches."""
         return CUDAPacker(**self.packer_arguments())
 
-    def compile_or_warm_up_model(self) -> Any:
-        """As vLLM's; then the packing kernels, whose first launch takes seconds to compile."""
-        warmed_up = super().compile_or_warm_up_model()
+    def _maybe_activate_jit_monitor(self) -> None:
+        """The end of vLLM's warm-up: what is compiled from now on makes a request wait.
+
+        The scoring kernels ran in vLLM's made-up steps (``CUDAWorkerState.warming_up``), those that
+        pack run here.
+        """
         self._warm_up_packing()
-        return warmed_up
+        self.eviction.warming_up = False
+        super()._maybe_activate_jit_monitor()
 
     def _warm_up_packing(self) -> None:
         """Pack made-up requests under the rules that the server's own settings name.

@@ -40,7 +40,7 @@ class EvictionMetadata(FlashAttentionMetadata):
     """vLLM's metadata, and what is scored.
 
     ``block_scores``, ``token_scores``: whether this step's forward scores blocks, and tokens
-    (always, when a graph is captured and some request may need it).
+    (always in a warm-up and when a graph is captured, if some request may need it).
     ``num_decode_rows``: rows before this one have at most one query, later ones may have more.
     ``max_live_tokens``: no row attends to more.
     """
@@ -108,7 +108,10 @@ class EvictionMetadataBuilder(FlashAttentionMetadataBuilder):
         )
         chunks = (query_lens > 1).nonzero()[0]
         flags = int(np.bitwise_or.reduce(rows.flags, initial=0))
-        if flags & TOKENS_NEEDED:
+        # A launch that nobody needs is harmless: rows without a flag are skipped.
+        every = capture or state.warming_up
+        warms_up = state.warming_up and not capture and state.tokens.position.numel() > 0
+        if warms_up or flags & TOKENS_NEEDED:
             start_tokens(
                 common.slot_mapping,
                 common.query_start_loc,
@@ -123,10 +126,10 @@ class EvictionMetadataBuilder(FlashAttentionMetadataBuilder):
             **vars(built),
             block_scores=state.allocated
             and ATTENTION in state.channels
-            and (capture or bool(flags & NEEDED)),
+            and (every or bool(flags & NEEDED)),
             token_scores=state.allocated
             and TOKEN_MASS in state.server_needs
-            and (capture or bool(flags & TOKENS_SCORED)),
+            and (every or bool(flags & TOKENS_SCORED)),
             num_decode_rows=int(chunks[0]) if len(chunks) else num_rows,
             max_live_tokens=max_live,
         )

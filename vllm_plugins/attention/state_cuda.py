@@ -48,12 +48,14 @@ class CUDAWorkerState(WorkerState):
     ``flags``: int32 ``[max rows]``, written before a step, read by its kernels: what a captured
     graph does with a row is decided here, not when it was captured. ``row_of``: a request's place
     in the runner. ``evicted``: blocks that a request has lost so far, by layer group.
+    ``warming_up``: the engine starts; every kernel is launched, so that none is compiled later.
     """
 
     def __init__(self, config: EvictionConfig) -> None:
         super().__init__(config)
         self.log2_decay = math.log2(self.decay)
         self.allocated = False
+        self.warming_up = True
         self.row_of: Mapping[str, int] = {}
         self.evicted: dict[str, list[int]] = {}
         # By the runner's index, so that a step's rows are looked up all at once: flags, as if the
