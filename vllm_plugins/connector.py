@@ -20,11 +20,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from .attention.state import worker_state
 from .config import EvictionConfig
 from .ledger import Ledger
-from .manager import EvictableManager
+from .manager import OWN_QUERIES, EvictableManager
 from .messages import EvictionPlan, ScoreReport
 from .metrics import COUNTERS, LIVE_SHARE, REQUESTS, EvictionPromMetrics, EvictionStats
 from .parsing import EvictionConfigError
 from .platforms import check_settings
+from .policies import GRAPH, KEY_NORM
 from .refusals.engine import SENTENCES, check_engine
 from .siblings import Siblings
 
@@ -89,6 +90,9 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         except EvictionConfigError as error:
             refused = str(error)
             settings = self.config.request_settings(None, self.ledger.block_size)
+        if settings.needs & {KEY_NORM, GRAPH}:
+            # Gathered by block while it is computed, and for requests that ask for it only.
+            request.skip_reading_prefix_cache = True
         tokens = np.asarray(request.prompt_token_ids or (), dtype=np.int64)
         seed = (params.seed if params is not None else None) or 0
         # The prompt, not the request's id, tells requests apart: the same run repeats exactly.
@@ -122,26 +126,33 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
             windows=windows,
             started=[new.req_id for new in scheduler_output.scheduled_new_reqs],
             num_groups=ledger.num_groups,
+            takeovers=ledger.take_takeovers(),
             packs=ledger.take_packs(),
         )
 
     def check_integrity(self) -> None:
-        """Conservation: every block is the null block, free, leaving, or held exactly once.
+        """Conservation: a block is free, or referenced by exactly those that hold it or leave it.
 
         Raises:
             AssertionError: which equation does not hold.
 
         """
-        held: set[int] = set()
-        for manager in self._managers:
-            mine = manager.check_integrity()
-            assert not held & mine, f"blocks {sorted(held & mine)} are held by two layer groups"
-            held |= mine
-        for manager in self._managers:
-            held |= manager.leaving(held)
+        held = [manager.holders() for manager in self._managers]
+        leaving = set().union(*(manager.leaving() for manager in self._managers))
+        for group, holders in enumerate(held):
+            for other in held[:group]:
+                both = sorted(holders.keys() & other.keys())
+                assert not both, f"blocks {both} are held by two layer groups"
+        holders = sum(held, Counter())
+        referenced = 0
+        for block in self._pool.blocks[1:]:  # the first one is the null block
+            count, number = block.ref_cnt, holders[block.block_id]
+            referenced += count > 0
+            exact = count == number or (count > number and block.block_id in leaving)
+            assert exact, f"block {block.block_id}: {count} references, {number} holders"
         free = self._pool.get_num_free_blocks()
         total = self._pool.num_gpu_blocks - 1
-        assert free + len(held) == total, f"{free} free + {len(held)} held != {total} blocks"
+        assert free + referenced == total, f"{free} free + {referenced} held != {total} blocks"
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Take in the workers' report."""
@@ -164,6 +175,12 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
+        """Nothing is loaded; but a request waits a step for a block that is being computed now."""
+        place = num_computed_tokens // self.ledger.block_size
+        needed = (place + 1) * self.ledger.block_size <= request.num_tokens - OWN_QUERIES
+        hashes = request.block_hashes
+        if needed and place < len(hashes) and self.ledger.sharing.is_expected(hashes[place]):
+            return None, False
         return 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:

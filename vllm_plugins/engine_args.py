@@ -13,7 +13,9 @@ from .refusals.server_settings import encode
 from .registration import CONNECTOR
 
 
-def eviction_engine_args(*, block_size: int = 32, **settings: Any) -> dict[str, Any]:
+def eviction_engine_args(
+    *, block_size: int = 32, prefix_caching: bool | None = None, **settings: Any
+) -> dict[str, Any]:
     """Keywords that configure an engine for eviction.
 
         llm = LLM(model, **eviction_engine_args(policy="cab", sparsity=0.9))
@@ -21,13 +23,14 @@ def eviction_engine_args(*, block_size: int = 32, **settings: Any) -> dict[str, 
     Args:
         block_size: tokens per KV block, the unit of eviction (CPU: a multiple of 32;
             CUDA: 16, 32, 64 or 128).
+        prefix_caching: whether requests share what they have in common, up to their first eviction;
+            by default on a CPU, and not yet on CUDA.
         **settings: fields of ``EvictionConfig``.
 
     Returns:
         ``kv_transfer_config``, ``worker_cls``, ``logits_processors`` (a validator that refuses
         bad per-request settings and touches no logits), ``block_size``, and
-        ``enable_prefix_caching=False``: blocks computed after an eviction depend on what was
-        evicted, so they must not be shared by the hash of their tokens.
+        ``enable_prefix_caching``.
 
     Raises:
         EvictionConfigError: a setting is wrong, a policy that evicts has no budget (``sparsity=0``
@@ -47,7 +50,9 @@ def eviction_engine_args(*, block_size: int = 32, **settings: Any) -> dict[str, 
         "worker_cls": current.worker,
         "logits_processors": [f"{current.validator}.{encode(config, block_size)}"],
         "block_size": block_size,
-        "enable_prefix_caching": False,
+        "enable_prefix_caching": current.prefix_caching
+        if prefix_caching is None
+        else prefix_caching,
         **current.engine_args,
     }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,16 +25,22 @@ from .policies import (
     CHANCE,
     GRAPH,
     KEY_NORM,
+    TOKEN_MASS,
+    TOKEN_PEAK,
     TokenRule,
     chance,
     check_kept,
     get_policy,
 )
+from .prefix_sharing import PrefixSharing, Takeover
 from .request_settings import RequestSettings
 from .request_state import RequestLike, RequestState
 from .request_table import RequestTable
 
 logger = logging.getLogger("vllm.kv_eviction")
+
+Owner = Callable[[str, Sequence[int]], list[int] | None]
+"""Request and positions to the ids of blocks that are the request's alone; None: not now."""
 
 
 class Ledger:
@@ -63,6 +69,8 @@ class Ledger:
         self._scores: dict[str, np.ndarray] = {}
         self._pending: dict[str, dict[int, list[int]]] = {}
         self._packs: dict[str, list[Pack]] = {}
+        self._takeovers: dict[str, Takeover] = {}
+        self.sharing = PrefixSharing()
         self._logged: set[str] = set()
 
     def admit(
@@ -124,12 +132,14 @@ class Ledger:
         group: int,
         num_processed_tokens: int,
         blocks: Sequence[BlockLike],
+        own: Owner | None = None,
     ) -> list[int]:
         """The positions of the blocks that ``request_id`` loses now in ``group``, ascending.
 
         Only full blocks below ``num_processed_tokens`` (no step in flight reads them any more)
         are considered, and at block granularity only blocks whose last token the reported scores
-        include, so that a reused block cannot inherit its former owner's score.
+        include, so that a reused block cannot inherit its former owner's score. ``own`` makes
+        blocks the request's alone, where a pack will write into them; None: they all are.
         """
         state = self.requests.get(request_id)
         if state is None or num_processed_tokens < state.due[group]:
@@ -148,16 +158,20 @@ class Ledger:
         if len(live.positions) <= keep + slack:
             return []
         started = time.perf_counter()
+        kept: np.ndarray | None
         try:
             if rule is None:
                 kept = self._select(state, group, live, keep)
             else:
-                kept = self._pack(state, rule, group, live, keep)
+                kept = self._pack(state, rule, group, live, keep, own)
         except Exception as error:
             # A third party's policy must not take the engine down; the request goes on whole.
             state.fail(f"{type(error).__name__}: {error}")
             self.totals["policy_errors"] += 1
             self._log_once(f"policy {state.settings.policy} failed, nothing evicted: {error!r}")
+            return []
+        if kept is None:  # not now; at the next step again
+            state.due[group] = 0
             return []
         evicted = live.retain(kept)
         seconds = time.perf_counter() - started
@@ -167,6 +181,7 @@ class Ledger:
         self.totals["blocks_evicted"] += len(evicted)
         pending = self._pending.setdefault(request_id, {})
         pending.setdefault(group, []).extend(evicted)
+        self.sharing.first_eviction(request_id, state.request.num_computed_tokens)
         return evicted
 
     def _select(self, state: RequestState, group: int, live: LiveBlocks, keep: int) -> np.ndarray:
@@ -205,8 +220,9 @@ class Ledger:
         group: int,
         live: LiveBlocks,
         keep: int,
-    ) -> np.ndarray:
-        """Plan a pack, and say which blocks stay:
+        own: Owner | None,
+    ) -> np.ndarray | None:
+        """Plan a pack, and say which blocks stay (None: no memory is left to write them to):
 
             | region | ......... | recent |     the region takes the best tokens of itself and of
             0        r       n-recent     n     what lies between, head by head; this then goes
@@ -215,7 +231,15 @@ class Ledger:
         """
         n, num_recent = len(live.positions), rule.num_recent(keep)
         region, end = keep - num_recent, n - num_recent
-        packs = self._packs.setdefault(state.request.request_id, [])
+        name = state.request.request_id
+        # What was packed before is the request's own.
+        new = slice(live.num_owned, region)
+        if own is not None:
+            if (owned := own(name, live.positions[new].tolist())) is None:
+                return None
+            live.block_ids[new] = owned
+            live.num_owned = region
+        packs = self._packs.setdefault(name, [])
         packs.append(
             Pack(
                 group=group,
@@ -224,6 +248,7 @@ class Ledger:
                 budget_blocks=keep,
                 # Steps in flight are done when the workers pack: their queries count.
                 num_tokens=state.request.num_computed_tokens,
+                first_query=state.num_adopted_tokens,
                 seed=state.seed,
                 policy=state.settings.policy,
                 policy_args=state.settings.policy_args,
@@ -240,6 +265,40 @@ class Ledger:
         """Packs planned since the last call, by request."""
         packs, self._packs = self._packs, {}
         return packs
+
+    def take_takeovers(self) -> dict[str, Takeover]:
+        """What the prefix cache asks of the workers since the last call, by request."""
+        takeovers, self._takeovers = self._takeovers, {}
+        return takeovers
+
+    def gathers_attention(self, request_id: str) -> bool:
+        """Whether attention is summed up with the blocks of a request, so that none is shared."""
+        state = self.requests.get(request_id)
+        return state is not None and bool(
+            state.settings.needs & {ATTENTION, GRAPH, TOKEN_MASS, TOKEN_PEAK}
+        )
+
+    def adopt(self, request_id: str, block_ids: Sequence[int]) -> None:
+        """A request's first blocks in some layer group come from the prefix cache."""
+        state = self.requests.get(request_id)
+        if state is None:
+            return
+        state.num_adopted_tokens = len(block_ids) * self.block_size
+        state.record["cached_tokens"] = state.num_adopted_tokens
+        if not state.settings.needs:
+            return
+        takeover = self._takeovers.setdefault(request_id, Takeover())
+        takeover.adopted += [(block, place) for place, block in enumerate(block_ids)]
+        takeover.starts_afresh = self.gathers_attention(request_id)
+
+    def copy(
+        self, request_id: str, group: int, block: int, copy: int, position: int | None
+    ) -> None:
+        """A copy takes a block's place. ``position``: where, if the workers know the old one."""
+        takeover = self._takeovers.setdefault(request_id, Takeover())
+        takeover.copies.append((group, block, copy))
+        if position is not None:
+            takeover.replaced.setdefault(group, {})[position] = copy
 
     def pack_failed(self, request_id: str, reason: str) -> None:
         """A worker could not rank a request's tokens; it kept the most recent ones instead."""
@@ -272,6 +331,7 @@ class Ledger:
     def _drop_plans(self, request_id: str) -> None:
         self._pending.pop(request_id, None)
         self._packs.pop(request_id, None)
+        self._takeovers.pop(request_id, None)
 
     @property
     def live_share(self) -> float | None:

@@ -20,6 +20,7 @@ class LiveBlocks:
     """The live blocks of one request in one layer group that are full and processed.
 
     ``positions`` and ``block_ids`` (int ``[n]``) run in parallel, ascending in position.
+    ``num_owned``: the first so many were packed, and are nobody else's.
     ``graph_rows`` holds, for each live block as the one that queries, the attention it gave:
     pairs of (block ids, mass).
     """
@@ -28,6 +29,7 @@ class LiveBlocks:
     block_ids: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     num_seen: int = 0
     num_evicted: int = 0
+    num_owned: int = 0
     graph_rows: dict[int, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
 
     def extend(self, num_full_blocks: int, blocks: Sequence[BlockLike]) -> None:

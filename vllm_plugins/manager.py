@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -9,21 +11,46 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from .ledger import Ledger
 
+OWN_QUERIES = 32
+"""As SnapKV's window, which prompts' last queries rank a prompt's tokens by."""
+
 
 class EvictableManager(FullAttentionManager):
     """``FullAttentionManager`` plus eviction at the place where vLLM frees skipped blocks.
 
-    Without a ledger (``attach``), it is ``FullAttentionManager``.
+    Without a ledger (``attach``), it is ``FullAttentionManager``. What may be shared through the
+    prefix cache, and how, stands in ``prefix_sharing.py``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._ledger: Ledger | None = None
         self._leaving: list[KVCacheBlock] = []
+        # Requests whose blocks may still be shared, with what vLLM told us to hash them by.
+        self._unhashed: dict[str, tuple[Any, dict[str, Any]]] = {}
+        # Requests that took cached blocks, and those positions among them that somebody holds,
+        # until there is a block to copy each to.
+        self._taken: dict[str, list[int]] = {}
 
     def attach(self, ledger: Ledger) -> None:
         """From now on ``ledger`` decides who is evicted."""
         self._ledger = ledger
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, block_hashes: Any, max_length: int, *args: Any, kv_cache_spec: Any, **options: Any
+    ) -> Any:
+        """As vLLM's; but the last ``OWN_QUERIES`` tokens are always computed.
+
+        Attention is summed from a request's own queries on. Of a prompt that was answered before,
+        vLLM would compute one token, whose attention says little of the rest. (With several layer
+        groups vLLM asks again with what it found, which would be shortened each time.)
+        """
+        if getattr(kv_cache_spec, "layer_groups", 1) == 1:
+            max_length = max(0, max_length + 1 - OWN_QUERIES)
+        return super().find_longest_cache_hit(
+            block_hashes, max_length, *args, kv_cache_spec=kv_cache_spec, **options
+        )
 
     def remove_skipped_blocks(
         self,
@@ -40,16 +67,122 @@ class EvictableManager(FullAttentionManager):
         """
         if self._ledger is None or request_id not in self.req_to_blocks:
             return
+        self._hash_computed(request_id)
         blocks = self.req_to_blocks[request_id]
         victims = self._ledger.decide(
-            request_id, self.kv_cache_group_id, processed_computed_tokens, blocks
+            request_id, self.kv_cache_group_id, processed_computed_tokens, blocks, self._own
         )
         if not victims:
             return
+        self._unhashed.pop(request_id, None)
         freed = [blocks[i] for i in victims]
         for i in victims:
             blocks[i] = self._null_block
         self.block_pool.free_blocks(reversed(freed))
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **options: Any) -> None:
+        """Blocks that this step computes are hashed when the next one is scheduled.
+
+        vLLM hashes them now, and a request of this same step may share them. Here it could have to
+        copy them, which happens before they are computed.
+        """
+        if self._ledger is None:
+            super().cache_blocks(request, num_tokens, *args, **options)
+            return
+        sharing, request_id = self._ledger.sharing, request.request_id
+        num_cached = self.num_cached_block.setdefault(request_id, 0)
+        if num_tokens > sharing.num_exact(request_id):
+            return
+        self._unhashed[request_id] = (request, options)
+        if self.kv_cache_group_id == 0:
+            sharing.expect(
+                request_id, request.block_hashes[num_cached : num_tokens // self.block_size]
+            )
+
+    def _hash_computed(self, request_id: str) -> None:
+        """Let others share what is computed, as far as it saw the whole cache before it."""
+        request, options = self._unhashed.get(request_id, (None, {}))
+        if request is None or self._ledger is None:
+            return
+        # With steps in flight more may be computed than is known.
+        num_tokens = min(request.num_computed_tokens, request.num_tokens)
+        num_tokens = min(num_tokens, self._ledger.sharing.num_exact(request_id))
+        if num_tokens // self.block_size > self.num_cached_block.get(request_id, 0):
+            super().cache_blocks(request, num_tokens, **options)
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, new_computed_blocks: Any, *args: Any, **options: Any
+    ) -> int:
+        """As vLLM's, and the copies of cached blocks that somebody holds."""
+        number = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, *args, **options
+        )
+        if new_computed_blocks and self._holds_alone(request_id):
+            number += sum(block.ref_cnt > 0 for block in new_computed_blocks)
+        return number
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Take cached blocks; what somebody holds is copied as soon as all groups have theirs."""
+        if new_computed_blocks and self._ledger is not None:
+            alone = self._holds_alone(request_id)
+            self._taken[request_id] = [
+                i for i, block in enumerate(new_computed_blocks) if alone and block.ref_cnt > 0
+            ]
+        super().add_local_computed_blocks(
+            request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
+        )
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """As vLLM's; first what was taken from the cache becomes the request's."""
+        if request_id in self._taken and self._ledger is not None:
+            self._replace(request_id, self._taken.pop(request_id), in_table=False)
+            ids = [block.block_id for block in self.req_to_blocks[request_id]]
+            self._ledger.adopt(request_id, ids)
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+
+    def _holds_alone(self, request_id: str) -> bool:
+        return self._ledger is not None and self._ledger.gathers_attention(request_id)
+
+    def _own(self, request_id: str, positions: Sequence[int]) -> list[int] | None:
+        """Ids of blocks of a request that nobody else will read, so that it may write into them:
+        copies, where others hold the block or the cache offers it. None: no block is left."""
+        blocks = self.req_to_blocks[request_id]
+        if self.enable_caching:
+            shared = [i for i in positions if blocks[i].ref_cnt > 1 or blocks[i].block_hash]
+            if len(shared) > self.block_pool.get_num_free_blocks():
+                # The cache can do without a block sooner than a request can wait for one.
+                offered = {blocks[i].block_id for i in shared if blocks[i].ref_cnt == 1}
+                shared = [i for i in shared if blocks[i].ref_cnt > 1]
+                if len(shared) > self.block_pool.get_num_free_blocks():
+                    return None
+                self.block_pool.evict_blocks(offered)
+            self._replace(request_id, shared, in_table=True)
+        return [blocks[i].block_id for i in positions]
+
+    def _replace(self, request_id: str, positions: Sequence[int], in_table: bool) -> None:
+        """Copies take the place of blocks; the workers make them before they do anything else."""
+        if not positions or self._ledger is None:
+            return
+        blocks = self.req_to_blocks[request_id]
+        old = [blocks[i] for i in positions]
+        for i, block in zip(positions, self.block_pool.get_new_blocks(len(positions)), strict=True):
+            self._ledger.copy(
+                request_id,
+                self.kv_cache_group_id,
+                blocks[i].block_id,
+                block.block_id,
+                i if in_table else None,
+            )
+            blocks[i] = block
+        self.block_pool.free_blocks(reversed(old))
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         """None: cascade attention reads a prefix through the first request's block table, and
@@ -58,39 +191,38 @@ class EvictableManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """All blocks of ``request_id``, which ended or is preempted; ``free`` comes here too."""
+        self._hash_computed(request_id)
+        self._unhashed.pop(request_id, None)
+        self._taken.pop(request_id, None)
         blocks = super().pop_blocks_for_free(request_id)
         if self._ledger is not None:
             self._ledger.release(request_id)
+            if self.kv_cache_group_id == self._ledger.num_groups - 1:
+                # The groups before this one may still have asked what others may share.
+                self._ledger.sharing.forget(request_id)
             if self._ledger.config.check_integrity:
                 self._leaving += blocks
         return blocks
 
-    def check_integrity(self) -> set[int]:
-        """Ids of the blocks this group's requests hold.
+    def holders(self) -> Counter[int]:
+        """How many requests of this group hold each block.
 
         Raises:
-            AssertionError: a block is held twice or not referenced exactly once.
+            AssertionError: one of them holds a block twice.
 
         """
-        held: set[int] = set()
+        held: Counter[int] = Counter()
         for request_id, blocks in self.req_to_blocks.items():
-            for block in blocks:
-                if block is self._null_block:
-                    continue
-                assert block.block_id not in held, f"{request_id}: block {block.block_id} twice"
-                assert block.ref_cnt == 1, f"{request_id}: block {block.block_id} {block.ref_cnt}"
-                held.add(block.block_id)
+            mine = [block.block_id for block in blocks if block is not self._null_block]
+            assert len(set(mine)) == len(mine), f"{request_id} holds a block twice"
+            held.update(mine)
         return held
 
-    def leaving(self, held: set[int]) -> set[int]:
-        """Ids of blocks on their way back to the pool, given those that any group holds.
+    def leaving(self) -> set[int]:
+        """Ids of blocks that are, or may be, on their way back to the pool.
 
         With a connector and steps in flight, the scheduler returns an ended request's blocks only
         when the last of these steps is done (``deferred_frees`` in ``vllm/v1/core/sched``).
         """
-        self._leaving = [
-            block
-            for block in self._leaving
-            if block.ref_cnt and not block.is_null and block.block_id not in held
-        ]
+        self._leaving = [b for b in self._leaving if b.ref_cnt and not b.is_null]
         return {block.block_id for block in self._leaving}

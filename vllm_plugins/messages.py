@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from .packs import Pack
+from .prefix_sharing import Takeover
 
 
 @dataclass
@@ -27,7 +28,9 @@ class EvictionPlan(KVConnectorMetadata):
         windows: of those, the ones whose rule has a window (``TokenRule.window``).
         started: requests whose tables begin anew with this step.
         num_groups: layer groups.
-        packs: by request, what is packed before this step's nulls are written.
+        takeovers: by request, what the prefix cache asks for.
+        packs: by request, in the order they were planned, what is packed before this step's nulls
+            are written.
 
     """
 
@@ -37,6 +40,7 @@ class EvictionPlan(KVConnectorMetadata):
     windows: dict[str, int] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
     num_groups: int = 1
+    takeovers: dict[str, Takeover] = field(default_factory=dict)
     packs: dict[str, list[Pack]] = field(default_factory=dict)
 
 

@@ -23,6 +23,7 @@ class Pack:
         num_tokens: of the request, whose queries the scores include, evicted ones among them.
         seed: of the request's fixed random numbers.
         policy, policy_args: whose rule ranks the tokens.
+        first_query: what lies before it came from the prefix cache; its queries are not included.
 
     """
 
@@ -34,3 +35,4 @@ class Pack:
     seed: int
     policy: str
     policy_args: Mapping[str, Any]
+    first_query: int = 0

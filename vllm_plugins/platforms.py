@@ -29,6 +29,8 @@ class Platform:
     """Further keywords of ``EngineArgs``."""
     gathers: frozenset[str]
     """Which of ``policies.NEEDS`` it can fill."""
+    prefix_caching: bool
+    """Whether prefixes are shared by default: where that was tested on the real engine."""
 
 
 _PLATFORMS = {
@@ -39,6 +41,7 @@ _PLATFORMS = {
         reads_block_size=lambda size: size % 32 == 0,
         engine_args={},
         gathers=NEEDS,
+        prefix_caching=True,
     ),
     "cuda": Platform(
         worker="vllm_plugins.worker_cuda.EvictionCUDAWorker",
@@ -47,6 +50,7 @@ _PLATFORMS = {
         reads_block_size=lambda size: size in (16, 32, 64, 128),
         engine_args={"attention_backend": "CUSTOM"},
         gathers=NEEDS - {GRAPH},
+        prefix_caching=False,
     ),
 }
 

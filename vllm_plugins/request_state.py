@@ -36,7 +36,8 @@ class RequestState:
     """One request: what it follows, its live blocks by layer group, and its record.
 
     ``row``: its numbers in ``table``. ``due``: by layer group, the processed tokens below which
-    nothing new is full, so nothing has to be decided.
+    nothing new is full, so nothing has to be decided. ``num_adopted_tokens``: the first so many
+    came from the prefix cache.
     """
 
     request: RequestLike
@@ -46,6 +47,7 @@ class RequestState:
     row: int
     groups: list[LiveBlocks]
     due: list[int]
+    num_adopted_tokens: int = 0
     record: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -71,6 +73,7 @@ class RequestState:
             "decisions": 0,
             "decision_seconds": 0.0,
             "first_eviction_tokens": None,
+            "cached_tokens": 0,
         }
         return state
 
@@ -88,6 +91,7 @@ class RequestState:
         """Forget what died with the blocks of a preempted request."""
         self.groups = [LiveBlocks() for _ in self.groups]
         self.due = [0 if due != NEVER else NEVER for due in self.due]
+        self.num_adopted_tokens = 0
         self.table.restart(self.row)
 
     def extend(self, group: int, num_full_blocks: int, blocks: Sequence[BlockLike]) -> LiveBlocks:

@@ -26,10 +26,11 @@ class EvictableSpec(FullAttentionSpec):
     """Full attention whose blocks may be nulled anywhere in the table.
 
     ``layer_group``: specs of different groups refuse to merge, so vLLM's hybrid cache manager
-    gives each group a block table and a manager of its own.
+    gives each group a block table and a manager of its own. ``layer_groups``: how many there are.
     """
 
     layer_group: int = 0
+    layer_groups: int = 1
 
     def is_uniform_with_collection(self, kv_cache_specs: Mapping[str, Any]) -> bool:
         return all(
@@ -42,7 +43,9 @@ class EvictableSpec(FullAttentionSpec):
         groups = {spec.layer_group for spec in specs}
         # vLLM takes an AssertionError for "these do not belong together".
         assert len(groups) == 1, f"layer groups {sorted(groups)} have a block table each"
-        return dataclasses.replace(super().merge(specs), layer_group=groups.pop())
+        return dataclasses.replace(
+            super().merge(specs), layer_group=groups.pop(), layer_groups=specs[0].layer_groups
+        )
 
 
 def evictable_specs(
@@ -72,7 +75,9 @@ def evictable_specs(
         fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.init}
         # A window that never binds is no window: of its spec only that field is dropped.
         fields = {key: fields[key] for key in fields.keys() & known - {"sliding_window"}}
-        evictable[name] = EvictableSpec(**fields, layer_group=group_of[name])
+        evictable[name] = EvictableSpec(
+            **fields, layer_group=group_of[name], layer_groups=layer_groups
+        )
     return evictable
 
 

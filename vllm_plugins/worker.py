@@ -6,7 +6,7 @@ The model runners themselves are known to ``worker_cpu.py`` (V1) and ``worker_cu
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed import get_tensor_model_parallel_rank
@@ -36,6 +36,8 @@ else:
 
 Evicted = Mapping[str, Mapping[int, Sequence[int]]]
 """``{request_id: {group: [position, ...]}}``."""
+Replaced = Mapping[str, Mapping[int, Mapping[int, int]]]
+"""``{request_id: {group: {position: block}}}``."""
 
 
 def evictable(specs: Mapping[str, Any], max_model_len: int) -> dict[str, Any]:
@@ -47,6 +49,21 @@ def evictable(specs: Mapping[str, Any], max_model_len: int) -> dict[str, Any]:
     made = evictable_specs(specs, state.config.layer_groups, max_model_len)
     state.set_layers({name: spec.layer_group for name, spec in made.items()})
     return made
+
+
+def waves(plan: EvictionPlan) -> Iterator[dict[str, list[Pack]]]:
+    """Packs that can be done at once, after all copies of their requests."""
+    wave: dict[str, list[Pack]] = {}
+    read: set[int] = set()
+    for request_id, packs in plan.packs.items():
+        takeover = plan.takeovers.get(request_id)
+        if takeover is not None and any(copy in read for _, _, copy in takeover.copies):
+            yield wave
+            wave, read = {}, set()
+        wave[request_id] = packs
+        read.update(block for pack in packs for block in pack.block_ids)
+    if wave:
+        yield wave
 
 
 _running: weakref.ref[Any] | None = None
@@ -99,9 +116,9 @@ class EvictionWorkerMixin(_Worker):
         """Make the eviction backend known to vLLM; called before the model is built."""
         raise NotImplementedError
 
-    def apply_evictions(self, evicted: Evicted) -> None:
-        """Null the evicted entries of the model runner's block tables, and tell ``eviction`` whose
-        rows they are; called before each step."""
+    def apply_evictions(self, evicted: Evicted, replaced: Replaced) -> None:
+        """Null the evicted entries of the model runner's block tables, write the replaced ones, and
+        tell ``eviction`` whose rows they are; called before each step."""
         raise NotImplementedError
 
     def new_packer(self) -> Packer:
@@ -132,6 +149,23 @@ class EvictionWorkerMixin(_Worker):
                 self._packer = self.new_packer()
             self.eviction.pack_failures |= self._packer.pack(packs)
 
+    def _prepare_blocks(self, plan: EvictionPlan) -> None:
+        """Copies, packs and adopted blocks, in the order in which the scheduler planned them.
+
+        Running requests came first: each copied what it shares of its region, and packed. A block
+        that one of them lost may be the next one's copy; then the pack that still reads it goes
+        first. New requests came last, and took what was free by then.
+        """
+        takeovers = plan.takeovers
+        for wave in waves(plan):
+            self.eviction.copy_blocks(
+                c for r in wave if r in takeovers for c in takeovers[r].copies
+            )
+            self.pack(wave)
+        new = [takeover for r, takeover in takeovers.items() if r not in plan.packs]
+        self.eviction.copy_blocks(copy for takeover in new for copy in takeover.copies)
+        self.eviction.adopt(takeovers.values())
+
     def determine_available_memory(self) -> int:
         """Bytes for keys and values: what vLLM finds, less what the tokens' scores will take."""
         available = super().determine_available_memory()
@@ -161,6 +195,7 @@ class EvictionWorkerMixin(_Worker):
         plan = scheduler_output.kv_connector_metadata
         if isinstance(plan, EvictionPlan):
             self.eviction.start_step(plan, scheduler_output.finished_req_ids)
-            self.pack(plan.packs)
-            self.apply_evictions(plan.evicted)
+            self._prepare_blocks(plan)
+            replaced = {name: t.replaced for name, t in plan.takeovers.items() if t.replaced}
+            self.apply_evictions(plan.evicted, replaced)
         return super().execute_model(scheduler_output)

@@ -23,7 +23,7 @@ from .attention.state_cuda import CUDAWorkerState
 from .attention.token_scores import UNWRITTEN
 from .kernels.choose import WARM_UP_TOKENS
 from .packs import Pack
-from .worker import Evicted, EvictionWorkerMixin, evictable
+from .worker import Evicted, EvictionWorkerMixin, Replaced, evictable
 
 
 class EvictionModelRunner(GPUModelRunner):
@@ -115,8 +115,8 @@ class EvictionCUDAWorker(EvictionWorkerMixin, Worker):
         position.fill_(UNWRITTEN)
         self.eviction.pack_failures.clear()
 
-    def apply_evictions(self, evicted: Evicted) -> None:
-        """Stage the nulls; the runner writes them with the step's new blocks, in this order.
+    def apply_evictions(self, evicted: Evicted, replaced: Replaced) -> None:
+        """Stage nulls and replacements; the runner writes them in order, and then new blocks.
 
         A request that the runner does not know yet (it comes, or comes back, in this very step)
         brings a table in which its victims are null already.
@@ -131,6 +131,14 @@ class EvictionCUDAWorker(EvictionWorkerMixin, Worker):
                 table = runner.block_tables.block_tables[group]
                 for start, length in ranges(positions):
                     table.stage_write(row, start, [NULL_BLOCK] * length)
+        for request_id, changed in replaced.items():
+            row = runner.req_states.req_id_to_index.get(request_id)
+            if row is None:
+                continue
+            for group, blocks in changed.items():
+                table = runner.block_tables.block_tables[group]
+                for start, length in ranges(sorted(blocks)):
+                    table.stage_write(row, start, [blocks[start + i] for i in range(length)])
 
 
 def ranges(positions: Sequence[int]) -> Iterator[tuple[int, int]]:

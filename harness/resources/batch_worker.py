@@ -115,7 +115,10 @@ def engine_arguments(
         return {**arguments, "block_size": block_size, "enable_prefix_caching": False}
     from vllm_plugins import eviction_engine_args
 
-    return {**arguments, **eviction_engine_args(block_size=block_size, **eviction)}
+    return {
+        **arguments,
+        **eviction_engine_args(block_size=block_size, prefix_caching=False, **eviction),
+    }
 
 
 def main() -> None:

@@ -190,7 +190,11 @@ def _arguments(specification: EngineSpecification) -> dict[str, Any]:
         "async_scheduling": specification.protocol == "decode",
         "use_tqdm_on_load": False,
         "seed": 0,
-        **eviction_engine_args(block_size=specification.block_size, **specification.eviction),
+        **eviction_engine_args(
+            block_size=specification.block_size,
+            prefix_caching=False,  # every window is computed for itself
+            **specification.eviction,
+        ),
     }
 
 

@@ -28,7 +28,6 @@ _ALIASES = {
     "-sc": "--speculative-config",
 }
 _ALWAYS = {
-    "--enable-prefix-caching": SENTENCES["prefix_caching"],
     "--kv-transfer-config": SENTENCES["connector"].format(connector="another one"),
     "--kv-offloading-size": SENTENCES["connector"].format(connector="one that offloads"),
     "--speculative-config": SENTENCES["speculative"],

@@ -184,7 +184,9 @@ def server_command(run: ServingRun) -> list[str]:
     if run.method.policy == STOCK:
         plain = {"block_size": server.block_size, "enable_prefix_caching": False}
         return vllm_command(server.model_path, [*serve_flags(plain), *flags])
-    settings = eviction_flags(server.block_size, server_settings(run))
+    # Random prompts share nothing; with stock's cache off, ours is too.
+    options = {**server_settings(run), "prefix_caching": False}
+    settings = eviction_flags(server.block_size, options)
     return vllm_command(server.model_path, [*settings, *flags])
 
 

@@ -88,7 +88,11 @@ def smollm2_engine(smollm2, engine_slot):
             **SMOLLM2_ARGUMENTS,
             disable_log_stats=False,
             **eviction_engine_args(
-                policy="dense", check_integrity=True, trace_decisions=True, **ALL_SCORES
+                policy="dense",
+                check_integrity=True,
+                trace_decisions=True,
+                prefix_caching=False,
+                **ALL_SCORES,
             ),
         ),
     )
@@ -216,7 +220,8 @@ def tiny_llama(tmp_path_factory):
 def make_tiny(folder: str, engine: dict[str, Any] | None = None, **settings: Any) -> Any:
     """An engine over the random model in ``folder``, with the plugin's ``settings``.
 
-    Blocks unless they say otherwise: their decisions are made where a test can look at them.
+    Blocks unless they say otherwise: their decisions are made where a test can look at them. No
+    prefixes are shared unless they say so: a reference scores every query of a prompt.
     """
     from vllm import LLM
 
@@ -239,7 +244,13 @@ def make_tiny(folder: str, engine: dict[str, Any] | None = None, **settings: Any
         **eviction_engine_args(
             check_integrity=True,
             trace_decisions=True,
-            **{"policy": "dense", "granularity": "block", **ALL_SCORES, **settings},
+            **{
+                "policy": "dense",
+                "granularity": "block",
+                "prefix_caching": False,
+                **ALL_SCORES,
+                **settings,
+            },
         ),
     )
 

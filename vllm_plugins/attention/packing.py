@@ -133,6 +133,7 @@ class Packer(ABC):
                 self.tokens.gather(batch.block_ids, layers),
                 self.scoring,
                 batch.num_tokens,
+                batch.first_query,
                 batch.seeds,
                 self._streams[layers] + group * self._group_stride,
                 batch.num_candidates,

@@ -8,7 +8,7 @@ scheduler, differs by platform: ``state_cpu.py``, ``state_cuda.py``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -20,9 +20,12 @@ from ..messages import EvictionPlan, ScoreReport
 from ..parsing import EvictionConfigError
 from ..platforms import platform
 from ..policies import BLOCK_SCORES, TOKEN_NEEDS
+from ..prefix_sharing import Takeover
 from ..refusals.engine import SENTENCES, is_configured
 from .token_scores import TokenScores
 
+BLOCKS_AT_ONCE = 512
+"""Copied together; of a layer they take this many blocks of memory for a moment."""
 State = TypeVar("State", bound="WorkerState")
 _state: WorkerState | None = None
 
@@ -180,6 +183,51 @@ class WorkerState(ABC):
             self.windows.pop(request_id, None)
         self.needs.update(plan.needs)
         self.windows.update(plan.windows)
+
+    def copy_blocks(self, copies: Iterable[tuple[int, int, int]]) -> None:
+        """Copy blocks with all that belongs to them; (layer group, block, its copy) each.
+
+        Every copy reads before any is written: a block may be copied, and become a copy.
+        """
+        by_group: dict[int, list[tuple[int, int]]] = {}
+        for group, block, copy in copies:
+            by_group.setdefault(group, []).append((block, copy))
+        for group, pairs in by_group.items():
+            apart = {block for block, _ in pairs}.isdisjoint(copy for _, copy in pairs)
+            step = BLOCKS_AT_ONCE if apart else len(pairs)
+            for start in range(0, len(pairs), step):
+                part = torch.tensor(pairs[start : start + step], device=self.mass.device)
+                self._copy(group, part[:, 0], part[:, 1])
+
+    def adopt(self, takeovers: Iterable[Takeover]) -> None:
+        """Start the scores of blocks that come from the prefix cache."""
+        takeovers = list(takeovers)
+        for afresh in (True, False):
+            adopted = [pair for t in takeovers if t.starts_afresh is afresh for pair in t.adopted]
+            if adopted:
+                pairs = torch.tensor(adopted, device=self.mass.device)
+                self._adopt(pairs[:, 0], pairs[:, 1], afresh)
+
+    def _copy(self, group: int, source: torch.Tensor, target: torch.Tensor) -> None:
+        for name in self.layers_of[group]:
+            cache = self.kv_caches[name]
+            cache[target] = cache[source]
+        for array in self.tokens.arrays().values():
+            array[:, target] = array[:, source]
+        for numbers in (self.mass, self.num_queries, self.norm):
+            numbers[target] = numbers[source]
+
+    def _adopt(self, blocks: torch.Tensor, places: torch.Tensor, afresh: bool) -> None:
+        block_size = self.tokens.position.shape[-1]
+        first = (places * block_size)[:, None, None]
+        if self.tokens.position.numel():
+            offsets = torch.arange(block_size, device=blocks.device)
+            self.tokens.position[:, blocks] = (first + offsets).int()
+        if afresh:
+            for scores in (self.tokens.mass, self.tokens.peak):
+                if scores.numel():
+                    scores[:, blocks] = 0.0
+            self.mass[blocks] = self.num_queries[blocks] = 0
 
     @property
     def active(self) -> bool:

@@ -30,6 +30,7 @@ class TokenCandidates:
         arrays: ``position`` and what else was gathered (``TokenScores.gather``).
         scoring: ``sum``, ``mean`` or ``decay``.
         num_tokens, seeds: int64 ``[requests, 1, 1, 1]``, processed tokens and seed of each request.
+        first_query: the like, tokens whose queries nobody scored (``Pack.first_query``).
         streams: int64 ``[layers, heads, 1]``, a number for each head of the whole model.
         num_candidates: int64 ``[requests, 1, 1, 1]``; what lies behind them is padding.
         vectors: layer (of the arrays' first to last) and heads to keys and values, float32
@@ -40,6 +41,7 @@ class TokenCandidates:
     arrays: Mapping[str, torch.Tensor]
     scoring: str
     num_tokens: torch.Tensor
+    first_query: torch.Tensor
     seeds: torch.Tensor
     streams: torch.Tensor
     num_candidates: torch.Tensor
@@ -68,7 +70,8 @@ class TokenCandidates:
         if self.scoring != "mean":
             return self.mass
         # Every query from the token's own on saw it, and nobody else did.
-        return self.mass / (self.num_tokens - self.positions).clamp(min=1)
+        first = self.positions.maximum(self.first_query)
+        return self.mass / (self.num_tokens - first).clamp(min=1)
 
     @property
     def chance(self) -> torch.Tensor:
@@ -125,10 +128,10 @@ class Batch:
 
     Attributes:
         block_ids: int64 ``[requests, blocks]``; behind a request's last one, any.
-        numbers: int64 ``[requests, 4 + rankings]``, what the other tensors are views of.
+        numbers: int64 ``[requests, 5 + rankings]``, what the other tensors are views of.
         num_candidates, num_kept: int64 ``[requests, 1, 1, 1]``, tokens of a head.
         counts: int64 ``[rankings, requests, 1, 1, 1]``, tokens that each ranking takes.
-        num_tokens, seeds: int64 ``[requests, 1, 1, 1]``.
+        num_tokens, first_query, seeds: int64 ``[requests, 1, 1, 1]``.
         most_candidates, most_moves: of a head, tokens.
 
     """
@@ -139,6 +142,7 @@ class Batch:
     num_kept: torch.Tensor
     counts: torch.Tensor
     num_tokens: torch.Tensor
+    first_query: torch.Tensor
     seeds: torch.Tensor
     most_candidates: int
     most_moves: int
@@ -162,7 +166,7 @@ class Batch:
             counts = _counts(shares, room, pack.budget_blocks * block_size, sink_tokens)
             padding = [0] * (width - len(pack.block_ids))
             tokens = len(pack.block_ids) * block_size
-            numbers = [tokens, room, pack.num_tokens, pack.seed, *counts]
+            numbers = [tokens, room, pack.num_tokens, pack.first_query, pack.seed, *counts]
             rows.append([*pack.block_ids, *padding, *numbers])
         table = torch.tensor(rows, dtype=torch.int64)
         if device.type == "cuda":
@@ -174,9 +178,10 @@ class Batch:
             numbers,
             columns[0],
             columns[1],
-            torch.stack(columns[4:]),
+            torch.stack(columns[5:]),
             columns[2],
             columns[3],
+            columns[4],
             max(len(p.block_ids) for p in packs) * block_size,
             max(len(p.block_ids) - p.num_kept_blocks for p in packs) * block_size,
         )

@@ -28,12 +28,13 @@ def _ordered(rank):
 
 
 @triton.jit
-def _rank(kind: tl.constexpr, position, now, mass_ptr, peak_ptr, at, real):
+def _rank(kind: tl.constexpr, position, now, first_query, mass_ptr, peak_ptr, at, real):
     if kind == _MASS:
         rank = tl.load(mass_ptr + at, mask=real, other=0.0)
     elif kind == _MEAN:
         mass = tl.load(mass_ptr + at, mask=real, other=0.0)
-        rank = tl.div_rn(mass, tl.maximum(now - position, 1).to(tl.float32))
+        queries = tl.maximum(now - tl.maximum(position, first_query), 1)
+        rank = tl.div_rn(mass, queries.to(tl.float32))
     elif kind == _PEAK:
         rank = tl.load(peak_ptr + at, mask=real, other=0.0)
     else:
@@ -46,6 +47,7 @@ def _tile(
     start,
     num_candidates,
     now,
+    first_query,
     sink_tokens,
     ids_ptr,
     position_ptr,
@@ -63,11 +65,11 @@ def _tile(
     block = tl.load(ids_ptr + place // BLOCK_SIZE, mask=real, other=0)
     at = block * (HEADS * BLOCK_SIZE) + place % BLOCK_SIZE
     position = tl.load(position_ptr + at, mask=real, other=-1)
-    rank = _rank(FIRST, position, now, mass_ptr, peak_ptr, at, real)
+    rank = _rank(FIRST, position, now, first_query, mass_ptr, peak_ptr, at, real)
     first = _ordered(tl.where(position < sink_tokens, float("inf"), rank))
     second = first
     if SECOND >= 0:
-        second = _ordered(_rank(SECOND, position, now, mass_ptr, peak_ptr, at, real))
+        second = _ordered(_rank(SECOND, position, now, first_query, mass_ptr, peak_ptr, at, real))
     return place, real, position, first, second
 
 
@@ -111,6 +113,7 @@ def _choose_kernel(
     num_candidates = tl.load(numbers_ptr).to(tl.int32)
     room = tl.load(numbers_ptr + 1).to(tl.int32)
     now = tl.load(numbers_ptr + 2).to(tl.int32)
+    first_query = tl.load(numbers_ptr + 3).to(tl.int32)
     own = layer.to(tl.int64) * layer_stride + head * BLOCK_SIZE
     position_ptr += own
     mass_ptr += own
@@ -122,6 +125,7 @@ def _choose_kernel(
             0,
             num_candidates,
             now,
+            first_query,
             sink_tokens,
             ids_ptr,
             position_ptr,
@@ -138,10 +142,10 @@ def _choose_kernel(
     first_position = tl.full([], 0, tl.int64)
     second_key = least
     second_position = tl.full([], 0, tl.int64)
-    first_count = tl.load(numbers_ptr + 4)
+    first_count = tl.load(numbers_ptr + 5)
     second_count = tl.full([], 0, tl.int64)
     if SECOND >= 0:
-        second_count = tl.load(numbers_ptr + 5)
+        second_count = tl.load(numbers_ptr + 6)
     for ranking in tl.static_range(1 + (SECOND >= 0)):
         wanted = first_count if ranking == 0 else second_count
         for tie in tl.static_range(2):
@@ -157,6 +161,7 @@ def _choose_kernel(
                             start,
                             num_candidates,
                             now,
+                            first_query,
                             sink_tokens,
                             ids_ptr,
                             position_ptr,
@@ -209,6 +214,7 @@ def _choose_kernel(
                 start,
                 num_candidates,
                 now,
+                first_query,
                 sink_tokens,
                 ids_ptr,
                 position_ptr,
@@ -257,8 +263,9 @@ def choose_tokens(
 
     Args:
         block_ids: int64 ``[requests, blocks]``, candidates in order.
-        numbers: int64 ``[requests, 4 + rankings]``: tokens that are candidates, slots of the
-            region, tokens processed, seed, and how many tokens each ranking takes.
+        numbers: int64 ``[requests, 5 + rankings]``: tokens that are candidates, slots of the
+            region, tokens processed, the first of them whose query is scored, seed, and how many
+            tokens each ranking takes.
         scores: ``position``, and ``mass`` and ``peak`` where a ranking needs them, of all layers
             (``attention.token_scores.TokenScores``).
         rankings: one or two of ``MASS``, ``MEAN``, ``PEAK``, ``POSITION``.

@@ -10,8 +10,6 @@ from ..platforms import check_settings, platform
 from ..registration import CONNECTOR
 
 SENTENCES = {
-    "prefix_caching": "prefix caching is on, and would share blocks computed after an eviction; "
-    "set enable_prefix_caching=False (--no-enable-prefix-caching)",
     "speculative": "speculative decoding is on, and its draft tokens would be scored; "
     "remove the speculative configuration (--speculative-config)",
     "mla": "{model} uses multi-head latent attention (MLA); "
@@ -107,7 +105,6 @@ def _engine_obstacles(vllm_config: Any, config: EvictionConfig) -> list[tuple[bo
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     dtype = cache.cache_dtype
     return [
-        (cache.enable_prefix_caching, SENTENCES["prefix_caching"]),
         (vllm_config.speculative_config is not None, SENTENCES["speculative"]),
         (
             dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
