@@ -366,9 +366,12 @@ def test_the_committed_studies_are_valid(monkeypatch):
         "headline",
         "layer_groups",
         "long",
+        "long_tokens",
+        "nothing_evicted",
         "overhead",
         "short",
         "steady",
+        "steady_long",
         "tight",
     }
     for study in studies.values():

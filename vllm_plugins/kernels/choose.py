@@ -259,7 +259,8 @@ def choose_tokens(
 
     Each head finds by bisection the rank that as many tokens reach as it may keep; equal ranks go
     to the later token. A head's tokens are one program's: it reads 8 to 12 bytes of each token, up
-    to 64 times where they do not fit into registers (from L2 then).
+    to 64 times where they do not fit into registers (from L2 then). It is bound by these passes: on
+    an H100 it reaches 0.7 to 3.5% of a copy's bandwidth (results/kernels-gpu.json).
 
     Args:
         block_ids: int64 ``[requests, blocks]``, candidates in order.

@@ -33,6 +33,10 @@ def add_token_mass(
     sum every time. Cost: as ``add_block_mass``, and 8 bytes (16 with ``peak``) read and written
     per token and KV head.
 
+    On an H100 (results/kernels-gpu.json) decode reaches 84% of a copy's bandwidth with 128 rows of
+    4,096 tokens, 59% with 96 of 448. All queries of a chunk take 0.77 to 0.88 of FlashAttention's
+    time.
+
     """
     launch(queries, TOKENS_SCORED, mass, peak, by_token=True, **options)
 
