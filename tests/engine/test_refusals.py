@@ -80,7 +80,6 @@ def test_a_plain_llama_is_accepted(tiny_llama):
 @pytest.mark.parametrize(
     ("engine", "settings", "sentence"),
     [
-        ({"enable_prefix_caching": True}, {}, "set enable_prefix_caching=False"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             {},
@@ -134,7 +133,6 @@ MULTI = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_e
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"enable_prefix_caching": True}, "set enable_prefix_caching=False"),
         ({"worker_cls": "auto"}, "pass worker_cls"),
         ({"kv_offloading_size": 1.0}, "KV connector is OffloadingConnector"),
         ({"kv_transfer_config": MULTI}, "drop kv_transfer_config, MultiConnector"),

@@ -309,6 +309,7 @@ def check_choice(rankings, device="cpu", *, blocks=(9, 6, 3), tied=False, scorin
                 seed,
                 "none",
                 {},
+                first_query=200 * len(packs),
             )
         )
         first += count
@@ -320,6 +321,7 @@ def check_choice(rankings, device="cpu", *, blocks=(9, 6, 3), tied=False, scorin
         scores.gather(batch.block_ids, every),
         scoring,
         batch.num_tokens,
+        batch.first_query,
         batch.seeds,
         torch.zeros(3, 2, 1, dtype=torch.int64, device=device),
         batch.num_candidates,

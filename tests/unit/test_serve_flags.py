@@ -38,9 +38,8 @@ def refused(folder, capsys, *flags, config=LLAMA):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--enable-prefix-caching"], "prefix caching is on"),
-        (["--enable_prefix_caching"], "prefix caching is on"),
-        (["--enable-prefix"], "prefix caching is on"),
+        (["--enable_dbo"], "dual batch overlap"),
+        (["--enable-db"], "dual batch overlap"),
         (["--kv-cache-dtype", "fp8"], "kv_cache_dtype is fp8"),
         (["--kv-cache-dtype=int8_per_token_head"], "kv_cache_dtype is int8_per_token_head"),
         (["--kv-transfer-config", "{}"], "drop kv_transfer_config, MultiConnector"),
@@ -80,9 +79,9 @@ def test_the_last_value_of_a_flag_counts():
 
 def test_a_configuration_file_is_read_too(tmp_path, capsys):
     file = tmp_path / "server.yaml"
-    file.write_text("enable-prefix-caching: true\nport: 8001\n")
-    assert "prefix caching is on" in refused(tmp_path, capsys, "--config", str(file))
-    file.write_text("enable-prefix-caching: false\nport: 99999\n")
+    file.write_text("enable-dbo: true\nport: 8001\n")
+    assert "dual batch overlap" in refused(tmp_path, capsys, "--config", str(file))
+    file.write_text("enable-dbo: false\nport: 99999\n")
     assert "--port is '99999'" in refused(tmp_path, capsys, "--config", str(file))
 
 
@@ -119,7 +118,7 @@ def test_a_refusal_imports_nothing_slow(tmp_path):
         "import sys; from harness.cli import main; status = main(sys.argv[1:]);"
         "print(status, {'vllm', 'torch', 'transformers'} & {*sys.modules})"
     )
-    for flags, config in ((["--enable-prefix-caching"], LLAMA), ([], WINDOWED)):
+    for flags, config in ((["--enable-dbo"], LLAMA), ([], WINDOWED)):
         command = ["serve", model(tmp_path, config), "--policy", "cab", "--sparsity", "0.9", *flags]
         done = subprocess.run(
             [sys.executable, "-c", code, *command], capture_output=True, text=True, check=True
@@ -191,7 +190,6 @@ def test_no_flag_of_vllm_is_taken_for_one_of_ours():
         "--attention-backend",
         "--config",
         "--enable-dbo",
-        "--enable-prefix-caching",
         "--kv-cache-dtype",
         "--kv-offloading-size",
         "--kv-transfer-config",

@@ -30,6 +30,7 @@ def candidates(request, monkeypatch):
         arrays,
         "mean",
         lengths,
+        torch.zeros_like(lengths),
         lengths,
         torch.zeros(LAYERS, HEADS, 1, dtype=torch.int64),
         lengths,
