@@ -68,6 +68,9 @@ class EvictionConfig:
     request_granularity: str = "any"
     """``any``, or ``server``: no request may ask for another granularity. Saves the memory and
     time of the other one's scores."""
+    request_budgets: str = "any"
+    """``any``, or ``server``: no request may keep more than the server's own budget lets it. Memory
+    is planned by that budget then, and ``max_model_len`` may be longer than what the pool holds."""
     sink_blocks: int = 1
     """So many first blocks of a sequence are never evicted, at block granularity."""
     sink_tokens: int = 4
@@ -155,6 +158,7 @@ class EvictionConfig:
             )
         check_choice("granularity", self.granularity, (DEFAULT_GRANULARITY, *GRANULARITIES))
         check_choice("request_granularity", self.request_granularity, ("any", "server"))
+        check_choice("request_budgets", self.request_budgets, ("any", "server"))
         check_choice("score", self.score, SCORES)
         if not isinstance(self.policy_args, Mapping):
             raise EvictionConfigError(
@@ -169,7 +173,12 @@ class EvictionConfig:
                 policy_named(name)
         for name in self.policy_args:
             resolve_args(name, self.policy_args[name])
-        self._own_settings()
+        own = self._own_settings()
+        if self.request_budgets == "server" and not own.evicts:
+            raise EvictionConfigError(
+                "request_budgets server holds requests to the server's own budget, and it has "
+                "none; give a policy that evicts with sparsity or budget_tokens"
+            )
 
     @property
     def granularities(self) -> tuple[str, ...]:
@@ -204,6 +213,30 @@ class EvictionConfig:
         if self.score != "default":
             return self.score
         return DEFAULT_SCORES[granularity] if self.score_queries == "all" else "sum"
+
+    def most_blocks(
+        self, settings: RequestSettings, num_tokens: int, block_size: int, in_flight_tokens: int
+    ) -> int:
+        """Full and other blocks that a request of ``num_tokens`` holds at most, one that evicts.
+
+        Args:
+            settings: what it follows.
+            num_tokens: of its end.
+            block_size: tokens per block.
+            in_flight_tokens: that may be scheduled and not processed yet, so not evictable.
+
+        """
+        kept = settings.keep(num_tokens, block_size, self.min_blocks)
+        return kept + self.slack(block_size) + -(-in_flight_tokens // block_size) + 1
+
+    def planned_blocks(
+        self, max_model_len: int, block_size: int, in_flight_tokens: int
+    ) -> int | None:
+        """What the longest request holds at most; None where it may keep all."""
+        if self.request_budgets != "server":
+            return None
+        own = self._own_settings()
+        return self.most_blocks(own, max_model_len, block_size, in_flight_tokens)
 
     def needs(self) -> frozenset[str]:
         """Everything that some request of this server may need."""
@@ -320,12 +353,30 @@ class EvictionConfig:
             self._check_budget("kv_budget_tokens", settings.budget_tokens, granularity, block_size)
         if block_size is not None and granularity == TOKEN and settings.evicts:
             self._check_sink_tokens(block_size)
+        if self.request_budgets == "server":
+            self._check_within_own(settings)
         if settings.needs - self.needs():
             raise EvictionConfigError(
                 f"policy {policy} with {dict(settings.policy_args)} needs scores that this server "
                 'does not gather; start it with request_policies "any", or with these policy_args'
             )
         return settings
+
+    def _check_within_own(self, settings: RequestSettings) -> None:
+        """Refuse a request that would keep more than the server's budget."""
+        if self.budget_tokens is not None:
+            within = settings.budget_tokens is not None and (
+                settings.budget_tokens <= self.budget_tokens
+            )
+            allowed = f"kv_budget_tokens of at most {self.budget_tokens}"
+        else:
+            within = settings.budget_tokens is None and settings.sparsity >= self.sparsity
+            allowed = f"kv_sparsity of at least {self.sparsity:g}"
+        if not (settings.evicts and within):
+            raise EvictionConfigError(
+                "this server holds every request to its own budget; use a policy that evicts, "
+                f"and {allowed} or none at all"
+            )
 
     def _own_settings(self) -> RequestSettings:
         """Those of a request that asks for nothing."""
@@ -365,24 +416,24 @@ class EvictionConfig:
             )
         return RequestSettings(policy, sparsity, budget, args, granularity)
 
-    def summary(self) -> str:
+    def summary(self, prefix_caching: bool) -> str:
         """What an engine with these settings does, for its log."""
         settings = self._own_settings()
+        prefixes = (
+            "prefixes are shared up to a request's first eviction"
+            if prefix_caching
+            else "prefix caching is off"
+        )
         if not settings.evicts:
-            return (
-                f"policy {self.policy} evicts nothing unless a request asks for it; "
-                "prefix caching is off"
-            )
+            return f"policy {self.policy} evicts nothing unless a request asks for it; {prefixes}"
         budget = (
             f"sparsity {self.sparsity:g}"
             if self.budget_tokens is None
             else f"{self.budget_tokens:,} tokens"
         )
         each = "tokens for every head" if settings.granularity == TOKEN else "blocks for all heads"
-        return (
-            f"policy {self.policy}, {budget}, {each}; prefix caching is off, as blocks "
-            "computed after an eviction cannot be shared"
-        )
+        held = ", held by every request" if self.request_budgets == "server" else ""
+        return f"policy {self.policy}, {budget}{held}, {each}; {prefixes}"
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values (the connector's extra configuration)."""

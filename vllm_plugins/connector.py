@@ -41,6 +41,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.config = EvictionConfig.parse(self._kv_transfer_config.kv_connector_extra_config)
+        self._in_flight_tokens = vllm_config.max_in_flight_tokens
         self._ledger: Ledger | None = None
         self._siblings = Siblings()
         self._reported: Counter[str] = Counter()
@@ -48,7 +49,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         self.scoring_seconds: Counter[str] = Counter()
         if role == KVConnectorRole.SCHEDULER:
             check_engine(vllm_config)
-            logger.info("KV eviction: %s", self.config.summary())
+            sharing = bool(vllm_config.cache_config.enable_prefix_caching)
+            logger.info("KV eviction: %s", self.config.summary(sharing))
 
     # Scheduler side
 
@@ -64,6 +66,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
             self._managers[0].block_size,
             len(self._managers),
             self._pool.num_gpu_blocks,
+            self._in_flight_tokens,
         )
         self._ledger = ledger
         for manager in self._managers:

@@ -34,7 +34,7 @@ from .policies import (
 )
 from .prefix_sharing import PrefixSharing, Takeover
 from .request_settings import RequestSettings
-from .request_state import RequestLike, RequestState
+from .request_state import NEVER, RequestLike, RequestState
 from .request_table import RequestTable
 
 logger = logging.getLogger("vllm.kv_eviction")
@@ -51,16 +51,23 @@ class Ledger:
         block_size: tokens per block.
         num_groups: layer groups (KV-cache groups of vLLM).
         num_blocks: physical blocks in the pool.
+        in_flight_tokens: that may be scheduled and not processed yet.
 
     """
 
     def __init__(
-        self, config: EvictionConfig, block_size: int, num_groups: int, num_blocks: int
+        self,
+        config: EvictionConfig,
+        block_size: int,
+        num_groups: int,
+        num_blocks: int,
+        in_flight_tokens: int = 0,
     ) -> None:
         self.config = config
         self.block_size = block_size
         self.num_groups = num_groups
         self.num_blocks = num_blocks
+        self.in_flight_tokens = in_flight_tokens
         self.requests: dict[str, RequestState] = {}
         self.table = RequestTable(block_size, num_groups)
         self.totals: Counter[str] = Counter()
@@ -165,10 +172,8 @@ class Ledger:
             else:
                 kept = self._pack(state, rule, group, live, keep, own)
         except Exception as error:
-            # A third party's policy must not take the engine down; the request goes on whole.
-            state.fail(f"{type(error).__name__}: {error}")
-            self.totals["policy_errors"] += 1
-            self._log_once(f"policy {state.settings.policy} failed, nothing evicted: {error!r}")
+            # A third party's policy must not take the engine down.
+            self._fail(state, f"{type(error).__name__}: {error}")
             return []
         if kept is None:  # not now; at the next step again
             state.due[group] = 0
@@ -278,6 +283,15 @@ class Ledger:
             state.settings.needs & {ATTENTION, GRAPH, TOKEN_MASS, TOKEN_PEAK}
         )
 
+    def most_blocks(self, request_id: str) -> int | None:
+        """Blocks that a request's prompt needs at most in a layer group; None: all of its own."""
+        state = self.requests.get(request_id)
+        if state is None or state.due[0] == NEVER:
+            return None
+        return self.config.most_blocks(
+            state.settings, state.num_tokens, self.block_size, self.in_flight_tokens
+        )
+
     def adopt(self, request_id: str, block_ids: Sequence[int]) -> None:
         """A request's first blocks in some layer group come from the prefix cache."""
         state = self.requests.get(request_id)
@@ -304,9 +318,15 @@ class Ledger:
         """A worker could not rank a request's tokens; it kept the most recent ones instead."""
         state = self.requests.get(request_id)
         if state is not None and "policy_error" not in state.record:
-            self.totals["policy_errors"] += 1
-            state.fail(reason)
-            self._log_once(f"policy {state.settings.policy} failed, nothing more evicted: {reason}")
+            self._fail(state, reason)
+
+    def _fail(self, state: RequestState, reason: str) -> None:
+        # Where memory is planned by budgets, a request must not outgrow its own.
+        holds_budget = self.config.request_budgets == "server"
+        goes_on = "the most recent tokens stay" if holds_budget else "nothing more is evicted"
+        self._log_once(f"policy {state.settings.policy} failed, {goes_on}: {reason}")
+        self.totals["policy_errors"] += 1
+        state.fail(reason, holds_budget)
 
     def release(self, request_id: str) -> None:
         """The blocks of a request were freed: it ended or was preempted. Safe to repeat.

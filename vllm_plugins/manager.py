@@ -113,7 +113,13 @@ class EvictableManager(FullAttentionManager):
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, new_computed_blocks: Any, *args: Any, **options: Any
     ) -> int:
-        """As vLLM's, and the copies of cached blocks that somebody holds."""
+        """As vLLM's, and the copies of cached blocks that somebody holds.
+
+        A prompt is admitted by what it will hold, not by its length: its budget, and what is in
+        flight. What a step really takes is counted in full.
+        """
+        if self._ledger is not None:
+            self.max_admission_blocks_per_request = self._ledger.most_blocks(request_id)
         number = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, *args, **options
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from .live_blocks import BlockLike, LiveBlocks
-from .policies import BLOCK_SCORES
+from .policies import BLOCK_SCORES, get_policy
 from .request_settings import RequestSettings
 from .request_table import RequestTable
 
@@ -102,10 +102,18 @@ class RequestState:
         self.table.seen[self.row] += live.num_seen - before
         return live
 
-    def fail(self, reason: str) -> None:
-        """The policy could not be followed: nothing more is decided."""
+    def fail(self, reason: str, holds_budget: bool) -> None:
+        """The policy could not be followed: nothing more is decided.
+
+        Where memory is planned by the budget (``holds_budget``), the most recent tokens stay.
+        """
         self.record["policy_error"] = reason
-        self.due = [NEVER] * len(self.due)
+        if holds_budget:
+            arguments = get_policy("streaming").resolve()
+            self.settings = replace(self.settings, policy="streaming", policy_args=arguments)
+            self.due = [0] * len(self.due)
+        else:
+            self.due = [NEVER] * len(self.due)
 
     def note_decision(self, group: int, num_tokens: int, num_evicted: int, seconds: float) -> None:
         """Record a decision over the first ``num_tokens`` tokens of ``group``."""

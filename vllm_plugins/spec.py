@@ -16,6 +16,7 @@ from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from .config import EvictionConfig
 from .manager import EvictableManager
 from .parsing import EvictionConfigError
 from .refusals.engine import check_layer_groups
@@ -37,6 +38,17 @@ class EvictableSpec(FullAttentionSpec):
             isinstance(spec, EvictableSpec) and spec.layer_group == self.layer_group
             for spec in kv_cache_specs.values()
         )
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """As vLLM's; less where no request may keep all, so that a context may outgrow the pool."""
+        whole = super().max_memory_usage_bytes(vllm_config)
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        planned = EvictionConfig.parse(extra).planned_blocks(
+            vllm_config.model_config.max_model_len,
+            self.block_size,
+            vllm_config.max_in_flight_tokens,
+        )
+        return whole if planned is None else min(whole, planned * self.page_size_bytes)
 
     @classmethod
     def merge(cls, specs: list[EvictableSpec]) -> EvictableSpec:

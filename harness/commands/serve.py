@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_plugins.config import EvictionConfig
@@ -62,6 +63,13 @@ def add_parser(commands: Any) -> None:
         help="server: no request may choose its granularity, which saves memory [any]",
     )
     parser.add_argument(
+        "--request-budgets",
+        choices=("any", "server"),
+        default=None,
+        help="server: no request may keep more than the server's own budget, so a context may be "
+        "longer than what the pool holds [any]",
+    )
+    parser.add_argument(
         "--score-chunk",
         type=int,
         default=None,
@@ -112,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_config(model, facts, config.layer_groups, _whole(flags.get("--max-model-len")))
     vllm_flags, notes = _vllm_flags(arguments, settings, flags, model)
     print(shell_line(["vllm", "serve", model, *vllm_flags]), flush=True)
-    for note in (config.summary(), *notes):
+    for note in (config.summary(_shares_prefixes(vllm_flags)), *notes):
         print(f"kv-eviction: {note}", file=sys.stderr, flush=True)
     if arguments.print_command:
         return 0
@@ -124,9 +132,17 @@ def run(arguments: argparse.Namespace) -> int:
     raise AssertionError("not reached")
 
 
+_PREFIX_CACHING = ("--enable-prefix-caching", "--no-enable-prefix-caching")
+_OWN = (
+    *("policy", "sparsity", "budget_tokens"),
+    *("request_policies", "request_granularity", "request_budgets"),
+)
+"""Settings that only a server has a flag for."""
+
+
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = eviction_settings(arguments)
-    for name in ("policy", "sparsity", "budget_tokens", "request_policies", "request_granularity"):
+    for name in _OWN:
         if getattr(arguments, name) is not None:
             settings[name] = getattr(arguments, name)
     return settings
@@ -167,6 +183,12 @@ def _vllm_flags(
             f"{arguments.score_chunk} tokens; for scoring, not for speed"
         )
     return made, notes
+
+
+def _shares_prefixes(vllm_flags: Sequence[str]) -> bool:
+    """What the last flag that speaks of it says, as vLLM's parser reads them."""
+    said = [flag for flag in vllm_flags if flag in _PREFIX_CACHING]
+    return bool(said) and said[-1] == _PREFIX_CACHING[0]
 
 
 def _score_flags(chunk: int, flags: Passthrough) -> list[str]:

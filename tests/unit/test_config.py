@@ -176,12 +176,42 @@ def test_a_policy_that_was_chosen_to_evict_needs_a_budget():
 
 def test_the_engines_log_says_what_it_does():
     cab = {"policy": "cab", "sparsity": 0.9}
-    told = EvictionConfig.parse(cab).summary()
+    told = EvictionConfig.parse(cab).summary(False)
     assert "policy cab, sparsity 0.9, tokens for every head; prefix caching is off" in told
-    told = EvictionConfig.parse({**cab, "granularity": "block"}).summary()
+    told = EvictionConfig.parse({**cab, "granularity": "block"}).summary(False)
     assert "policy cab, sparsity 0.9, blocks for all heads; prefix caching is off" in told
-    assert "policy h2o, 2,048 tokens" in EvictionConfig.parse({"budget_tokens": "2048"}).summary()
-    assert "evicts nothing unless a request asks" in EvictionConfig().summary()
+    assert "policy h2o, 2,048 tokens" in EvictionConfig.parse({"budget_tokens": "2048"}).summary(
+        False
+    )
+    assert "evicts nothing unless a request asks" in EvictionConfig().summary(True)
+
+
+def test_a_server_can_hold_every_request_to_its_budget():
+    config = EvictionConfig.parse(
+        {"policy": "h2o", "sparsity": 0.9, "request_budgets": "server", "granularity": "token"}
+    )
+    for extra in (
+        {"kv_policy": "dense"},
+        {"kv_sparsity": 0},
+        {"kv_sparsity": 0.89},
+        {"kv_budget_tokens": 4096},
+    ):
+        with pytest.raises(EvictionConfigError, match="kv_sparsity of at least 0[.]9 or none"):
+            config.request_settings(extra, 16)
+    for extra in (None, {"kv_sparsity": 0.9}, {"kv_policy": "cab", "kv_sparsity": 0.95}):
+        assert config.request_settings(extra, 16).evicts
+    # A tenth of 8,192 tokens, 32 of slack, two chunks of 256 in flight, and one more block.
+    assert config.planned_blocks(8192, 16, 512) == 52 + 2 + 32 + 1
+    assert EvictionConfig.parse({"sparsity": 0.9}).planned_blocks(8192, 16, 512) is None
+    absolute = EvictionConfig.parse({"budget_tokens": 512, "request_budgets": "server"})
+    for extra in ({"kv_budget_tokens": 528}, {"kv_sparsity": 0.99}):
+        with pytest.raises(EvictionConfigError, match="kv_budget_tokens of at most 512 or none"):
+            absolute.request_settings(extra, 16)
+    assert absolute.request_settings({"kv_budget_tokens": 256}, 16).budget_tokens == 256
+    with pytest.raises(EvictionConfigError, match="and it has none; give a policy that evicts"):
+        EvictionConfig.parse({"request_budgets": "server"})
+    with pytest.raises(EvictionConfigError, match="request_budgets is 'all'"):
+        EvictionConfig.parse({"request_budgets": "all", "sparsity": 0.5})
 
 
 def test_a_servers_settings_travel_in_one_word():

@@ -184,6 +184,27 @@ def test_scores_that_are_no_numbers_are_a_policy_error(policy, value):
     assert "NaN or infinity" in bench.ledger.finish("r")["policy_error"]
 
 
+@pytest.mark.parametrize("granularity", ["block", "token"])
+def test_where_memory_is_planned_by_budgets_a_failed_policy_keeps_what_is_recent(granularity):
+    bench = Bench({}, granularity=granularity, request_budgets="server")
+    bench.step(80, scores(np.full(20, np.nan)))
+    if granularity == "block":
+        assert bench.decide(80) == []
+    else:
+        bench.ledger.pack_failed("r", "RuntimeError: out of ideas")
+    victims = bench.decide(80)
+    assert len(victims) == 10
+    kept = sorted(set(range(20)) - set(victims))
+    assert kept == [0, *range(11, 20)], "the first block, and the last nine"
+    if granularity == "token":
+        (pack,) = bench.ledger.take_packs()["r"]
+        assert pack.policy == "streaming"
+    record = bench.ledger.finish("r")
+    assert record["policy"] == "h2o"
+    assert record["policy_error"]
+    assert bench.ledger.totals["policy_errors"] == 1
+
+
 def test_a_record_tells_the_sparsity_that_its_budget_allowed():
     bench = Bench({"kv_sparsity": 0.9}, num_tokens=80)
     bench.step(80, scores(np.arange(20.0)))

@@ -142,7 +142,7 @@ def test_the_command_names_its_pool_and_says_so(smollm2, capsys):
     assert 2**28 < size < 2**40
     assert f"the KV pool takes {size / 2**30:.1f} GiB" in told
     assert "--kv-cache-memory-bytes" in told
-    assert "policy cab, sparsity 0.9, tokens for every head; prefix caching is off" in told
+    assert "policy cab, sparsity 0.9, tokens for every head; prefixes are shared up to" in told
     assert "start with --score-chunk 64" in told
     for flag in ("--kv-cache-memory-bytes", "--gpu-memory-utilization"):
         command, told = printed(capsys, "smollm2-135m", flag, "0.5")
