@@ -196,7 +196,7 @@ def test_a_server_can_hold_every_request_to_its_budget():
         {"kv_sparsity": 0.89},
         {"kv_budget_tokens": 4096},
     ):
-        with pytest.raises(EvictionConfigError, match="kv_sparsity of at least 0[.]9 or none"):
+        with pytest.raises(EvictionConfigError, match=r"kv_sparsity of at least 0\.9 or none"):
             config.request_settings(extra, 16)
     for extra in (None, {"kv_sparsity": 0.9}, {"kv_policy": "cab", "kv_sparsity": 0.95}):
         assert config.request_settings(extra, 16).evicts
