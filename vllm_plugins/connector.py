@@ -119,6 +119,10 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
                     windows[new.req_id] = state.settings.window
         used = self._pool.num_gpu_blocks - 1 - self._pool.get_num_free_blocks()
         after = {r: before[r] + n for r, n in scheduled.items() if r in before}
+        started = {
+            new.req_id: ledger.lost_before(new.req_id)
+            for new in scheduler_output.scheduled_new_reqs
+        }
         step = ledger.schedule(after, used)
         if self.config.check_integrity:
             self.check_integrity()
@@ -127,7 +131,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
             evicted=ledger.take_evictions(),
             needs=needs,
             windows=windows,
-            started=[new.req_id for new in scheduler_output.scheduled_new_reqs],
+            started=started,
             num_groups=ledger.num_groups,
             takeovers=ledger.take_takeovers(),
             packs=ledger.take_packs(),
@@ -182,9 +186,12 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         place = num_computed_tokens // self.ledger.block_size
         needed = (place + 1) * self.ledger.block_size <= request.num_tokens - OWN_QUERIES
         hashes = request.block_hashes
-        if needed and place < len(hashes) and self.ledger.sharing.is_expected(hashes[place]):
+        if needed and place < len(hashes) and self._is_expected(hashes[place]):
             return None, False
         return 0, False
+
+    def _is_expected(self, block_hash: Any) -> bool:
+        return self.ledger.sharing.is_expected(block_hash, self.ledger.step)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         pass

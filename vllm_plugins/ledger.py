@@ -261,6 +261,11 @@ class Ledger:
         )
         return np.concatenate((np.arange(region), np.arange(end, n)))
 
+    @property
+    def step(self) -> int:
+        """The last one scheduled."""
+        return self._step
+
     def take_evictions(self) -> dict[str, dict[int, list[int]]]:
         """Victims since the last call: ``{request_id: {group: [position, ...]}}``."""
         pending, self._pending = self._pending, {}
@@ -270,6 +275,17 @@ class Ledger:
         """Packs planned since the last call, by request."""
         packs, self._packs = self._packs, {}
         return packs
+
+    def lost_before(self, request_id: str) -> list[int]:
+        """Blocks by layer group that a request has lost, but for what is not taken away yet.
+
+        None, of one that starts; a session that goes on after a pause starts with what it has.
+        """
+        state = self.requests.get(request_id)
+        if state is None:
+            return [0] * self.num_groups
+        pending = self._pending.get(request_id, {})
+        return [live.num_evicted - len(pending.get(g, ())) for g, live in enumerate(state.groups)]
 
     def take_takeovers(self) -> dict[str, Takeover]:
         """What the prefix cache asks of the workers since the last call, by request."""

@@ -94,10 +94,9 @@ class EvictableManager(FullAttentionManager):
         if num_tokens > sharing.num_exact(request_id):
             return
         self._unhashed[request_id] = (request, options)
-        if self.kv_cache_group_id == 0:
-            sharing.expect(
-                request_id, request.block_hashes[num_cached : num_tokens // self.block_size]
-            )
+        if self.kv_cache_group_id == 0 and num_cached < num_tokens // self.block_size:
+            hashes = request.block_hashes[num_cached : num_tokens // self.block_size]
+            sharing.expect(hashes, self._ledger.step)
 
     def _hash_computed(self, request_id: str) -> None:
         """Let others share what is computed, as far as it saw the whole cache before it."""

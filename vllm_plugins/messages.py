@@ -26,7 +26,8 @@ class EvictionPlan(KVConnectorMetadata):
         needs: what to gather for requests seen for the first time or again after preemption
             (see ``policies.base``); requests that need nothing are not listed.
         windows: of those, the ones whose rule has a window (``TokenRule.window``).
-        started: requests whose tables begin anew with this step.
+        started: requests whose tables begin anew with this step, and how many blocks of them are
+            null by layer group, those in ``evicted`` aside.
         num_groups: layer groups.
         takeovers: by request, what the prefix cache asks for.
         packs: by request, in the order they were planned, what is packed before this step's nulls
@@ -38,7 +39,7 @@ class EvictionPlan(KVConnectorMetadata):
     evicted: dict[str, dict[int, list[int]]] = field(default_factory=dict)
     needs: dict[str, frozenset[str]] = field(default_factory=dict)
     windows: dict[str, int] = field(default_factory=dict)
-    started: list[str] = field(default_factory=list)
+    started: dict[str, list[int]] = field(default_factory=dict)
     num_groups: int = 1
     takeovers: dict[str, Takeover] = field(default_factory=dict)
     packs: dict[str, list[Pack]] = field(default_factory=dict)

@@ -14,11 +14,12 @@ No vLLM is imported here.
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 _ALL = sys.maxsize
+Copy = tuple[int, int, int]
+"""Layer group, block, and the block that becomes its like."""
 
 
 @dataclass
@@ -26,14 +27,14 @@ class Takeover:
     """What the workers do for one request before a step.
 
     Attributes:
-        copies: layer group, block, and the block that becomes its like, before it is packed.
+        copies: in the order they were planned; those of a region come before its pack.
         adopted: blocks that come from the cache, and their places in the sequence.
         starts_afresh: nobody else's scores lie with the adopted blocks, and theirs start at zero.
         replaced: ``{group: {position: block}}``, entries of the block table that change.
 
     """
 
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
     adopted: list[tuple[int, int]] = field(default_factory=list)
     starts_afresh: bool = False
     replaced: dict[int, dict[int, int]] = field(default_factory=dict)
@@ -44,8 +45,8 @@ class PrefixSharing:
 
     def __init__(self) -> None:
         self._exact: dict[str, int] = {}
-        self._expected: dict[str, tuple[Hashable, ...]] = {}
-        self._awaited: Counter[Hashable] = Counter()
+        self._expected: set[Hashable] = set()
+        self._step = -1
 
     def num_exact(self, request_id: str) -> int:
         """The first tokens of a request that any other request could have computed."""
@@ -54,23 +55,21 @@ class PrefixSharing:
     def first_eviction(self, request_id: str, num_tokens: int) -> None:
         """Tokens from ``num_tokens`` on see an evicted cache. Later evictions change nothing."""
         self._exact.setdefault(request_id, num_tokens)
-        self.expect(request_id, ())
-
-    def expect(self, request_id: str, hashes: Sequence[Hashable]) -> None:
-        """Blocks with these hashes are being computed; they can be shared a step later."""
-        for known in self._expected.pop(request_id, ()):
-            self._awaited[known] -= 1
-            if not self._awaited[known]:
-                del self._awaited[known]
-        if hashes:
-            self._expected[request_id] = tuple(hashes)
-            self._awaited.update(self._expected[request_id])
-
-    def is_expected(self, block_hash: Hashable) -> bool:
-        """Whether somebody computes this block just now: to wait a step saves computing it too."""
-        return block_hash in self._awaited
 
     def forget(self, request_id: str) -> None:
         """The request lost its blocks: it ended, or was preempted and will start again."""
         self._exact.pop(request_id, None)
-        self.expect(request_id, ())
+
+    def expect(self, hashes: Iterable[Hashable], step: int) -> None:
+        """Blocks with these hashes are computed in the step that is scheduled after ``step``.
+
+        They can be shared in the next one, where whoever computes them comes first again. If nobody
+        goes on, nobody waits: an expectation ends with its step.
+        """
+        if step != self._step:
+            self._expected, self._step = set(), step
+        self._expected.update(hashes)
+
+    def is_expected(self, block_hash: Hashable, step: int) -> bool:
+        """Whether to wait a step for a block, which saves computing it too."""
+        return step == self._step and block_hash in self._expected

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed import get_tensor_model_parallel_rank
@@ -24,6 +25,7 @@ from .messages import EvictionPlan
 from .packs import Pack
 from .parsing import EvictionConfigError
 from .policies import TOKEN_NEEDS
+from .prefix_sharing import Copy
 from .refusals.engine import check_engine
 from .registration import CONNECTOR
 from .request_settings import TOKEN
@@ -51,19 +53,35 @@ def evictable(specs: Mapping[str, Any], max_model_len: int) -> dict[str, Any]:
     return made
 
 
-def waves(plan: EvictionPlan) -> Iterator[dict[str, list[Pack]]]:
-    """Packs that can be done at once, after all copies of their requests."""
-    wave: dict[str, list[Pack]] = {}
-    read: set[int] = set()
+@dataclass
+class Wave:
+    """Copies, and packs that can be done at once after them."""
+
+    copies: list[Copy] = field(default_factory=list)
+    packs: dict[str, list[Pack]] = field(default_factory=dict)
+
+
+def waves(plan: EvictionPlan) -> Iterator[Wave]:
+    """What the scheduler planned, in its order, in few parts.
+
+    A pack comes after the copies of its own region. A block that one pack reads for the last time
+    may be a later one's copy, also in another layer group: the groups share the memory of blocks.
+    Requests without a pack are new ones: they came last, and took what was free by then.
+    """
+    wave, read = Wave(), set[int]()
     for request_id, packs in plan.packs.items():
         takeover = plan.takeovers.get(request_id)
-        if takeover is not None and any(copy in read for _, _, copy in takeover.copies):
-            yield wave
-            wave, read = {}, set()
-        wave[request_id] = packs
-        read.update(block for pack in packs for block in pack.block_ids)
-    if wave:
-        yield wave
+        for pack in packs:
+            copies = [c for c in takeover.copies if c[0] == pack.group] if takeover else []
+            if any(copy in read for _, _, copy in copies):
+                yield wave
+                wave, read = Wave(), set()
+            wave.copies += copies
+            wave.packs.setdefault(request_id, []).append(pack)
+            read.update(pack.block_ids)
+    yield wave
+    new = [takeover for name, takeover in plan.takeovers.items() if name not in plan.packs]
+    yield Wave([copy for takeover in new for copy in takeover.copies])
 
 
 _running: weakref.ref[Any] | None = None
@@ -150,21 +168,11 @@ class EvictionWorkerMixin(_Worker):
             self.eviction.pack_failures |= self._packer.pack(packs)
 
     def _prepare_blocks(self, plan: EvictionPlan) -> None:
-        """Copies, packs and adopted blocks, in the order in which the scheduler planned them.
-
-        Running requests came first: each copied what it shares of its region, and packed. A block
-        that one of them lost may be the next one's copy; then the pack that still reads it goes
-        first. New requests came last, and took what was free by then.
-        """
-        takeovers = plan.takeovers
+        """Copies, packs and adopted blocks."""
         for wave in waves(plan):
-            self.eviction.copy_blocks(
-                c for r in wave if r in takeovers for c in takeovers[r].copies
-            )
-            self.pack(wave)
-        new = [takeover for r, takeover in takeovers.items() if r not in plan.packs]
-        self.eviction.copy_blocks(copy for takeover in new for copy in takeover.copies)
-        self.eviction.adopt(takeovers.values())
+            self.eviction.copy_blocks(wave.copies)
+            self.pack(wave.packs)
+        self.eviction.adopt(plan.takeovers.values())
 
     def determine_available_memory(self) -> int:
         """Bytes for keys and values: what vLLM finds, less what the tokens' scores will take."""

@@ -42,7 +42,7 @@ def check_idle(llm):
     connector = connector_of(llm)
     connector.check_integrity()
     assert connector._pool.get_num_free_blocks() == connector._pool.num_gpu_blocks - 1
-    assert not connector.ledger.sharing._awaited
+    assert not connector.ledger.sharing._exact
 
 
 def answers(outputs):

@@ -21,32 +21,54 @@ def test_tokens_are_exact_up_to_the_first_eviction():
     assert sharing.num_exact("a") > 10**9, "a preempted request starts again"
 
 
-def test_a_block_is_awaited_while_somebody_computes_it():
+def test_a_block_is_awaited_in_the_step_it_is_computed_in():
     sharing = PrefixSharing()
-    sharing.expect("a", ["x", "y"])
-    sharing.expect("b", ["y", "z"])
-    sharing.expect("a", ["w"])  # its next step
-    assert [sharing.is_expected(h) for h in "wxyz"] == [True, False, True, True]
-    sharing.forget("b")
-    assert [sharing.is_expected(h) for h in "wyz"] == [True, False, False]
-    sharing.first_eviction("a", 32)
-    assert not sharing.is_expected("w"), "nobody can share what sees an evicted cache"
+    sharing.expect(["x", "y"], step=4)
+    sharing.expect(["y", "z"], step=4)
+    assert [sharing.is_expected(h, 4) for h in "wxyz"] == [False, True, True, True]
+    assert not sharing.is_expected("x", 5), (
+        "whoever goes on says so again; nobody else is waited for"
+    )
+    sharing.expect(["w"], step=5)
+    assert [sharing.is_expected(h, 5) for h in "wx"] == [True, False]
 
 
-def pack(*block_ids):
-    return [Pack(0, list(block_ids), 1, 2, 100, 0, "h2o", {})]
+def pack(*block_ids, group=0):
+    return Pack(group, list(block_ids), 1, 2, 100, 0, "h2o", {})
+
+
+def of(*made):
+    return [
+        (wave.copies, {name: list(packs) for name, packs in wave.packs.items()}) for wave in made
+    ]
 
 
 def test_a_pack_goes_before_a_copy_into_what_it_reads():
     copies = {
         "b": Takeover(copies=[(0, 20, 7)]),  # 7 was one of a's candidates
         "c": Takeover(copies=[(0, 30, 9)]),
+        "new": Takeover(copies=[(0, 50, 5)]),
     }
-    packs = {"a": pack(5, 6, 7), "b": pack(7, 21), "c": pack(9, 31), "d": pack(40)}
-    made = list(waves(EvictionPlan(packs=packs, takeovers=copies)))
-    assert [list(wave) for wave in made] == [["a"], ["b", "c", "d"]]
-    assert {name: packs for wave in made for name, packs in wave.items()} == packs
-    assert list(waves(EvictionPlan())) == []
+    a, b, c, d = pack(5, 6, 7), pack(7, 21), pack(9, 31), pack(40)
+    plan = EvictionPlan(packs={"a": [a], "b": [b], "c": [c], "d": [d]}, takeovers=copies)
+    assert of(*waves(plan)) == [
+        ([], {"a": [a]}),
+        ([(0, 20, 7), (0, 30, 9)], {"b": [b], "c": [c], "d": [d]}),
+        ([(0, 50, 5)], {}),
+    ]
+    assert of(*waves(EvictionPlan())) == [([], {}), ([], {})]
+
+
+def test_layer_groups_of_one_request_share_the_memory_of_blocks():
+    """The first group's pack reads a block for the last time that is the second group's copy."""
+    first, second = pack(5, 6, 7), pack(7, 8, group=1)
+    takeover = Takeover(copies=[(0, 4, 5), (1, 9, 7)])
+    plan = EvictionPlan(packs={"a": [first, second]}, takeovers={"a": takeover})
+    assert of(*waves(plan)) == [
+        ([(0, 4, 5)], {"a": [first]}),
+        ([(1, 9, 7)], {"a": [second]}),
+        ([], {}),
+    ]
 
 
 def worker(num_blocks=12):
@@ -62,18 +84,27 @@ def worker(num_blocks=12):
     return state
 
 
-def test_a_copy_has_keys_values_and_scores_of_what_was_there_before():
-    """Block 2 is copied to 5 and becomes a copy of 1, whatever the order they are told in."""
-    for order in ([(0, 1, 2), (0, 2, 5)], [(0, 2, 5), (0, 1, 2)]):
-        state, before = worker(), worker()
-        state.copy_blocks(order)
+def test_a_copy_has_keys_values_and_scores():
+    state, before = worker(), worker()
+    state.copy_blocks([(0, 2, 5), (0, 1, 2), (0, 3, 6)])
+    for copy, block in ((5, 2), (2, 1), (6, 3)):
         for name, cache in state.kv_caches.items():
-            assert torch.equal(cache[5], before.kv_caches[name][2])
-            assert torch.equal(cache[2], before.kv_caches[name][1])
-            assert torch.equal(cache[6:], before.kv_caches[name][6:])
+            assert torch.equal(cache[copy], before.kv_caches[name][block])
         for name, array in state.tokens.arrays().items():
-            assert torch.equal(array[:, 5], before.tokens.arrays()[name][:, 2])
-        assert state.mass[5] == before.mass[2] != before.mass[5]
+            assert torch.equal(array[:, copy], before.tokens.arrays()[name][:, block])
+        assert state.mass[copy] == before.mass[block]
+    for name, cache in state.kv_caches.items():
+        assert torch.equal(cache[7:], before.kv_caches[name][7:])
+
+
+def test_copies_are_made_in_order_whatever_their_layer_groups():
+    """59 was copied, was free, and became another group's copy."""
+    state = CPUWorkerState(EvictionConfig.parse({"policy": "cab", "sparsity": 0.5}))
+    state.set_layers({"one": 0, "two": 1})
+    shared = torch.arange(12.0)[:, None, None, None].expand(12, 2, 4, 6).contiguous()
+    state.register({"one": shared, "two": shared})  # groups share the memory of blocks
+    state.copy_blocks([(0, 1, 8), (1, 5, 7), (0, 2, 5), (1, 5, 9)])
+    assert [float(shared[i, 0, 0, 0]) for i in (8, 7, 5, 9)] == [1.0, 5.0, 2.0, 2.0]
 
 
 def test_adopted_blocks_know_their_places_and_start_without_scores():

@@ -8,7 +8,7 @@ scheduler, differs by platform: ``state_cpu.py``, ``state_cuda.py``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from ..messages import EvictionPlan, ScoreReport
 from ..parsing import EvictionConfigError
 from ..platforms import platform
 from ..policies import BLOCK_SCORES, TOKEN_NEEDS
-from ..prefix_sharing import Takeover
+from ..prefix_sharing import Copy, Takeover
 from ..refusals.engine import SENTENCES, is_configured
 from .token_scores import TokenScores
 
@@ -184,20 +184,36 @@ class WorkerState(ABC):
         self.needs.update(plan.needs)
         self.windows.update(plan.windows)
 
-    def copy_blocks(self, copies: Iterable[tuple[int, int, int]]) -> None:
-        """Copy blocks with all that belongs to them; (layer group, block, its copy) each.
+    def copy_blocks(self, copies: Iterable[Copy]) -> None:
+        """Copy blocks with all that belongs to them, as if one after the other."""
+        pending: list[Copy] = []
+        blocks: set[int] = set()
+        targets: set[int] = set()
+        for copy in copies:
+            _, source, target = copy
+            # At once every copy reads before any is written, and in any order of layer groups.
+            if target in blocks or source in targets or len(pending) == BLOCKS_AT_ONCE:
+                self._copy_at_once(pending)
+                pending, blocks, targets = [], set(), set()
+            pending.append(copy)
+            blocks.update((source, target))
+            targets.add(target)
+        self._copy_at_once(pending)
 
-        Every copy reads before any is written: a block may be copied, and become a copy.
-        """
+    def _copy_at_once(self, copies: Iterable[Copy]) -> None:
         by_group: dict[int, list[tuple[int, int]]] = {}
         for group, block, copy in copies:
             by_group.setdefault(group, []).append((block, copy))
         for group, pairs in by_group.items():
-            apart = {block for block, _ in pairs}.isdisjoint(copy for _, copy in pairs)
-            step = BLOCKS_AT_ONCE if apart else len(pairs)
-            for start in range(0, len(pairs), step):
-                part = torch.tensor(pairs[start : start + step], device=self.mass.device)
-                self._copy(group, part[:, 0], part[:, 1])
+            both = self._on_device(pairs)
+            self._copy(group, both[:, 0], both[:, 1])
+
+    def _on_device(self, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """int64 ``[pairs, 2]``; a GPU is not waited for."""
+        made = torch.tensor(pairs, dtype=torch.int64)
+        if self.mass.is_cuda:
+            made = made.pin_memory().to(self.mass.device, non_blocking=True)
+        return made
 
     def adopt(self, takeovers: Iterable[Takeover]) -> None:
         """Start the scores of blocks that come from the prefix cache."""
@@ -205,7 +221,7 @@ class WorkerState(ABC):
         for afresh in (True, False):
             adopted = [pair for t in takeovers if t.starts_afresh is afresh for pair in t.adopted]
             if adopted:
-                pairs = torch.tensor(adopted, device=self.mass.device)
+                pairs = self._on_device(adopted)
                 self._adopt(pairs[:, 0], pairs[:, 1], afresh)
 
     def _copy(self, group: int, source: torch.Tensor, target: torch.Tensor) -> None:

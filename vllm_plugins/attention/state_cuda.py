@@ -112,8 +112,8 @@ class CUDAWorkerState(WorkerState):
         for request_id in finished:
             self.evicted.pop(request_id, None)
             self._changed.discard(request_id)
-        for request_id in plan.started:
-            self.evicted[request_id] = [0] * plan.num_groups
+        for request_id, counts in plan.started.items():
+            self.evicted[request_id] = list(counts)
         for request_id, groups in plan.evicted.items():
             counts = self.evicted.setdefault(request_id, [0] * plan.num_groups)
             for group, positions in groups.items():
