@@ -76,6 +76,4 @@ def _batch(values: Mapping[str, Any]) -> Batch:
         )
     if batch.turns > 1 and not batch.turn_tokens:
         raise UsageError("load.turn_tokens is 0; each turn after the first brings at least 1")
-    if batch.turns == 1 and batch.turn_tokens:
-        raise UsageError("load.turn_tokens has no effect in one turn; give load.turns, or drop it")
     return batch

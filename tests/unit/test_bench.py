@@ -394,7 +394,7 @@ def test_interrupting_leaves_no_process_and_resumes(number, stubs, study, tmp_pa
         ({"load": {**STUDY["load"], "shared_tokens": 449}}, "449, more than load.prompt_tokens"),
         ({"load": {**STUDY["load"], "turns": 0}}, "load.turns is 0; give at least 1"),
         ({"load": {**STUDY["load"], "turns": 2}}, "load.turn_tokens is 0; each turn after the"),
-        ({"load": {**STUDY["load"], "turn_tokens": 2}}, "load.turn_tokens has no effect in one"),
+        ({"load": {**STUDY["load"], "turn_tokens": -1}}, "turn_tokens is -1; give at least 0"),
         ({"load": {**STUDY["load"], "turns": 2, "turn_tokens": 9}}, "585 tokens at its end, more"),
         ({"load": {**STEADY, "kind": "steadi"}}, "load.kind is 'steadi'; give batch or steady"),
         ({"load": {"kind": "steady"}}, "steady load of a bench study has no num_sequences"),
