@@ -26,10 +26,12 @@ def aggregate_bench(records: Sequence[Record], keys: Sequence[str] = ()) -> dict
     that is stock vLLM; None without one. ``median_*`` are medians over seeds and their ratios:
     ``against_streaming`` to eviction of as many blocks without scores. ``roofline`` is the largest
     ratio to stock that the GPU allows, where its numbers are known. ``scoring_share`` is the share
-    of the batches' time that went into scores, by phase. ``load`` is a method's own, where it has
-    one. A steady load has ``steady_figures`` too, and ``step_against_stock``: the ratio of its
-    milliseconds per step, paired by seed, to the first stock vLLM with a load of its own, which is
-    there to make as many sequences of as many live tokens.
+    of the batches' time that went into scores, by phase. ``hits`` is the share of the prompts'
+    tokens that came from the prefix cache, over all runs; None where there is none. ``load`` is a
+    method's own, where it has one. A steady load has ``steady_figures`` too, and
+    ``step_against_stock``: the ratio of its milliseconds per step, paired by seed, to the first
+    stock vLLM with a load of its own, which is there to make as many sequences of as many live
+    tokens.
 
     Args:
         records: of one study's point.
@@ -86,6 +88,7 @@ def _entry(
         else None,
         "roofline": stock and largest_ratio(first, stock[0]),
         "scoring_share": _scoring_share(runs),
+        "hits": _hits(runs),
     }
 
 
@@ -117,3 +120,9 @@ def _scoring_share(runs: Sequence[Record]) -> dict[str, float]:
         for phase in phases
     }
     return {phase: share for phase, share in shares.items() if share}
+
+
+def _hits(runs: Sequence[Record]) -> float | None:
+    if not runs[0]["specification"]["engine"].get("prefix_caching", False):
+        return None
+    return sum(run["cached_tokens"] for run in runs) / sum(run["prompt_tokens"] for run in runs)

@@ -106,11 +106,12 @@ def largest_ratio(record: Mapping[str, Any], stock: Mapping[str, Any]) -> float 
         stock: of stock vLLM on the study's load.
 
     Returns:
-        None for other models and GPUs than those whose numbers stand here.
+        None for other models and GPUs than those whose numbers stand here, and for loads with
+        shared tokens or turns: the formula computes every token of every prompt.
 
     """
     gpu = _gpu_of(record)
-    if gpu is None:
+    if gpu is None or _shares(record) or _shares(stock):
         return None
     if record["kind"] == STEADY:
         (rows, step), (base_rows, base_step) = _steady_step(record, gpu), _steady_step(stock, gpu)
@@ -136,6 +137,11 @@ def _steady_step(record: Mapping[str, Any], gpu: str) -> tuple[float, float]:
     load, pool = record["specification"]["load"], record["kv_cache_tokens"]
     rows, live = steady_rows(load, pool, record["sparsity"], record["budget_tokens"])
     return rows, step_seconds(rows, live, gpu)
+
+
+def _shares(record: Mapping[str, Any]) -> bool:
+    load = record["specification"]["load"]
+    return load.get("shared_tokens", 0) > 0 or load.get("turns", 1) > 1
 
 
 def _output_tokens(load: Mapping[str, Any]) -> int:

@@ -13,6 +13,9 @@ from ..study.bench_load import BenchRun
 UNITS = {
     "*_seconds": "seconds, wall time",
     "seconds": "from the batch's first request to its last token",
+    "seconds_by_turn": "of each turn; seconds is their sum",
+    "prompt_tokens": "asked, of all requests and turns",
+    "cached_tokens": "of prompt_tokens, those that came from the prefix cache",
     "output_tokens_per_second": "output tokens of all requests by seconds",
     "kv_cache_tokens": "tokens that the KV pool holds without eviction",
     "preemptions": "requests that lost their KV cache and were computed anew",
@@ -23,8 +26,9 @@ UNITS = {
 }
 
 
+_OF_BATCHES = ("seconds_by_turn", "prompt_tokens", "cached_tokens")
 STEADY_UNITS = {
-    **UNITS,
+    **{name: unit for name, unit in UNITS.items() if name not in _OF_BATCHES},
     "seconds": "of the window, wall time; what counts or takes time is the window's, but split",
     "sub_windows": "output tokens per second in equal parts of the window",
     "ms_per_step": "milliseconds, wall time, without a profiler",
@@ -40,6 +44,10 @@ STEADY_UNITS = {
 }
 
 
+_WARM_UP_SEED = 2**63
+"""Warm-ups have other tokens than any batch: what they leave in a cache must not be found."""
+
+
 class PolicyFailed(RuntimeError):
     """The engine is well, but a policy failed for some requests: the batch is not the method's."""
 
@@ -48,7 +56,7 @@ def warm_up(run: BenchRun, engine: BatchEngine) -> None:
     """Run what a load wants to have run before, once under the same settings."""
     if run.settings in engine.warm or run.measurement.warm_up is None:
         return
-    engine.run(run.measurement.warm_up, run.seed, run.settings)
+    engine.run(run.measurement.warm_up, _WARM_UP_SEED + run.seed, run.settings)
     engine.warm.append(run.settings)
 
 

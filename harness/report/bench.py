@@ -29,6 +29,8 @@ _NOTES = {
     "Student's t over seeds of the logarithm]",
     "roofline allows": "*roofline allows*: what bytes and FLOPs allow "
     "(`harness/analysis/roofline.py`)",
+    "hits": "*hits*: the share of the prompts' tokens that came from the prefix cache; a dash: the "
+    "engine has none",
     "of streaming": "*of streaming*: against equally many evictions without scores",
 }
 
@@ -107,6 +109,7 @@ def _batch_rows(loads: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) ->
         "by seed",
         "roofline allows",
         "reached",
+        "hits",
         "of streaming",
         "preemptions",
         "share of time on scores, by phase",
@@ -118,10 +121,11 @@ def _batch_rows(loads: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) ->
 def _cells(load: Mapping[str, Any], entry: Mapping[str, Any]) -> Row:
     unscored, preemptions = entry["median_against_streaming"], entry["median_preemptions"]
     return (
-        f"{load['num_requests']} x ({load['prompt_tokens']} + {load['output_tokens']})",
+        _load(load),
         entry["method"].replace("-", " "),
         budget(entry),
         *speed(entry),
+        "-" if entry["hits"] is None else f"{100 * entry['hits']:.1f}%",
         "-" if unscored is None else f"{unscored:.3f}x",
         "-" if preemptions is None else f"{preemptions:g}",
         ", ".join(
@@ -132,15 +136,33 @@ def _cells(load: Mapping[str, Any], entry: Mapping[str, Any]) -> Row:
     )
 
 
+def _load(load: Mapping[str, Any]) -> str:
+    told = f"{load['num_requests']} x ({load['prompt_tokens']} + {load['output_tokens']})"
+    if shared := load.get("shared_tokens"):
+        told += f", {shared} shared"
+    if (turns := load.get("turns", 1)) > 1:
+        told += f", {turns} turns"
+    return told
+
+
 def _conditions(
     engine: Mapping[str, Any], load: Mapping[str, Any], results: Mapping[str, Any]
 ) -> str:
     seeds = max(entry["num_runs"] for entry in results.values())
     starts = ", engines started anew for each" if engine["rounds"] else ""
+    shared, turns = load.get("shared_tokens", 0), load.get("turns", 1)
+    alike = f", the first {shared} of them shared" if shared else ""
+    again = (
+        f", in each of {turns} turns, where a prompt is all that was said and "
+        f"{load['turn_tokens']} new tokens"
+        if turns > 1
+        else ""
+    )
     return (
         f"{Path(engine['model']).name}, blocks of {engine['block_size']} tokens. Batches of "
-        f"{load['num_requests']} requests of {load['prompt_tokens']} random tokens, all there at "
-        f"the start, {load['output_tokens']} output tokens each; {seeds} seed(s){starts}. Medians "
+        f"{load['num_requests']} requests of {load['prompt_tokens']} random tokens{alike}, all "
+        f"there at the start, {load['output_tokens']} output tokens each{again}; {seeds} "
+        f"seed(s){starts}. Medians "
         "over seeds. In brackets: the effective sparsity, where blocks that always stay leave "
         "another than was asked."
     )

@@ -70,6 +70,7 @@ class BatchEngine:
         Returns:
             ``seconds``, ``output_tokens``, ``preemptions``, ``eviction`` (over the requests'
             records; None: no plugin), ``scoring_seconds`` by phase. Of a batch also
+            ``seconds_by_turn``, ``prompt_tokens`` and of them ``cached_tokens``, and
             ``tokens_sha256`` (over every token of every request: equal where two sides answered
             the same), of a steady load what ``steady_loop.measure`` gives.
 
@@ -175,6 +176,7 @@ def worker_arguments(specification: BatchEngineSpecification) -> dict[str, Any]:
         "arguments": {"seed": 0, **specification.arguments, "model": specification.model_path},
         "block_size": specification.block_size,
         "eviction": specification.eviction,
+        "prefix_caching": specification.prefix_caching,
     }
 
 

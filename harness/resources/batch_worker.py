@@ -28,6 +28,7 @@ class Worker:
         started = time.perf_counter()
         self._llm = LLM(**engine_arguments(**question), disable_log_stats=False)
         self._scores = eviction is not None
+        self._prefix_caching = question["prefix_caching"]
         config = self._llm.llm_engine.vllm_config
         # A block holds one group's layers.
         blocks = config.cache_config.num_gpu_blocks // (eviction or {}).get("layer_groups", 1)
@@ -52,13 +53,13 @@ class Worker:
         return measure(SteadyLoad.parse(fields), load["seed"], settings, engine)
 
     def _batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        import numpy as np
         from vllm import SamplingParams
 
+        from ..study.batch_specification import Batch
+        from .batch_turns import run_turns
+
         vocabulary = self._llm.llm_engine.model_config.get_vocab_size()
-        size = (batch["num_requests"], batch["prompt_tokens"])
-        tokens = np.random.default_rng(batch["seed"]).integers(0, vocabulary, size=size)
-        prompts = [{"prompt_token_ids": prompt} for prompt in tokens.tolist()]
+        asked = Batch(**{k: v for k, v in batch.items() if k not in ("seed", "settings")})
         params = SamplingParams(
             max_tokens=batch["output_tokens"],
             temperature=0.0,
@@ -67,19 +68,18 @@ class Worker:
             extra_args=batch["settings"] or None,
         )
         before = self._counters()
-        started = time.perf_counter()
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        seconds = time.perf_counter() - started
+        made = run_turns(self._llm, params, asked, batch["seed"], vocabulary, self._prefix_caching)
         after = self._counters()
-        answers = [list(output.outputs[0].token_ids) for output in outputs]
-        records = [(o.kv_transfer_params or {}).get("kv_eviction", {}) for o in outputs]
         scored = before["scoring_seconds"]
         return {
-            "seconds": seconds,
-            "output_tokens": sum(map(len, answers)),
+            "seconds": sum(made.seconds),
+            "seconds_by_turn": made.seconds,
+            "output_tokens": sum(map(len, made.answers)),
+            "prompt_tokens": made.prompt_tokens,
+            "cached_tokens": made.cached_tokens,
             "preemptions": after["preemptions"] - before["preemptions"],
-            "eviction": summary(records),
-            "tokens_sha256": hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
+            "eviction": summary(made.records),
+            "tokens_sha256": hashlib.sha256(json.dumps(made.answers).encode()).hexdigest(),
             "scoring_seconds": {
                 phase: total - scored.get(phase, 0.0)
                 for phase, total in after["scoring_seconds"].items()
@@ -108,17 +108,18 @@ class Worker:
 
 
 def engine_arguments(
-    arguments: dict[str, Any], block_size: int, eviction: dict[str, Any] | None
+    arguments: dict[str, Any],
+    block_size: int,
+    eviction: dict[str, Any] | None,
+    prefix_caching: bool,
 ) -> dict[str, Any]:
     """All engine arguments of vLLM, as ``worker_arguments`` tells them."""
     if eviction is None:
-        return {**arguments, "block_size": block_size, "enable_prefix_caching": False}
+        return {**arguments, "block_size": block_size, "enable_prefix_caching": prefix_caching}
     from vllm_plugins import eviction_engine_args
 
-    return {
-        **arguments,
-        **eviction_engine_args(block_size=block_size, prefix_caching=False, **eviction),
-    }
+    settings = {**eviction, "block_size": block_size, "prefix_caching": prefix_caching}
+    return {**arguments, **eviction_engine_args(**settings)}
 
 
 def main() -> None:

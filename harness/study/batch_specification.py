@@ -28,9 +28,18 @@ class BatchEngineSpecification:
     """Equal engines of different numbers are started apart."""
     rounds: bool = False
     """Started anew for each seed."""
+    prefix_caching: bool = False
+    """Whether requests share what their prompts have in common; of either side."""
     startup_timeout_s: float = field(default=600.0, compare=False)
     batch_timeout_s: float = field(default=3600.0, compare=False)
     model_path: str = field(default="", compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As records have it: what does not differ between machines, and as in older records."""
+        values = asdict(self)
+        for name in ("startup_timeout_s", "batch_timeout_s", "model_path"):
+            del values[name]
+        return _without_defaults(values, {"prefix_caching": False})
 
     @property
     def min_blocks(self) -> int:
@@ -40,15 +49,23 @@ class BatchEngineSpecification:
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests of random tokens that are all there at the start, from empty to done."""
+    """Requests of random tokens that are all there at the start, from empty to done.
+
+    With ``turns`` each is a conversation: when all are answered, each is asked again.
+    """
 
     num_requests: int
     prompt_tokens: int
     output_tokens: int
-    """Every request makes exactly so many."""
+    """Every request makes exactly so many, in each turn."""
     warm_up_requests: int = 2
     """Before a method's first batch on an engine: first steps are slow."""
     warm_up_output_tokens: int = 8
+    shared_tokens: int = 0
+    """The first so many tokens are the same in every prompt."""
+    turns: int = 1
+    turn_tokens: int = 0
+    """After each turn a conversation's prompt is all that was said, and so many new tokens."""
     study_load: dict[str, Any] | None = None
     """The study's load, where this one is a method's own."""
 
@@ -63,7 +80,8 @@ class Batch:
     @property
     def max_tokens(self) -> int:
         """Tokens of the longest request at its end."""
-        return self.prompt_tokens + self.output_tokens
+        more = (self.turns - 1) * self.turn_tokens
+        return self.prompt_tokens + more + self.turns * self.output_tokens
 
     @property
     def size(self) -> int:
@@ -77,19 +95,20 @@ class Batch:
             self,
             num_requests=min(self.warm_up_requests, self.num_requests),
             output_tokens=min(self.warm_up_output_tokens, self.output_tokens),
+            turns=min(2, self.turns),
         )
 
     def file_suffix(self, run: Run[Any, Any]) -> str:
         return f"_seed{run.seed}"
 
-    def request_tokens(self, engine: BatchEngineSpecification) -> int:
-        return self.max_tokens
+    def request_tokens(self, engine: BatchEngineSpecification) -> int | None:
+        return self.max_tokens if self.turns == 1 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """As records and the engine's process have it."""
+        """As records and the engine's process have it; without sharing as in older records."""
         values = asdict(self)
         del values["study_load"]
-        return values
+        return _without_defaults(values, {"shared_tokens": 0, "turns": 1, "turn_tokens": 0})
 
     def stored(self, run: Run[Any, Any]) -> dict[str, Any]:
         return stored_run(run, self.to_dict(), self.study_load)
@@ -107,15 +126,17 @@ def stored_run(
             several loads are known as one study's (``records.batch.study_load``).
 
     """
-    engine = asdict(run.resource)
-    for name in ("startup_timeout_s", "batch_timeout_s", "model_path"):
-        del engine[name]
     return {
         "method": run.method.to_dict(),
         "sparsity": run.budget.sparsity,
         "budget_tokens": run.budget.tokens,
         "seed": run.seed,
-        "engine": engine,
+        "engine": run.resource.to_dict(),
         "load": load,
         **({} if study_load is None else {"study_load": study_load}),
     }
+
+
+def _without_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A record without these settings is of their defaults."""
+    return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}

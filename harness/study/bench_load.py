@@ -18,6 +18,7 @@ BenchLoad: TypeAlias = Batch | SteadyLoad
 BenchRun: TypeAlias = Run[BatchEngineSpecification, BenchLoad]
 _NUM_REQUIRED = 3
 """The first fields of either load have no default."""
+_MAY_BE_0 = ("shared_tokens", "turn_tokens")
 
 
 def parse_load(values: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> BenchLoad:
@@ -65,6 +66,14 @@ def _check_names(load: type[Batch | SteadyLoad], values: Mapping[str, Any], what
 def _batch(values: Mapping[str, Any]) -> Batch:
     check_numbers(Batch, values)
     for name, value in values.items():
-        if value < 1:
-            raise UsageError(f"load.{name} is {value}; give at least 1")
-    return Batch(**values)
+        if value < (least := 0 if name in _MAY_BE_0 else 1):
+            raise UsageError(f"load.{name} is {value}; give at least {least}")
+    batch = Batch(**values)
+    if batch.shared_tokens > batch.prompt_tokens:
+        raise UsageError(
+            f"load.shared_tokens is {batch.shared_tokens}, more than load.prompt_tokens "
+            f"{batch.prompt_tokens}; lower the one or raise the other"
+        )
+    if batch.turns > 1 and not batch.turn_tokens:
+        raise UsageError("load.turn_tokens is 0; each turn after the first brings at least 1")
+    return batch

@@ -57,8 +57,8 @@ class BenchStudy:
     model: str = DEFAULT_MODEL
     methods: tuple[Any, ...] = (STOCK, "h2o", "cab")
     """Names, or ``{policy: h2o, name: h2o-all, args: {}, sparsity: [0.9], budget_tokens: [1024],
-    seeds: [0], eviction: {score_query_stride: 1}, load: {prompt_tokens: 26}, start: 2}`` with some
-    of these."""
+    seeds: [0], eviction: {score_query_stride: 1}, load: {prompt_tokens: 26}, start: 2,
+    prefix_caching: true}`` with some of these."""
     sparsity: tuple[float, ...] = (0.9,)
     budget_tokens: tuple[int, ...] = ()
     """Absolute budgets, beside the sparsities."""
@@ -67,6 +67,8 @@ class BenchStudy:
     rounds: bool = False
     """Engines start anew for each seed, so that slow changes of the machine meet all methods
     alike; else all seeds of an engine run in one start."""
+    prefix_caching: bool = False
+    """Whether prefixes are cached and shared, by stock vLLM and by the plugin."""
     block_size: int = 32
     eviction: dict[str, Any] = field(default_factory=dict)
     """Server-wide eviction settings; those of a method are laid over them."""
@@ -122,6 +124,7 @@ class BenchStudy:
                     environment={name: str(value) for name, value in self.environment.items()},
                     start=brought.get("start", 1),
                     rounds=self.rounds,
+                    prefix_caching=brought.get("prefix_caching", self.prefix_caching),
                     startup_timeout_s=self.startup_timeout_s,
                     batch_timeout_s=self.batch_timeout_s,
                     model_path=path,
@@ -143,8 +146,9 @@ class BenchStudy:
         check_numbers(
             type(self), {k: v for k, v in vars(self).items() if k != "name" or v is not None}
         )
-        if type(self.rounds) is not bool:
-            raise UsageError(f"rounds is {self.rounds!r}; give true or false")
+        for name in ("rounds", "prefix_caching"):
+            if type(getattr(self, name)) is not bool:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; give true or false")
         if self.block_size < 1:
             raise UsageError(f"block_size is {self.block_size}; give at least 1")
         for name in ("startup_timeout_s", "batch_timeout_s"):
@@ -160,7 +164,7 @@ class BenchStudy:
         check_file_names(runs)
         for run in runs:
             _check_run(run)
-        can_vary = _KINDS.keys() | {"block_size", "model", "rounds"}
+        can_vary = _KINDS.keys() | {"block_size", "model", "prefix_caching", "rounds"}
         check_vary(self.vary, can_vary - {"vary"})
 
     def _eviction(self, policy: str, brought: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -180,13 +184,16 @@ def _split(entry: Any) -> tuple[Any, dict[str, Any]]:
     """A method as ``levels_for`` takes it, and what it brings: of its engine, and of its load."""
     if not isinstance(entry, Mapping):
         return entry, {}
-    own = {name: entry[name] for name in (*_LAID_OVER, "start") if name in entry}
+    names = (*_LAID_OVER, "start", "prefix_caching")
+    own = {name: entry[name] for name in names if name in entry}
     for name in _LAID_OVER:
         if not isinstance(own.get(name, {}), dict):
             raise UsageError(f"{name} of method {dict(entry)} must be a mapping")
     start = own.get("start", 1)
     if type(start) is not int or start < 1:
         raise UsageError(f"start of method {dict(entry)} must be a whole number of at least 1")
+    if type(own.get("prefix_caching", False)) is not bool:
+        raise UsageError(f"prefix_caching of method {dict(entry)} must be true or false")
     for name in own:
         check_json(f"{name} of a method", own[name])
     return {k: v for k, v in entry.items() if k not in own}, own
@@ -210,6 +217,8 @@ def _check_run(run: BenchRun) -> None:
 
 
 def _check_steady(load: SteadyLoad, engine: BatchEngineSpecification) -> None:
+    if engine.prefix_caching:
+        raise UsageError("prefix_caching is for batches; prompts of a steady load share nothing")
     most = engine.arguments.get("max_num_seqs")
     if type(most) is int and load.num_sequences > most:
         raise UsageError(

@@ -37,12 +37,17 @@ class _Stored(Records):
         return record["specification"]
 
     def stray(self, record: dict[str, Any], runs: Sequence[OfflineRun]) -> str | None:
-        there = record["specification"]
+        there = _shared(record["specification"])
         mates = [run for run in runs if run.kind == record["kind"]]
         if not mates or comparison(there) == mates[0].comparison:
             return None
-        ours = {k: v for k, v in mates[0].to_dict().items() if k not in VARIED}
+        ours = _shared(mates[0].to_dict())
         return f"belongs to another comparison ({changes(there, ours)})"
+
+
+def _shared(specification: dict[str, Any]) -> dict[str, Any]:
+    """What all runs of a comparison agree in."""
+    return {k: v for k, v in specification.items() if k not in VARIED}
 
 
 class Sweep(Loop):

@@ -89,8 +89,8 @@ def missing(
 def changes(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
     """What differs between two specifications, in words."""
     found = []
-    for name in here:
-        a, b = there.get(name), here[name]
+    for name in dict.fromkeys((*here, *there)):
+        a, b = there.get(name), here.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             found.append(changes(a, b, f"{prefix}{name}."))
         elif a != b:

@@ -210,8 +210,8 @@ def test_decisions_with_a_step_in_flight_equal_the_oracle(tiny_engines, tiny_lla
     the scheduler decides has no candidates, but its queries count."""
     decide = Ledger.decide
 
-    def late(ledger, request_id, group, num_processed_tokens, blocks):
-        return decide(ledger, request_id, group, max(0, num_processed_tokens - 64), blocks)
+    def late(ledger, request_id, group, num_processed_tokens, *rest):
+        return decide(ledger, request_id, group, max(0, num_processed_tokens - 64), *rest)
 
     monkeypatch.setattr(Ledger, "decide", late)
     llm = tiny_engines()

@@ -2,7 +2,8 @@
 
 Modes, by the engine argument ``load_format``: ``good``; ``no_start``: vLLM refuses; ``die``: it
 ends in its third batch; ``error``: its third batch fails; ``slow``: no batch ever ends; ``policy``:
-a policy fails in the third batch. A steady load is a batch too.
+a policy fails in the third batch. A steady load is a batch too. Where prefixes are cached, all but
+the first request find what is shared, as if there were one turn.
 """
 
 import json
@@ -15,6 +16,7 @@ def main():
     question = json.loads(sys.stdin.readline())
     mode = question["arguments"].get("load_format", "good")
     stock = question["eviction"] is None
+    caches = question["prefix_caching"]
     assert stock == (os.environ.get("VLLM_PLUGINS") == "")
     if mode == "no_start":
         answer({"error": "ValueError: this model cannot be"})
@@ -34,13 +36,17 @@ def main():
         if batch.get("kind") == "steady":
             answer(steady(batch, stock))
             continue
-        tokens = batch["num_requests"] * batch["output_tokens"]
+        requests, turns = batch["num_requests"], batch.get("turns", 1)
+        seconds = turns * (0.5 if evicts else 1.0) * (1 + batch["seed"] / 10)
         failed = int(mode == "policy" and number == 3)
         eviction = {"policy_errors": failed, "blocks_evicted": 3 * evicts}
         answer(
             {
-                "seconds": (0.5 if evicts else 1.0) * (1 + batch["seed"] / 10),
-                "output_tokens": tokens,
+                "seconds": seconds,
+                "seconds_by_turn": [seconds / turns] * turns,
+                "output_tokens": requests * batch["output_tokens"] * turns,
+                "prompt_tokens": requests * batch["prompt_tokens"],
+                "cached_tokens": caches * (requests - 1) * batch.get("shared_tokens", 0),
                 "preemptions": 0 if evicts else 2,
                 "eviction": None if stock else eviction,
                 "tokens_sha256": "0" * 64,

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from harness.analysis.roofline import largest_ratio
 from harness.cli import main
 from harness.errors import UsageError
+from harness.measure.batch import warm_up
 from harness.resources import batch_engine
 from harness.resources.eviction_summary import summary
 from harness.study.bench_study import BenchStudy
@@ -64,6 +67,19 @@ def study(model, tmp_path):
         return ["bench", str(path), "--output-dir", str(tmp_path / "out"), *flags]
 
     return arguments
+
+
+def bench_record(load, policy, sparsity):
+    """What the roofline takes of a batch's record."""
+    return {
+        "kind": "batch",
+        "policy": policy,
+        "sparsity": sparsity,
+        "budget_tokens": None,
+        "kv_cache_tokens": 4096,
+        "hardware": {"gpu": "NVIDIA H100 80GB HBM3"},
+        "specification": {"engine": {"model": "llama-3.1-8b"}, "load": load},
+    }
 
 
 def records(folder):
@@ -185,6 +201,69 @@ def test_a_batch_may_be_a_methods_own_too(stubs, study, tmp_path):
     assert "| 2 x (448 + 64) | half |" in report
 
 
+def test_what_sharing_prefixes_is_worth(stubs, study, tmp_path, capsys):
+    uncached = {"policy": "stock", "name": "stock-uncached", "prefix_caching": False}
+    settings = {"methods": ["stock", uncached, "h2o"], "prefix_caching": True}
+    load = {**STUDY["load"], "shared_tokens": 400}
+    assert main(study(**settings, load=load)) == 0
+    assert stubs == ["stock_s0.0", "stock-uncached_s0.0", "h2o_s0.9"]
+    folder = tmp_path / "out" / "demo"
+    found = records(folder)
+    record = found["h2o_s0.9_seed1"]
+    assert (record["cached_tokens"], record["prompt_tokens"]) == (1200, 1792)
+    assert record["specification"]["load"]["shared_tokens"] == 400
+    assert record["specification"]["engine"]["prefix_caching"] is True
+    off = found["stock-uncached_s0.0_seed1"]
+    assert off["cached_tokens"] == 0
+    assert "prefix_caching" not in off["specification"]["engine"], "as in older records"
+    report = (folder / "report.md").read_text()
+    assert "4 requests of 448 random tokens, the first 400 of them shared, all there" in report
+    rows = [r for r in report.splitlines() if r.startswith(("| load", "| 4 x (448 + 64), 400 s"))]
+    assert [row.split(" | ")[6] for row in rows] == ["hits", "67.0%", "-", "67.0%"]
+    assert "of stock" in rows[0]
+    assert "*hits*: the share of the prompts' tokens that came from the prefix cache" in report
+    capsys.readouterr()
+    assert main(study(methods=["stock"], seeds=[0], load=load)) == 2
+    assert "engine.prefix_caching True there, None here" in capsys.readouterr().err
+
+
+def test_a_chat_has_turns(stubs, study, tmp_path):
+    load = {"num_requests": 2, "prompt_tokens": 100, "output_tokens": 64}
+    turns = {"turns": 3, "turn_tokens": 60}
+    assert main(study(load={**load, **turns}, prefix_caching=True)) == 0
+    folder = tmp_path / "out" / "demo"
+    record = records(folder)["h2o_s0.9_seed0"]
+    assert record["seconds_by_turn"] == [0.5, 0.5, 0.5]
+    assert (record["seconds"], record["output_tokens"]) == (1.5, 2 * 64 * 3)
+    assert record["effective_sparsity"] is None, "a conversation's requests differ in length"
+    report = (folder / "report.md").read_text()
+    assert "| 2 x (100 + 64), 3 turns | h2o | 0.9 |" in report
+    assert "in each of 3 turns, where a prompt is all that was said and 60 new tokens" in report
+
+
+def test_warm_ups_have_tokens_of_no_batch():
+    asked = []
+    engine = SimpleNamespace(warm=[], run=lambda load, seed, settings: asked.append((load, seed)))
+    load = {**STUDY["load"], "turns": 3, "turn_tokens": 1, "shared_tokens": 448}
+    runs = BenchStudy.parse({"load": load, "methods": ["stock"], "seeds": [7, 8]}).runs()
+    for run in runs:
+        warm_up(run, engine)
+    ((small, seed),) = asked
+    assert seed >= 2**63, "above every seed of a study"
+    assert (small.num_requests, small.output_tokens, small.turns) == (2, 8, 2)
+    assert (small.prompt_tokens, small.shared_tokens) == (448, 448), "hits are warm too"
+
+
+def test_records_of_loads_that_share_have_no_roofline():
+    load = {"num_requests": 4, "prompt_tokens": 64, "output_tokens": 8}
+    bounds = [
+        largest_ratio(bench_record(own, "h2o", 0.9), bench_record(own, "stock", 0.0))
+        for own in (load, {**load, "shared_tokens": 1}, {**load, "turns": 2, "turn_tokens": 1})
+    ]
+    assert bounds[0] is not None
+    assert bounds[1:] == [None, None], "the formula computes every token"
+
+
 def test_a_steady_record_without_a_field_is_measured_again(stubs, study, tmp_path, capsys):
     arguments = study(load=STEADY, methods=["stock"], seeds=[0])
     assert main(arguments) == 0
@@ -301,6 +380,9 @@ def test_interrupting_leaves_no_process_and_resumes(number, stubs, study, tmp_pa
         ({"seeds": [-1]}, "seeds has -1"),
         ({"seeds": []}, "one of seeds"),
         ({"rounds": 3}, "rounds is 3; give true or false"),
+        ({"prefix_caching": 1}, "prefix_caching is 1; give true or false"),
+        ({"methods": [{"policy": "h2o", "prefix_caching": 0}]}, "prefix_caching of method"),
+        ({"prefix_caching": True, "load": STEADY}, "prefix_caching is for batches"),
         ({"block_size": 0}, "block_size is 0"),
         ({"engine": {"model": "x"}}, "engine.model follows from other settings"),
         ({"engine": {"max_model_len": 511}}, "512 tokens at its end, more than"),
@@ -308,6 +390,12 @@ def test_interrupting_leaves_no_process_and_resumes(number, stubs, study, tmp_pa
         ({"load": {**STUDY["load"], "rate": 3}}, "unknown setting 'rate' of the load"),
         ({"load": {**STUDY["load"], "output_tokens": 0}}, "load.output_tokens is 0"),
         ({"load": {**STUDY["load"], "output_tokens": "8"}}, "output_tokens is '8'"),
+        ({"load": {**STUDY["load"], "shared_tokens": -1}}, "shared_tokens is -1; give at least 0"),
+        ({"load": {**STUDY["load"], "shared_tokens": 449}}, "449, more than load.prompt_tokens"),
+        ({"load": {**STUDY["load"], "turns": 0}}, "load.turns is 0; give at least 1"),
+        ({"load": {**STUDY["load"], "turns": 2}}, "load.turn_tokens is 0; each turn after the"),
+        ({"load": {**STUDY["load"], "turn_tokens": -1}}, "turn_tokens is -1; give at least 0"),
+        ({"load": {**STUDY["load"], "turns": 2, "turn_tokens": 9}}, "585 tokens at its end, more"),
         ({"load": {**STEADY, "kind": "steadi"}}, "load.kind is 'steadi'; give batch or steady"),
         ({"load": {"kind": "steady"}}, "steady load of a bench study has no num_sequences"),
         ({"load": {**STEADY, "output_token": 3}}, "did you mean 'output_tokens'?"),
@@ -361,6 +449,7 @@ def test_the_committed_studies_are_valid(monkeypatch):
     paths = sorted((ROOT / "scripts" / "studies" / "bench").glob("*.yaml"))
     studies = {path.stem: BenchStudy.read(path) for path in paths}
     assert set(studies) == {
+        "chat",
         "default",
         "granularity",
         "headline",
@@ -369,6 +458,8 @@ def test_the_committed_studies_are_valid(monkeypatch):
         "long_tokens",
         "nothing_evicted",
         "overhead",
+        "prefix_sharing",
+        "samples",
         "short",
         "steady",
         "steady_long",
