@@ -76,6 +76,19 @@ def test_what_does_not_ask_attention_answers_as_without_sharing(prompts, tiny_en
     assert made[: len(forms)] == made[len(forms) :]
 
 
+def test_layer_groups_answer_as_without_sharing(prompts, tiny_engines):
+    """Groups share the memory of blocks: what one packs, the next one may copy into."""
+    made = []
+    for sharing in (False, True):
+        llm = tiny_engines(ONE_CHUNK, prefix_caching=sharing, layer_groups=2)
+        extra = {**settings("random", "token"), "kv_sparsity": 0.5}
+        outputs = generate(llm, prompts, extra, 300)
+        assert any(output.num_cached_tokens for output in outputs) == sharing
+        made.append(answers(outputs))
+        assert llm.reset_prefix_cache()
+    assert made[0] == made[1]
+
+
 @pytest.mark.parametrize(("policy", "granularity"), BY_ATTENTION)
 def test_an_answer_does_not_depend_on_who_holds_the_prefix(
     policy, granularity, prompts, tiny_engines
