@@ -183,15 +183,12 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         """Nothing is loaded; but a request waits a step for a block that is being computed now."""
-        place = num_computed_tokens // self.ledger.block_size
-        needed = (place + 1) * self.ledger.block_size <= request.num_tokens - OWN_QUERIES
-        hashes = request.block_hashes
-        if needed and place < len(hashes) and self._is_expected(hashes[place]):
-            return None, False
-        return 0, False
-
-    def _is_expected(self, block_hash: Any) -> bool:
-        return self.ledger.sharing.is_expected(block_hash, self.ledger.step)
+        ledger, hashes = self.ledger, request.block_hashes
+        place = num_computed_tokens // ledger.block_size
+        needed = (place + 1) * ledger.block_size <= request.num_tokens - OWN_QUERIES
+        known = needed and place < len(hashes)
+        waits = known and ledger.sharing.is_expected(hashes[place], ledger.step)
+        return (None if waits else 0), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         pass

@@ -117,7 +117,7 @@ class EvictableManager(FullAttentionManager):
         A prompt is admitted by what it will hold, not by its length: its budget, and what is in
         flight. What a step really takes is counted in full.
         """
-        if self._ledger is not None:
+        if options.get("apply_admission_cap") and self._ledger is not None:
             self.max_admission_blocks_per_request = self._ledger.most_blocks(request_id)
         number = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, *args, **options

@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer import (
     has_kv_transfer_group,
 )
 
+from .attention.compaction import NULL_BLOCK
 from .attention.packing import Packer
 from .attention.state import WorkerState, begin, end, worker_state
 from .attention.token_scores import bytes_per_token
@@ -36,10 +37,8 @@ if TYPE_CHECKING:
 else:
     _Worker = object
 
-Evicted = Mapping[str, Mapping[int, Sequence[int]]]
-"""``{request_id: {group: [position, ...]}}``."""
-Replaced = Mapping[str, Mapping[int, Mapping[int, int]]]
-"""``{request_id: {group: {position: block}}}``."""
+Changes = Mapping[str, Mapping[int, Mapping[int, int]]]
+"""``{request_id: {group: {position: block}}}``, entries of block tables."""
 
 
 def evictable(specs: Mapping[str, Any], max_model_len: int) -> dict[str, Any]:
@@ -82,6 +81,18 @@ def waves(plan: EvictionPlan) -> Iterator[Wave]:
     yield wave
     new = [takeover for name, takeover in plan.takeovers.items() if name not in plan.packs]
     yield Wave([copy for takeover in new for copy in takeover.copies])
+
+
+def table_changes(plan: EvictionPlan) -> Changes:
+    """Evicted entries become null, replaced ones the copies."""
+    changes = {
+        request_id: {group: dict.fromkeys(nulls, NULL_BLOCK) for group, nulls in groups.items()}
+        for request_id, groups in plan.evicted.items()
+    }
+    for request_id, takeover in plan.takeovers.items():
+        for group, blocks in takeover.replaced.items():
+            changes.setdefault(request_id, {}).setdefault(group, {}).update(blocks)
+    return changes
 
 
 _running: weakref.ref[Any] | None = None
@@ -134,9 +145,9 @@ class EvictionWorkerMixin(_Worker):
         """Make the eviction backend known to vLLM; called before the model is built."""
         raise NotImplementedError
 
-    def apply_evictions(self, evicted: Evicted, replaced: Replaced) -> None:
-        """Null the evicted entries of the model runner's block tables, write the replaced ones, and
-        tell ``eviction`` whose rows they are; called before each step."""
+    def change_tables(self, changes: Changes) -> None:
+        """Write entries of the model runner's block tables, and tell ``eviction`` whose rows they
+        are; called before each step."""
         raise NotImplementedError
 
     def new_packer(self) -> Packer:
@@ -204,6 +215,5 @@ class EvictionWorkerMixin(_Worker):
         if isinstance(plan, EvictionPlan):
             self.eviction.start_step(plan, scheduler_output.finished_req_ids)
             self._prepare_blocks(plan)
-            replaced = {name: t.replaced for name, t in plan.takeovers.items() if t.replaced}
-            self.apply_evictions(plan.evicted, replaced)
+            self.change_tables(table_changes(plan))
         return super().execute_model(scheduler_output)

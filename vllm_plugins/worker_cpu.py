@@ -13,11 +13,10 @@ from typing import Any
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from .attention.compaction import NULL_BLOCK
 from .attention.packing_cpu import CPUPacker
 from .attention.state_cpu import CPUWorkerState
 from .packs import Pack
-from .worker import Evicted, EvictionWorkerMixin, Replaced, evictable
+from .worker import Changes, EvictionWorkerMixin, evictable
 
 
 class EvictionCPUWorker(EvictionWorkerMixin, CPUWorker):
@@ -49,27 +48,22 @@ class EvictionCPUWorker(EvictionWorkerMixin, CPUWorker):
         layer = self.vllm_config.compilation_config.static_forward_context[name]
         return CPUPacker(layer.impl.layout(layer, cache), **self.packer_arguments())
 
-    def apply_evictions(self, evicted: Evicted, replaced: Replaced) -> None:
-        """Write nulls and replacements into the tables of requests that the runner knows.
+    def change_tables(self, changes: Changes) -> None:
+        """Write the entries into the tables of requests that the runner knows.
 
         Both the cached state of a request (which refills a row that left the batch) and the row
         itself are written; the row reaches the attention metadata in this same step.
         """
-        self.eviction.row_ids = self.model_runner.input_batch.req_ids
-        for request_id, nulled in evicted.items():
-            for group, positions in nulled.items():
-                self._write(request_id, group, dict.fromkeys(positions, NULL_BLOCK))
-        for request_id, changed in replaced.items():
-            for group, blocks in changed.items():
-                self._write(request_id, group, blocks)
-
-    def _write(self, request_id: str, group: int, entries: Mapping[int, int]) -> None:
         runner = self.model_runner
-        if (request := runner.requests.get(request_id)) is None:
-            return
-        for position, block in entries.items():
-            request.block_ids[group][position] = block
-        row = runner.input_batch.req_id_to_index.get(request_id)
-        if row is not None:
-            table = runner.input_batch.block_table[group].block_table.np
-            table[row, list(entries)] = list(entries.values())
+        self.eviction.row_ids = runner.input_batch.req_ids
+        for request_id, groups in changes.items():
+            request = runner.requests.get(request_id)
+            if request is None:
+                continue
+            row = runner.input_batch.req_id_to_index.get(request_id)
+            for group, blocks in groups.items():
+                for position, block in blocks.items():
+                    request.block_ids[group][position] = block
+                if row is not None:
+                    table = runner.input_batch.block_table[group].block_table.np
+                    table[row, list(blocks)] = list(blocks.values())

@@ -16,14 +16,13 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from .attention.compaction import NULL_BLOCK
 from .attention.packing_cuda import CUDAPacker
 from .attention.state import worker_state
 from .attention.state_cuda import CUDAWorkerState
 from .attention.token_scores import UNWRITTEN
 from .kernels.choose import WARM_UP_TOKENS
 from .packs import Pack
-from .worker import Evicted, EvictionWorkerMixin, Replaced, evictable
+from .worker import Changes, EvictionWorkerMixin, evictable
 
 
 class EvictionModelRunner(GPUModelRunner):
@@ -115,27 +114,19 @@ class EvictionCUDAWorker(EvictionWorkerMixin, Worker):
         position.fill_(UNWRITTEN)
         self.eviction.pack_failures.clear()
 
-    def apply_evictions(self, evicted: Evicted, replaced: Replaced) -> None:
-        """Stage nulls and replacements; the runner writes them in order, and then new blocks.
+    def change_tables(self, changes: Changes) -> None:
+        """Stage the entries; the runner writes them with the step's new blocks, in this order.
 
         A request that the runner does not know yet (it comes, or comes back, in this very step)
-        brings a table in which its victims are null already.
+        brings a table in which its entries are changed already.
         """
         runner = self.model_runner
         self.eviction.row_of = runner.req_states.req_id_to_index
-        for request_id, groups in evicted.items():
+        for request_id, groups in changes.items():
             row = runner.req_states.req_id_to_index.get(request_id)
             if row is None:
                 continue
-            for group, positions in groups.items():
-                table = runner.block_tables.block_tables[group]
-                for start, length in ranges(positions):
-                    table.stage_write(row, start, [NULL_BLOCK] * length)
-        for request_id, changed in replaced.items():
-            row = runner.req_states.req_id_to_index.get(request_id)
-            if row is None:
-                continue
-            for group, blocks in changed.items():
+            for group, blocks in groups.items():
                 table = runner.block_tables.block_tables[group]
                 for start, length in ranges(sorted(blocks)):
                     table.stage_write(row, start, [blocks[start + i] for i in range(length)])

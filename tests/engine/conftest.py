@@ -203,6 +203,8 @@ TINY = {
     "initializer_range": 0.15,  # peaked attention: scores must differ to decide anything
     "tie_word_embeddings": False,
 }
+TINY_BLOCK_BYTES = 2 * 2 * 32 * 32 * 4 * 4
+"""Keys and values, KV heads, tokens, head size, layers, and four bytes each."""
 
 
 @pytest.fixture(scope="session")

@@ -7,22 +7,10 @@ import numpy as np
 import pytest
 
 from vllm_plugins.attention.state import worker_state
-from vllm_plugins.policies import get_policy, policy_names
+from vllm_plugins.policies import policy_names
 
-from .conftest import connector_of, end, make_tiny
-
-
-def add(llm, name, tokens, extra, max_tokens):
-    from vllm import SamplingParams
-
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=0.0,
-        ignore_eos=True,
-        detokenize=False,
-        extra_args=extra,
-    )
-    return llm.llm_engine.add_request(name, {"prompt_token_ids": tokens}, params)
+from .conftest import TINY_BLOCK_BYTES, connector_of, end, make_tiny
+from .traffic import add, forms_of, random_traffic
 
 
 def held_by_request(connector):
@@ -34,57 +22,37 @@ def held_by_request(connector):
     return held
 
 
-def forms_of(name):
-    policy = get_policy(name)
-    return ["block"] * (policy.select is not None) + ["token"] * (policy.tokens is not None)
-
-
 @pytest.mark.parametrize("layer_groups", [1, 2])
 def test_random_arrivals_aborts_and_preemptions(layer_groups, tiny_engines):
     """``check_integrity`` runs inside the engine at every step, and here after it. Requests that
     keep their cache answer as they do alone, whatever their neighbours lose."""
     # Some 65 blocks of 32 tokens for all layers: too few for eight requests of up to 600 tokens.
-    block_bytes = 2 * 2 * 32 * 32 * 4 * 4
-    llm = tiny_engines({"kv_cache_memory_bytes": 70 * block_bytes}, layer_groups=layer_groups)
+    llm = tiny_engines({"kv_cache_memory_bytes": 70 * TINY_BLOCK_BYTES}, layer_groups=layer_groups)
     connector = connector_of(llm)
     engine = llm.llm_engine
     rng = np.random.default_rng(11)
-    names, arrived, records = {}, 0, []
-    unaffected, answers = {}, {}
     policies = [*policy_names(), "forman"]
-    finished = False
-    for _ in range(100_000):
-        if arrived < 90 and len(names) < 12 and rng.random() < 0.5:
-            policy = policies[arrived % len(policies)]
-            extra = {"kv_policy": policy}
-            if policy == "forman":
-                extra = {"kv_policy": "cab", "kv_policy_args": {"bridge_definition": "forman"}}
-            if policy != "dense":
-                extra["kv_sparsity"] = float(rng.choice([0.0, 0.3, 0.5, 0.9]))
-            if policy not in ("dense", "forman"):
-                extra["kv_granularity"] = str(rng.choice(forms_of(policy)))
-            length = int(rng.integers(1, 500))
-            tokens = rng.integers(0, 256, size=length).tolist()
-            name = f"r{arrived}"
-            max_tokens = int(rng.integers(1, 100))
-            names[name] = add(llm, name, tokens, extra, max_tokens)
-            if not extra.get("kv_sparsity"):
-                unaffected[name] = (tokens, max_tokens)
-            arrived += 1
-        if names and rng.random() < 0.03:
-            name = str(rng.choice(list(names)))
-            engine.abort_request([names.pop(name)], internal=True)
-        for output in engine.step():
-            if output.finished:
-                names.pop(output.request_id)
-                answers[output.request_id] = list(output.outputs[0].token_ids)
-                records.append(output.kv_transfer_params["kv_eviction"])
-        connector.check_integrity()
-        finished = arrived == 90 and not engine.has_unfinished_requests()
-        if finished:
-            break
-    assert finished
-    assert not names
+    unaffected = {}
+
+    def request(place):
+        policy = policies[place % len(policies)]
+        extra = {"kv_policy": policy}
+        if policy == "forman":
+            extra = {"kv_policy": "cab", "kv_policy_args": {"bridge_definition": "forman"}}
+        if policy != "dense":
+            extra["kv_sparsity"] = float(rng.choice([0.0, 0.3, 0.5, 0.9]))
+        if policy not in ("dense", "forman"):
+            extra["kv_granularity"] = str(rng.choice(forms_of(policy)))
+        length = int(rng.integers(1, 500))
+        tokens = rng.integers(0, 256, size=length).tolist()
+        max_tokens = int(rng.integers(1, 100))
+        if not extra.get("kv_sparsity"):
+            unaffected[f"r{place}"] = (tokens, max_tokens)
+        return tokens, extra, max_tokens
+
+    outputs = random_traffic(llm, rng, 90, request)
+    answers = {name: list(output.outputs[0].token_ids) for name, output in outputs.items()}
+    records = [output.kv_transfer_params["kv_eviction"] for output in outputs.values()]
     assert len(records) > 30
     assert sum(r["preemptions"] for r in records) > 0, "the pool was meant to be too small"
     assert sum(r["blocks_evicted"] for r in records) > 100
@@ -127,8 +95,7 @@ def test_a_pool_too_small_for_dense_serves_evicting_requests_together(tiny_engin
     """Two prompts of 29 blocks in a pool of 44: nobody waits, nobody is preempted."""
     from vllm import SamplingParams
 
-    block_bytes = 2 * 2 * 32 * 32 * 4 * 4
-    llm = tiny_engines({"kv_cache_memory_bytes": 45 * block_bytes})
+    llm = tiny_engines({"kv_cache_memory_bytes": 45 * TINY_BLOCK_BYTES})
     prompts = np.random.default_rng(5).integers(0, 256, size=(2, 900)).tolist()
     params = SamplingParams(
         max_tokens=8,
@@ -156,10 +123,9 @@ def test_a_preempted_request_gives_the_same_answer(tiny_engines):
         detokenize=False,
         extra_args={"kv_policy": "dense"},
     )
-    block_bytes = 2 * 2 * 32 * 32 * 4 * 4
     outputs = []
     for blocks in (200, 46):
-        llm = tiny_engines({"kv_cache_memory_bytes": blocks * block_bytes})
+        llm = tiny_engines({"kv_cache_memory_bytes": blocks * TINY_BLOCK_BYTES})
         made = llm.generate([{"prompt_token_ids": p} for p in prompt], params, use_tqdm=False)
         preempted = sum(o.kv_transfer_params["kv_eviction"]["preemptions"] for o in made)
         assert (preempted > 0) == (blocks == 46)

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from .conftest import TINY, connector_of, make_tiny
+from .conftest import TINY, TINY_BLOCK_BYTES, connector_of, make_tiny
 
-BLOCK_BYTES = 2 * 2 * 32 * 32 * 4 * 4
 POOL = 48
 """Blocks of 32 tokens: 1,536 tokens."""
 ENGINE = {
@@ -36,7 +35,7 @@ def long_llama(tmp_path_factory):
 def engines(long_llama, engine_slot):
     def make(num_blocks, **settings):
         def start():
-            memory = {"kv_cache_memory_bytes": num_blocks * BLOCK_BYTES}
+            memory = {"kv_cache_memory_bytes": num_blocks * TINY_BLOCK_BYTES}
             return make_tiny(long_llama, {**ENGINE, **memory}, **SETTINGS, **settings)
 
         return engine_slot.get(repr((num_blocks, settings)), start)
@@ -115,7 +114,7 @@ def test_a_pool_below_the_plan_is_refused(long_llama, no_engine):
     with pytest.raises(Exception, match="KV cache"):
         make_tiny(
             long_llama,
-            {**ENGINE, "kv_cache_memory_bytes": 16 * BLOCK_BYTES},
+            {**ENGINE, "kv_cache_memory_bytes": 16 * TINY_BLOCK_BYTES},
             policy="h2o",
             **SETTINGS,
         )

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from .conftest import connector_of
-from .test_conservation import add, forms_of
+from .conftest import TINY_BLOCK_BYTES, connector_of
+from .traffic import add, forms_of, random_traffic
 
 ONE_CHUNK = {"long_prefill_token_threshold": 1024, "max_num_batched_tokens": 4096}
 BY_POSITION = [("streaming", "block"), ("streaming", "token"), ("random", "block")]
@@ -154,38 +154,28 @@ def test_samples_of_a_prompt_compute_it_once(prompts, tiny_engines):
 def test_random_arrivals_with_shared_prefixes(layer_groups, tiny_engines):
     """A pool too small, aborts, preemptions, every policy: blocks are conserved at every step, and
     who keeps all its cache answers as it does alone, whatever others did to the same prefix."""
-    block_bytes = 2 * 2 * 32 * 32 * 4 * 4
     llm = tiny_engines(
-        {"kv_cache_memory_bytes": 42 * block_bytes}, layer_groups=layer_groups, prefix_caching=True
+        {"kv_cache_memory_bytes": 42 * TINY_BLOCK_BYTES},
+        layer_groups=layer_groups,
+        prefix_caching=True,
     )
-    connector, engine = connector_of(llm), llm.llm_engine
     rng = np.random.default_rng(12)
     roots = [rng.integers(0, 256, size=400).tolist() for _ in range(3)]
     policies = ("dense", "h2o", "cab", "streaming", "random", "key_norm", "snapkv", "keydiff")
-    names, arrived, outputs, asked = {}, 0, {}, {}
-    for _ in range(100_000):
-        if arrived < 120 and len(names) < 12 and rng.random() < 0.5:
-            policy = policies[arrived % len(policies)]
-            extra = {"kv_policy": policy}
-            if policy != "dense":
-                extra["kv_sparsity"] = float(rng.choice([0.0, 0.5, 0.9]))
-                extra["kv_granularity"] = str(rng.choice(forms_of(policy)))
-            shared = roots[int(rng.integers(3))][: int(rng.integers(1, 400))]
-            prompt = shared + rng.integers(0, 256, size=int(rng.integers(1, 100))).tolist()
-            name = f"r{arrived}"
-            asked[name] = (prompt, int(rng.integers(1, 100)), extra)
-            names[name] = add(llm, name, prompt, extra, asked[name][1])
-            arrived += 1
-        if names and rng.random() < 0.03:
-            name = str(rng.choice(list(names)))
-            engine.abort_request([names.pop(name)], internal=True)
-        for output in engine.step():
-            if output.finished:
-                names.pop(output.request_id)
-                outputs[output.request_id] = output
-        connector.check_integrity()
-        if arrived == 120 and not engine.has_unfinished_requests():
-            break
+    asked = {}
+
+    def request(place):
+        policy = policies[place % len(policies)]
+        extra = {"kv_policy": policy}
+        if policy != "dense":
+            extra["kv_sparsity"] = float(rng.choice([0.0, 0.5, 0.9]))
+            extra["kv_granularity"] = str(rng.choice(forms_of(policy)))
+        shared = roots[int(rng.integers(3))][: int(rng.integers(1, 400))]
+        prompt = shared + rng.integers(0, 256, size=int(rng.integers(1, 100))).tolist()
+        asked[f"r{place}"] = (prompt, extra, int(rng.integers(1, 100)))
+        return asked[f"r{place}"]
+
+    outputs = random_traffic(llm, rng, 120, request)
     check_idle(llm)
     records = [output.kv_transfer_params["kv_eviction"] for output in outputs.values()]
     assert len(records) > 60
@@ -195,7 +185,7 @@ def test_random_arrivals_with_shared_prefixes(layer_groups, tiny_engines):
     assert not any("policy_error" in record for record in records)
     compared = 0
     for name, output in outputs.items():
-        prompt, max_tokens, extra = asked[name]
+        prompt, extra, max_tokens = asked[name]
         if extra.get("kv_sparsity", 0.0) == 0.0:
             assert llm.reset_prefix_cache()
             alone = generate(llm, [prompt], {"kv_policy": "dense"}, max_tokens)

@@ -6,7 +6,7 @@ from harness.resources.steady_engine import VllmSteadyEngine
 from harness.resources.steady_loop import measure
 from harness.study.steady_load import SteadyLoad
 
-from .conftest import connector_of
+from .conftest import TINY_BLOCK_BYTES, connector_of
 
 LOAD = SteadyLoad(8, 64, (8, 800), settle_seconds=0.5, measured_seconds=2.0)
 POOL_TOKENS = 65 * 32
@@ -21,7 +21,7 @@ POOL_TOKENS = 65 * 32
     ],
 )
 def test_a_loop_is_measured_and_stopped(settings, tiny_engines):
-    llm = tiny_engines({"kv_cache_memory_bytes": 70 * 2 * 2 * 32 * 32 * 4 * 4}, layer_groups=1)
+    llm = tiny_engines({"kv_cache_memory_bytes": 70 * TINY_BLOCK_BYTES}, layer_groups=1)
     engine = VllmSteadyEngine(llm, POOL_TOKENS, settings, dict)
     record = measure(LOAD, 0, settings, engine)
     assert record["num_aged"] == (8 if settings else 6)

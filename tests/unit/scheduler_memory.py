@@ -38,17 +38,17 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_plugins import eviction_engine_args
+from vllm_plugins.attention.compaction import NULL_BLOCK
 from vllm_plugins.ledger import Ledger
 from vllm_plugins.messages import EvictionPlan, ScoreReport
 from vllm_plugins.packs import Pack
 from vllm_plugins.policies import ATTENTION, KEY_NORM
 from vllm_plugins.spec import EvictableSpec
-from vllm_plugins.worker import waves
+from vllm_plugins.worker import table_changes, waves
 
 BLOCK_SIZE = 32
 VOCABULARY = 7
 """Few tokens: continuations of one prefix often agree for a while."""
-NULL_BLOCK = 0
 MOST_IDLE_STEPS = 50
 
 
@@ -194,20 +194,16 @@ class SimulatedWorker:
         self.counts["packs"] += 1
 
     def _update_tables(self, plan: EvictionPlan) -> None:
-        """Evicted entries become null, replaced ones the copies."""
-        for name, groups in plan.evicted.items():
+        """Only entries that hold a block change."""
+        for name, groups in table_changes(plan).items():
             request = self.requests[name]
-            request.evicted = True
-            for group, positions in groups.items():
-                for position in positions:
+            for group, blocks in groups.items():
+                for position, block in blocks.items():
                     assert request.tables[group][position] != NULL_BLOCK, "evicted twice"
-                    request.tables[group][position] = NULL_BLOCK
-                self.counts["evicted blocks"] += len(positions)
-        for name, takeover in plan.takeovers.items():
-            for group, replaced in takeover.replaced.items():
-                for position, block in replaced.items():
-                    assert self.requests[name].tables[group][position] != NULL_BLOCK
-                    self.requests[name].tables[group][position] = block
+                    request.tables[group][position] = block
+        for name, evicted in plan.evicted.items():
+            self.requests[name].evicted = True
+            self.counts["evicted blocks"] += sum(map(len, evicted.values()))
 
     def _start(
         self, name: str, tables: Sequence[Sequence[int]], num_cached: int, plan: EvictionPlan

@@ -8,7 +8,7 @@ scheduler, differs by platform: ``state_cpu.py``, ``state_cuda.py``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from ..policies import BLOCK_SCORES, TOKEN_NEEDS
 from ..prefix_sharing import Copy, Takeover
 from ..refusals.engine import SENTENCES, is_configured
 from .token_scores import TokenScores
+from .upload import upload
 
 BLOCKS_AT_ONCE = 512
 """Copied together; of a layer they take this many blocks of memory for a moment."""
@@ -205,15 +206,8 @@ class WorkerState(ABC):
         for group, block, copy in copies:
             by_group.setdefault(group, []).append((block, copy))
         for group, pairs in by_group.items():
-            both = self._on_device(pairs)
+            both = upload(pairs, self.mass.device)
             self._copy(group, both[:, 0], both[:, 1])
-
-    def _on_device(self, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """int64 ``[pairs, 2]``; a GPU is not waited for."""
-        made = torch.tensor(pairs, dtype=torch.int64)
-        if self.mass.is_cuda:
-            made = made.pin_memory().to(self.mass.device, non_blocking=True)
-        return made
 
     def adopt(self, takeovers: Iterable[Takeover]) -> None:
         """Start the scores of blocks that come from the prefix cache."""
@@ -221,7 +215,7 @@ class WorkerState(ABC):
         for afresh in (True, False):
             adopted = [pair for t in takeovers if t.starts_afresh is afresh for pair in t.adopted]
             if adopted:
-                pairs = self._on_device(adopted)
+                pairs = upload(adopted, self.mass.device)
                 self._adopt(pairs[:, 0], pairs[:, 1], afresh)
 
     def _copy(self, group: int, source: torch.Tensor, target: torch.Tensor) -> None:

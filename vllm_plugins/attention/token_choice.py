@@ -11,6 +11,7 @@ from torch.nn.functional import avg_pool1d, normalize
 
 from ..packs import Pack
 from ..policies import TokenRule, by_position, chance
+from .upload import upload
 
 FALLBACK = TokenRule(recent=0.0, ranked=((by_position, 1.0),))
 """Where a policy's ranking fails, the most recent tokens stay: some have to, as the scheduler has
@@ -168,9 +169,7 @@ class Batch:
             tokens = len(pack.block_ids) * block_size
             numbers = [tokens, room, pack.num_tokens, pack.first_query, pack.seed, *counts]
             rows.append([*pack.block_ids, *padding, *numbers])
-        table = torch.tensor(rows, dtype=torch.int64)
-        if device.type == "cuda":
-            table = table.pin_memory().to(device, non_blocking=True)
+        table = upload(rows, device)
         numbers = table[:, width:]
         columns = numbers[:, :, None, None, None].unbind(1)
         return cls(
