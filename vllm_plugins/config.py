@@ -40,6 +40,8 @@ from .request_settings import (
     RequestSettings,
 )
 
+PROMPT_STRIDES = (1, 2, 4, 8, 16)
+"""They divide every block size."""
 SCORES = ("default", "sum", "mean", "decay")
 DEFAULT_SCORES = {BLOCK: "sum", TOKEN: "mean"}
 """What ``score="default"`` means at each granularity."""
@@ -92,6 +94,8 @@ class EvictionConfig:
     are all scored. Default by measurement at block granularity (results/sampled-scores): scoring
     everything costs a tenth of the throughput and gains 0.3% perplexity at most. At token
     granularity all queries gain up to 1.6% (results/sampled-decodes); at what cost is unknown."""
+    score_prompt_stride: int = 1
+    """Of a prompt's queries every N-th is scored, and counts N times: one of PROMPT_STRIDES."""
     score_layer_stride: int = 4
     """At block granularity only every N-th layer of a group is scored, from its first one on.
     Default as above. At token granularity every layer decides for itself, so all are scored."""
@@ -151,6 +155,11 @@ class EvictionConfig:
         for name in ("check_integrity", "trace_decisions"):
             if not isinstance(getattr(self, name), bool):
                 raise EvictionConfigError(f"{name} is {getattr(self, name)!r}; give true or false")
+        if self.score_prompt_stride not in PROMPT_STRIDES:
+            raise EvictionConfigError(
+                f"score_prompt_stride is {self.score_prompt_stride!r}; give one of: "
+                f"{', '.join(map(str, PROMPT_STRIDES))}"
+            )
         if self.min_blocks <= self.sink_blocks:
             raise EvictionConfigError(
                 f"min_blocks is {self.min_blocks} but {self.sink_blocks} sink blocks and one "

@@ -24,6 +24,7 @@ _FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "score_half_life": ("for --score decay", {"type": int, "metavar": "TOKENS"}),
     "score_queries": ("score all queries of a chunk, or its last W", {"metavar": "all|W"}),
     "score_query_stride": ("during decode score every N-th query, N times", _COUNT),
+    "score_prompt_stride": ("of a prompt score every N-th query, N times", _COUNT),
     "score_layer_stride": ("score every N-th layer of a group", _COUNT),
     "sink_blocks": ("first blocks that are never evicted", _COUNT),
     "sink_tokens": ("the same in tokens, at token granularity", _COUNT),

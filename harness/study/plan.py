@@ -29,6 +29,7 @@ _EVICTION = (
     "score_half_life",
     "score_queries",
     "score_query_stride",
+    "score_prompt_stride",
     "score_layer_stride",
     "sink_blocks",
     "sink_tokens",

@@ -21,7 +21,7 @@ _MAX_NAME_BYTES = 200
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 _NOT_VARIED = ("name", "vary")
 _DEFAULTS = EvictionConfig()
-ALL_SCORES = {"score_query_stride": 1, "score_layer_stride": 1}
+ALL_SCORES = {"score_query_stride": 1, "score_prompt_stride": 1, "score_layer_stride": 1}
 """The papers' score, every query and layer, whatever a server samples."""
 
 
@@ -60,6 +60,7 @@ class Study:
     score_half_life: int = _DEFAULTS.score_half_life
     score_queries: Any = _DEFAULTS.score_queries
     score_query_stride: int = ALL_SCORES["score_query_stride"]
+    score_prompt_stride: int = ALL_SCORES["score_prompt_stride"]
     score_layer_stride: int = ALL_SCORES["score_layer_stride"]
     sink_blocks: int = _DEFAULTS.sink_blocks
     sink_tokens: int = _DEFAULTS.sink_tokens

@@ -43,13 +43,14 @@ def run(
     window: int | None = None,
     prompt: int | None = None,
     every: int = 1,
+    every_of_prompt: int = 1,
     layer_stride: int = 1,
     sinks: int = 1,
 ) -> OracleResult:
     """``select(block_scores, keep, sinks, graph) -> kept blocks`` decides per layer group.
 
     Tokens come in chunks, from ``prompt`` on one by one: of these, every ``every``-th is scored
-    and counts for all of them.
+    and counts for all of them; ``every_of_prompt`` is the like for longer chunks.
     """
     model.set_attn_implementation("eager")
     num_layers = model.config.num_hidden_layers
@@ -107,8 +108,8 @@ def run(
                     score[group][p] *= decay
                 score[group][t] = 0.0
             single = stop - start == 1
-            weight = every if single else 1
-            if t % every == 0 if single else window is None or t >= stop - window:
+            weight = every if single else every_of_prompt
+            if t % weight == 0 and (single or window is None or t >= stop - window):
                 for layer, attention in enumerate(output.attentions):
                     group = group_of[layer]
                     if (layer - group_of.index(group)) % layer_stride:

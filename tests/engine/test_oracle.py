@@ -45,6 +45,12 @@ CASES = {
         {},
         {"every": 8, "layer_stride": 4, "prompt": 384},
     ),
+    "every 4th query of a prompt's last 24": (
+        {"score_prompt_stride": 4, "score_queries": 24},
+        "h2o",
+        {},
+        {"window": 24, "every_of_prompt": 4},
+    ),
     "a prompt, then every 3rd query": (
         {"score_query_stride": 3},
         "h2o",

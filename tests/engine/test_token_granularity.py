@@ -84,6 +84,22 @@ CASES = {
         {"score_query_stride": 4},
         {"prompt": 384, "every": 4},
     ),
+    "every 4th query of a prompt": (
+        "cab",
+        {},
+        0.3,
+        oracle.ranked((mean, 0.5), (peak, 0.2)),
+        {"score_prompt_stride": 4},
+        {"prompt": 384, "every": 1, "every_of_prompt": 4},
+    ),
+    "snapkv, every 4th query of a prompt": (
+        "snapkv",
+        {},
+        0.2,
+        oracle.pooled(late, 5),
+        {"score_prompt_stride": 4},
+        {"window": 32, "every_of_prompt": 4},
+    ),
     "h2o, values weighted": (
         "h2o",
         {"value_weighted": True},

@@ -54,12 +54,14 @@ def run(
     choose: Choose,
     prompt: int | None = None,
     every: int = 1,
+    every_of_prompt: int = 1,
     half_life: float | None = None,
     window: int = 1,
     decisions: Mapping[int, int] | None = None,
 ) -> Result:
     """Tokens come in chunks, from ``prompt`` on one by one; of these every ``every``-th is scored
-    and counts for all. ``keep`` and ``slack`` are blocks. ``window``: queries of ``Token.late``.
+    and counts for all; ``every_of_prompt`` is the like for longer chunks. ``keep`` and ``slack``
+    are blocks. ``window``: queries of ``Token.late``.
 
     ``decisions``: where to decide other than before each chunk and with all tokens before it:
     first token of a chunk to the number of tokens whose full blocks count then.
@@ -114,9 +116,12 @@ def run(
                 output_attentions=True,
             )
             single = stop - start == 1
-            scored, weight = (t % every == 0, every) if single else (True, 1)
+            weight = every if single else every_of_prompt
+            scored = t % weight == 0
             begins = stop - start >= window and t == stop - window
-            late = t >= stop - window if stop - start >= window else scored
+            # A request's own window is scored in full.
+            late = t >= stop - window if stop - start >= window else scored or not single
+            late_weight = every if single else 1
             for layer, attention in enumerate(output.attentions):
                 grouped = attention[0, :, 0].double().unflatten(0, (heads, -1))
                 for head in range(heads):
@@ -128,7 +133,7 @@ def run(
                     given = grouped[head].sum(0).tolist()
                     highest = grouped[head].amax(0).tolist()
                     for token, mass, peak in zip(held, given, highest, strict=True):
-                        token.late = (0.0 if begins else token.late) + weight * mass * late
+                        token.late = (0.0 if begins else token.late) + late_weight * mass * late
                         token.mass *= decay
                         if scored:
                             token.mass += weight * mass

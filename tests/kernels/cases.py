@@ -129,7 +129,11 @@ def compare(mass: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def expected_mass(
-    batch: Batch, window: int | None = None, decay: float = 1.0, decode_weight: int = 1
+    batch: Batch,
+    window: int | None = None,
+    decay: float = 1.0,
+    decode_weight: int = 1,
+    chunk_stride: int = 1,
 ) -> torch.Tensor:
     """Float64 ``[num_blocks]``."""
     num_blocks, _, block_size, _ = batch.kv_cache.shape
@@ -144,10 +148,17 @@ def expected_mass(
             weight[: max(0, queries - window)] = 0.0
         if queries == 1:
             weight *= decode_weight
+        else:
+            weight *= sampled(length - queries, length, chunk_stride)
         per_token = (p * weight[None, :, None]).sum((0, 1))
         for place in range(length):
             mass[table[row, place // block_size]] += per_token[place]
     return mass
+
+
+def sampled(start: int, stop: int, stride: int) -> torch.Tensor:
+    """What each place counts if every ``stride``-th is scored for all."""
+    return stride * (torch.arange(start, stop) % stride == 0).double()
 
 
 def random_table(seed: int, block_size: int, device="cpu"):

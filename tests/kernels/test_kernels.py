@@ -41,20 +41,21 @@ def test_chunk_rows(heads, kv_heads, block_size):
 
 
 @pytest.mark.parametrize(
-    ("window", "decay", "decode_weight", "soft_cap", "head_size"),
+    ("window", "decay", "decode_weight", "chunk_stride", "soft_cap", "head_size"),
     [
-        (8, 1.0, 1, 0.0, 16),
-        (None, 0.9, 1, 0.0, 16),
-        (5, 0.9, 4, 0.0, 16),
-        (None, 1.0, 1, 3.0, 80),
+        (8, 1.0, 1, 1, 0.0, 16),
+        (None, 0.9, 1, 8, 0.0, 16),
+        (5, 0.9, 4, 2, 0.0, 16),
+        (None, 1.0, 1, 4, 3.0, 80),
     ],
 )
-def test_options_of_chunk_rows(window, decay, decode_weight, soft_cap, head_size):
+def test_options_of_chunk_rows(window, decay, decode_weight, chunk_stride, soft_cap, head_size):
     batch = make_batch(MIXED, soft_cap=soft_cap, head_size=head_size, seed=1)
     mass = torch.zeros(len(batch.kv_cache), dtype=torch.int64)
     log2_decay = torch.tensor(decay).log2().item()
-    add(batch, mass, window=window, log2_decay=log2_decay, decode_weight=decode_weight)
-    compare(mass, expected_mass(batch, window, decay, decode_weight))
+    options = {"decode_weight": decode_weight, "chunk_stride": chunk_stride}
+    add(batch, mass, window=window, log2_decay=log2_decay, **options)
+    compare(mass, expected_mass(batch, window, decay, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

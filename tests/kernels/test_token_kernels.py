@@ -28,13 +28,22 @@ def test_chunks_and_decodes(heads, kv_heads, block_size):
 
 
 @pytest.mark.parametrize(
-    "options", [{"window": 8}, {"decay": 0.9}, {"window": 5, "decay": 0.9, "decode_weight": 4}]
+    "options",
+    [
+        {"window": 8},
+        {"decay": 0.9},
+        {"window": 5, "decay": 0.9, "decode_weight": 4},
+        {"chunk_stride": 4},
+        {"chunk_stride": 16, "window": 20, "decay": 0.9, "decode_weight": 4},
+    ],
 )
 def test_options(options):
     check_token_mass(tile=SMALL, options=options)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 3}, {"decay": 0.9, "decode_weight": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 3, "chunk_stride": 2}, {"decay": 0.9, "decode_weight": 4}]
+)
 def test_windows_of_single_requests(options):
     """One that looks at its last query, at its last 32, at all; and more than a chunk has."""
     windows = [(0, 1, 32, 10_000)[row % 4] for row in range(len(MIXED))]

@@ -26,13 +26,21 @@ from vllm_plugins.policies import (
     registry,
 )
 
-from .cases import MIXED, make_batch
+from .cases import MIXED, make_batch, sampled
 
 ALL = frozenset({TOKENS, TOKEN_MASS, TOKEN_PEAK})
 
 
 def expected_tokens(
-    batch, old_mass, old_peak, *, window=None, windows=(), decay=1.0, decode_weight=1
+    batch,
+    old_mass,
+    old_peak,
+    *,
+    window=None,
+    windows=(),
+    decay=1.0,
+    decode_weight=1,
+    chunk_stride=1,
 ):
     """Float64 mass and peak ``[num_blocks, kv_heads, block_size]`` after a step."""
     mass, peak = old_mass.double().cpu().clone(), old_peak.double().cpu().clone()
@@ -50,6 +58,8 @@ def expected_tokens(
         elapsed = queries
         if queries == 1:
             weight, elapsed = weight * decode_weight, decode_weight
+        elif not own:
+            weight *= sampled(length - queries, length, chunk_stride)
         grouped = p.view(kv_heads, heads // kv_heads, queries, length)
         given = (grouped * weight[None, None, :, None]).sum((1, 2))
         highest = (grouped * (weight > 0)[None, None, :, None]).amax((1, 2))

@@ -33,6 +33,10 @@ def reference(query, key, seq_len, scale, soft_cap=0.0, decay=1.0):
     return per_query
 
 
+def last(num_queries, seq_len):
+    return torch.arange(seq_len - num_queries, seq_len)
+
+
 @pytest.mark.parametrize("num_queries", [1, 5, 21])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize(("soft_cap", "decay"), [(0.0, 1.0), (5.0, 1.0), (0.0, 0.9)])
@@ -46,6 +50,7 @@ def test_block_mass_equals_the_dense_softmax(num_queries, heads, kv_heads, soft_
     mass = block_mass(
         query,
         key,
+        places=last(num_queries, seq_len),
         seq_len=seq_len,
         block_size=BLOCK,
         scale=0.25,
@@ -62,7 +67,13 @@ def test_block_mass_by_block_of_queries():
     query, key = torch.randn(13, 2, 16), torch.randn(2, 24, 16)
     query_blocks = torch.arange(21 - 13, 21) // BLOCK - 1
     mass = block_mass(
-        query, key, seq_len=21, block_size=BLOCK, scale=0.25, query_blocks=query_blocks
+        query,
+        key,
+        places=last(13, 21),
+        seq_len=21,
+        block_size=BLOCK,
+        scale=0.25,
+        query_blocks=query_blocks,
     )
     per_query = reference(query, key, 21, 0.25)
     expected = torch.stack([per_query[query_blocks == b].sum(0) for b in range(2)])
@@ -72,7 +83,8 @@ def test_block_mass_by_block_of_queries():
 def test_block_mass_does_not_depend_on_how_queries_are_split(monkeypatch):
     torch.manual_seed(0)
     query, key = torch.randn(40, 2, 16), torch.randn(1, 48, 16)
-    arguments = {"seq_len": 45, "block_size": BLOCK, "scale": 0.25, "decay": 0.95}
+    places = last(40, 45)
+    arguments = {"places": places, "seq_len": 45, "block_size": BLOCK, "scale": 0.25, "decay": 0.95}
     whole = block_mass(query, key, **arguments)
     monkeypatch.setattr("vllm_plugins.attention.block_mass.QUERIES_AT_ONCE", 7)
     torch.testing.assert_close(block_mass(query, key, **arguments), whole)
@@ -137,14 +149,16 @@ def test_mean_divides_by_the_queries_that_saw_the_block():
 def test_token_mass_is_the_attention_of_each_head():
     torch.manual_seed(0)
     query, key = torch.randn(40, 4, 16), torch.randn(2, 48, 16)
-    mass, peak = token_mass(query, key, seq_len=45, scale=0.25, decay=0.9)
-    seen = torch.cat([p for _, _, p in probabilities(query, key, 45, 0.25, 0.0)], 2).double()
+    mass, peak = token_mass(query, key, places=last(40, 45), seq_len=45, scale=0.25, decay=0.9)
+    found = probabilities(query, key, last(40, 45), 0.25, 0.0)
+    seen = torch.cat([p for _, _, p in found], 2).double()
     age = 0.9 ** torch.arange(39, -1, -1, dtype=torch.float64)
     expected = (seen * age[:, None]).sum((1, 2)).float()
     torch.testing.assert_close(mass, expected)
     torch.testing.assert_close(peak.double(), seen.amax((1, 2)))
-    whole, _ = token_mass(query, key, seq_len=45, scale=0.25)
-    by_block = block_mass(query, key, seq_len=45, block_size=BLOCK, scale=0.25)
+    arguments = {"places": last(40, 45), "seq_len": 45, "scale": 0.25}
+    whole, _ = token_mass(query, key, **arguments)
+    by_block = block_mass(query, key, block_size=BLOCK, **arguments)
     torch.testing.assert_close(whole.sum(0).view(-1, BLOCK).sum(-1), by_block)
 
 

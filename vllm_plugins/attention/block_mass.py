@@ -14,6 +14,7 @@ def block_mass(
     query: torch.Tensor,
     key: torch.Tensor,
     *,
+    places: torch.Tensor,
     seq_len: int,
     block_size: int,
     scale: float,
@@ -23,18 +24,19 @@ def block_mass(
 ) -> torch.Tensor:
     """Attention probability mass per block, summed over heads, for one request.
 
-    The last ``num_queries`` of ``seq_len`` tokens are the queries; query ``t`` of them sees
-    keys ``0 .. seq_len - num_queries + t``. The softmax is the exact one, in float32.
+    Query ``t`` sees keys ``0 .. places[t]``. The softmax is the exact one, in float32.
 
     Args:
         query: ``[num_queries, num_heads, head_size]``.
         key: ``[num_kv_heads, num_blocks * block_size, head_size]``, ``num_heads`` a multiple of
             ``num_kv_heads``; entries from ``seq_len`` on are ignored.
+        places: int ``[num_queries]``, rising, of the queries among the ``seq_len`` tokens.
         seq_len: tokens, ``(num_blocks - 1) * block_size < seq_len <= num_blocks * block_size``.
         block_size: tokens per block.
         scale: of the logits.
         soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)``; 0 = off.
-        decay: weight lost per token of age: query ``t`` counts ``decay ** (num_queries - 1 - t)``.
+        decay: weight kept per token of age: query ``t`` counts
+            ``decay ** (seq_len - 1 - places[t])``.
         query_blocks: int ``[num_queries]``, consecutive from 0; where given, the mass is summed
             per block of queries instead of over all of them.
 
@@ -42,14 +44,13 @@ def block_mass(
         float32 ``[num_blocks]``, or ``[query_blocks.max() + 1, num_blocks]``.
 
     """
-    num_queries, padded = len(query), key.shape[1]
-    num_blocks = padded // block_size
+    num_blocks = key.shape[1] // block_size
     rows = 1 if query_blocks is None else int(query_blocks[-1]) + 1
     mass = torch.zeros(rows, num_blocks)
-    for start, stop, seen in probabilities(query, key, seq_len, scale, soft_cap):
+    for start, stop, seen in probabilities(query, key, places, scale, soft_cap):
         per_query = seen.sum((0, 1)).view(stop - start, num_blocks, block_size).sum(-1)
         if decay != 1.0:
-            age = num_queries - 1 - torch.arange(start, stop)
+            age = seq_len - 1 - places[start:stop]
             per_query *= (decay ** age.float())[:, None]
         if query_blocks is None:
             mass[0] += per_query.sum(0)
@@ -59,12 +60,12 @@ def block_mass(
 
 
 def probabilities(
-    query: torch.Tensor, key: torch.Tensor, seq_len: int, scale: float, soft_cap: float
+    query: torch.Tensor, key: torch.Tensor, places: torch.Tensor, scale: float, soft_cap: float
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Causal attention of a request's queries to its keys, some queries at a time.
 
     Args:
-        query, key, seq_len, scale, soft_cap: as ``block_mass``.
+        query, key, places, scale, soft_cap: as ``block_mass``.
 
     Yields:
         start and stop of the queries, and float32
@@ -81,6 +82,5 @@ def probabilities(
         logits *= scale
         if soft_cap:
             logits = soft_cap * torch.tanh(logits / soft_cap)
-        last_visible = torch.arange(start, stop) + (seq_len - num_queries)
-        hidden = torch.arange(padded)[None, :] > last_visible[:, None]
+        hidden = torch.arange(padded)[None, :] > places[start:stop, None]
         yield start, stop, torch.softmax(logits.masked_fill_(hidden, float("-inf")), dim=-1)

@@ -31,19 +31,20 @@ from .token_mass import token_mass
 class ScoredRow:
     """One request of the batch whose queries are scored.
 
-    ``block_ids``: int64 ``[n]``, live blocks in order; the queries are tokens ``start`` to
-    ``stop`` of the batch, the last of ``seq_len`` (compacted) tokens, of ``num_tokens`` that
-    the request has in the batch. ``start == stop`` where this step's query is not sampled;
-    a sampled one stands for ``weight`` queries. ``afresh``: a token's older mass is forgotten.
+    ``block_ids``: int64 ``[n]``, live blocks in order; the request has ``num_tokens`` in the
+    batch, which end at ``stop`` there and are the last of ``seq_len`` (compacted) tokens. The
+    queries that are scored lie at ``places``, int64, among the latter; each stands for ``weight``.
+    ``window`` last ones are asked for. ``afresh``: a token's older mass is forgotten.
     """
 
     request_id: str
     needs: frozenset[str]
     num_tokens: int
     first_position: int
-    start: int
     stop: int
     seq_len: int
+    window: int
+    places: torch.Tensor
     weight: int
     afresh: bool
     block_ids: torch.Tensor
@@ -52,6 +53,10 @@ class ScoredRow:
     def graph(self) -> bool:
         """Whether block-to-block mass is wanted."""
         return GRAPH in self.needs
+
+    def queries(self, query: torch.Tensor) -> torch.Tensor:
+        """Those at ``places``, of the whole batch's."""
+        return query[self.stop - self.seq_len + self.places]
 
 
 @dataclass
@@ -115,24 +120,32 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
                 continue
             own = state.windows.get(request_id)
             window = state.window if own is None else own
-            start = starts[i] if window is None else max(starts[i], stop - window)
+            num_queries = stop - starts[i]
+            window = num_queries if window is None else min(window, num_queries)
             weight = 1
-            if stop - starts[i] == 1:
+            places = torch.arange(seq_len - window, seq_len)
+            if num_queries == 1:
                 weight = state.config.score_query_stride
                 if not state.scores_decode(num_tokens[i] - 1, own):
-                    start = stop
+                    places = places[:0]
+            elif own is None and GRAPH not in needs:
+                # Whole blocks are gone, and the stride divides a block: which queries are scored
+                # does not depend on the chunks in which a prompt comes.
+                weight = state.config.score_prompt_stride
+                places = places[places % weight == 0]
             num_blocks = -(-seq_len // self.block_size)
             block_ids = built.block_table[i, :num_blocks].long()
             yield ScoredRow(
                 request_id,
                 needs,
-                stop - starts[i],
-                num_tokens[i] - (stop - starts[i]),
-                start,
+                num_queries,
+                num_tokens[i] - num_queries,
                 stop,
                 seq_len,
+                window,
+                places,
                 weight,
-                own is not None and stop - starts[i] >= own,
+                own is not None and num_queries >= own,
                 block_ids,
             )
 
@@ -215,7 +228,7 @@ class EvictionImpl(CPUAttentionBackendImpl):
                 state.mass[row.block_ids] *= state.decay**row.num_tokens
         if layer.layer_name in state.scored_layers:
             for row in rows:
-                if row.stop > row.start:
+                if len(row.places):
                     self._score(state, layer, query, kv_cache, row)
 
     def _score_tokens(
@@ -243,7 +256,7 @@ class EvictionImpl(CPUAttentionBackendImpl):
                 if len(array):
                     array[blocks, :, offsets] = 0.0
             for row in metadata.token_rows:
-                if row.stop == row.start or TOKEN_MASS not in row.needs:
+                if not len(row.places) or TOKEN_MASS not in row.needs:
                     continue
                 if row.afresh:
                     mass[row.block_ids] = 0.0
@@ -252,8 +265,9 @@ class EvictionImpl(CPUAttentionBackendImpl):
                     elapsed = row.weight if row.num_tokens == 1 else row.num_tokens
                     mass[row.block_ids] *= state.decay**elapsed
                 received, highest = token_mass(
-                    query[row.start : row.stop],
+                    row.queries(query),
                     self._keys(layer, kv_cache, row.block_ids),
+                    places=row.places,
                     seq_len=row.seq_len,
                     scale=self.scale,
                     soft_cap=self.logits_soft_cap,
@@ -279,15 +293,14 @@ class EvictionImpl(CPUAttentionBackendImpl):
         with state.timed("gather_keys"):
             keys = self._keys(layer, kv_cache, row.block_ids)
         with state.timed("block_mass"):
-            num_queries = row.stop - row.start
             query_blocks = None
             if row.graph:
-                places = torch.arange(row.seq_len - num_queries, row.seq_len)
-                query_blocks = places.div(block_size, rounding_mode="floor")
+                query_blocks = row.places.div(block_size, rounding_mode="floor")
                 query_blocks -= int(query_blocks[0])
             mass = block_mass(
-                query[row.start : row.stop],
+                row.queries(query),
                 keys,
+                places=row.places,
                 seq_len=row.seq_len,
                 block_size=block_size,
                 scale=self.scale,
@@ -303,8 +316,10 @@ class EvictionImpl(CPUAttentionBackendImpl):
                 mass = mass.sum(0)
             if layer.layer_name in state.first_layers:
                 first = torch.arange(len(row.block_ids)) * block_size
-                seen = (row.seq_len - first).clamp(max=num_queries)
-                state.num_queries.index_add_(0, row.block_ids, row.weight * seen.float())
+                seen = (row.seq_len - first).clamp(max=row.window).float()
+                if row.num_tokens == 1:
+                    seen *= row.weight
+                state.num_queries.index_add_(0, row.block_ids, seen)
             state.mass.index_add_(0, row.block_ids, mass)
 
     def _keys(self, layer: Any, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:

@@ -279,6 +279,7 @@ class EvictionImpl(FlashAttentionImpl):
                 "one_query": one_query,
                 "window": state.window,
                 "decode_weight": state.config.score_query_stride,
+                "chunk_stride": state.config.score_prompt_stride,
                 "log2_decay": state.log2_decay,
             }
 

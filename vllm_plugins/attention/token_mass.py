@@ -11,6 +11,7 @@ def token_mass(
     query: torch.Tensor,
     key: torch.Tensor,
     *,
+    places: torch.Tensor,
     seq_len: int,
     scale: float,
     soft_cap: float = 0.0,
@@ -19,7 +20,8 @@ def token_mass(
     """Attention probability per KV head and key: its sum over queries, and its maximum.
 
     Args:
-        query, key, seq_len, scale, soft_cap, decay: as ``block_mass``. The maximum knows no age.
+        query, key, places, seq_len, scale, soft_cap, decay: as ``block_mass``. The maximum knows
+            no age.
 
     Returns:
         mass and peak, float32 ``[num_kv_heads, keys]`` each; the query heads of a group are summed
@@ -29,10 +31,10 @@ def token_mass(
     num_kv_heads, num_keys = key.shape[:2]
     mass = torch.zeros(num_kv_heads, num_keys)
     peak = torch.zeros(num_kv_heads, num_keys)
-    for start, stop, seen in probabilities(query, key, seq_len, scale, soft_cap):
+    for start, stop, seen in probabilities(query, key, places, scale, soft_cap):
         peak = torch.maximum(peak, seen.amax((1, 2)))
         if decay != 1.0:
-            age = len(query) - 1 - torch.arange(start, stop)
+            age = seq_len - 1 - places[start:stop]
             seen = seen * (decay ** age.float())[:, None]
         mass += seen.sum((1, 2))
     return mass, peak

@@ -49,17 +49,20 @@ def _query_rows(
     query_head_stride,
     lse_head_stride,
     first_token,
+    stride,
     first_head,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     M: tl.constexpr,
 ):
-    """Row ``r`` is head ``r % GROUP`` of the group for scored query ``r // GROUP``. Rows past
-    the end get an infinite log-sum-exp: a probability of 0. The log-sum-exp comes in base 2."""
+    """Row ``r`` is head ``r % GROUP`` of the group for scored query ``r // GROUP``, which lies
+    ``stride`` tokens behind the one before. Rows past the end get an infinite log-sum-exp: a
+    probability of 0. Also returned: the log-sum-exp in base 2, tokens after the first scored."""
     r = start + tl.arange(0, M)
     real = r < num_rows
-    token = (first_token + r // GROUP).to(tl.int64)
+    after = r // GROUP * stride
+    token = (first_token + after).to(tl.int64)
     head = first_head + r % GROUP
     dim = tl.arange(0, HEAD_PADDED)
     queries = tl.load(
@@ -68,10 +71,12 @@ def _query_rows(
         other=0.0,
     )
     lse = tl.load(lse_ptr + head * lse_head_stride + token, mask=real, other=float("inf"))
-    return queries, lse * _LOG2E, r // GROUP
+    return queries, lse * _LOG2E, after
 
 
-@triton.jit(do_not_specialize=["row_offset", "window", "decode_weight", "lse_head_stride"])
+@triton.jit(
+    do_not_specialize=["row_offset", "window", "decode_weight", "chunk_stride", "lse_head_stride"]
+)
 def _mass_kernel(
     query_ptr,
     cache_ptr,
@@ -85,6 +90,7 @@ def _mass_kernel(
     row_offset,
     window,
     decode_weight,
+    chunk_stride,
     scale,
     soft_cap,
     log2_decay,
@@ -122,18 +128,22 @@ def _mass_kernel(
     num_queries = tl.load(query_start_ptr + row + 1) - query_start
     if num_queries == 0:
         return
-    num_scored = tl.minimum(num_queries, window)
+    last = tl.minimum(num_queries, window)
+    stride = tl.where(num_queries == 1, 1, chunk_stride)
     afresh = False
     if BY_TOKEN:
-        # A request's own window takes the place of the server's.
+        # A request's own window takes the place of the server's, and is scored in full.
         own = flags >> _WINDOW_SHIFT
-        num_scored = tl.minimum(num_queries, tl.where(own > 0, own, window))
+        last = tl.minimum(num_queries, tl.where(own > 0, own, window))
+        stride = tl.where(own > 0, 1, stride)
         afresh = (own > 0) & (num_queries >= own)
-    first_scored = num_queries - num_scored
-    num_rows = num_scored * GROUP
-    weight = tl.where(num_queries == 1, decode_weight, 1).to(tl.float32)
-    first_place = seq_len - num_scored  # of the first scored query, among the live tokens
-    first_token = query_start + first_scored
+    # Places among the live tokens. Whole blocks are gone, and the stride divides a block: which
+    # queries are scored does not depend on the chunks in which a prompt comes.
+    first_place = seq_len - last
+    first_place += (stride - first_place % stride) % stride
+    num_rows = tl.maximum(0, (seq_len - first_place + stride - 1) // stride) * GROUP
+    weight = tl.where(num_queries == 1, decode_weight, stride).to(tl.float32)
+    first_token = query_start + num_queries - seq_len + first_place
     first_head = kv_head * GROUP
     table_ptr += row * table_stride
     dim = tl.arange(0, HEAD_PADDED)
@@ -150,6 +160,7 @@ def _mass_kernel(
             query_head_stride,
             lse_head_stride,
             first_token,
+            stride,
             first_head,
             GROUP,
             HEAD_SIZE,
@@ -175,11 +186,12 @@ def _mass_kernel(
                 highest = tl.maximum(highest, tl.max(p, 1))
         else:
             # Queries before `start` see none of these keys, those from the tile's end on all.
-            begin = tl.maximum(start - first_place, 0) * GROUP // M * M
-            diagonal = tl.minimum(tl.maximum(start + N - 1 - first_place, 0) * GROUP, num_rows)
+            begin = tl.maximum(start - first_place, 0) // stride * GROUP // M * M
+            full = (tl.maximum(start + N - 1 - first_place, 0) + stride - 1) // stride
+            diagonal = tl.minimum(full * GROUP, num_rows)
             diagonal = (diagonal + M - 1) // M * M
             for r in range(begin, diagonal, M):
-                queries, lse, t = _query_rows(
+                queries, lse, after = _query_rows(
                     r,
                     num_rows,
                     query_ptr,
@@ -188,6 +200,7 @@ def _mass_kernel(
                     query_head_stride,
                     lse_head_stride,
                     first_token,
+                    stride,
                     first_head,
                     GROUP,
                     HEAD_SIZE,
@@ -195,14 +208,15 @@ def _mass_kernel(
                     M,
                 )
                 p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
-                p = tl.where(place[:, None] <= (first_place + t)[None, :], p, 0.0)
+                p = tl.where(place[:, None] <= (first_place + after)[None, :], p, 0.0)
                 if PEAK:
                     highest = tl.maximum(highest, tl.max(p, 1))
                 if DECAY:
-                    p *= tl.exp2(log2_decay * (num_scored - 1 - t).to(tl.float32))[None, :]
+                    age = seq_len - 1 - first_place - after
+                    p *= tl.exp2(log2_decay * age.to(tl.float32))[None, :]
                 total += tl.sum(p, 1)
             for r in range(tl.maximum(begin, diagonal), num_rows, M):
-                queries, lse, t = _query_rows(
+                queries, lse, after = _query_rows(
                     r,
                     num_rows,
                     query_ptr,
@@ -211,6 +225,7 @@ def _mass_kernel(
                     query_head_stride,
                     lse_head_stride,
                     first_token,
+                    stride,
                     first_head,
                     GROUP,
                     HEAD_SIZE,
@@ -222,7 +237,8 @@ def _mass_kernel(
                     highest = tl.maximum(highest, tl.max(p, 1))
                 if DECAY:
                     # Rows past the end would weigh more than 1, times a probability of 0.
-                    p *= tl.exp2(log2_decay * (num_scored - 1 - t).to(tl.float32))[None, :]
+                    age = seq_len - 1 - first_place - after
+                    p *= tl.exp2(log2_decay * age.to(tl.float32))[None, :]
                 total += tl.sum(p, 1)
         if BY_TOKEN:
             # No other program of the launch comes to this head's key: no atomics.
@@ -302,6 +318,7 @@ def launch(
     one_query: bool,
     window: int | None = None,
     decode_weight: int = 1,
+    chunk_stride: int = 1,
     log2_decay: float = 0.0,
     tile: Tile | None = None,
     programs: int = 2048,
@@ -320,6 +337,8 @@ def launch(
         one_query: no row of the range has more than one query (decode).
         window: only so many last queries of a row count.
         decode_weight: a row with one query counts it so many times (``score_query_stride``).
+        chunk_stride: of a row with more, every so manieth counts, as often
+            (``score_prompt_stride``); it divides the block size.
         log2_decay: log2 of the weight lost per token of age within the chunk; 0 = none.
         tile: shape of the work; by default ``DECODE``, ``CHUNK``, or ``WINDOW`` for few queries.
         programs: decode rows are split over programs until there are about so many.
@@ -355,6 +374,7 @@ def launch(
         start,
         window if window is not None else 2**30,
         decode_weight,
+        chunk_stride,
         queries.scale,
         queries.soft_cap,
         log2_decay,
