@@ -22,7 +22,7 @@ from .config import EvictionConfig
 from .ledger import Ledger
 from .manager import OWN_QUERIES, EvictableManager
 from .messages import EvictionPlan, ScoreReport
-from .metrics import COUNTERS, LIVE_SHARE, REQUESTS, EvictionPromMetrics, EvictionStats
+from .metrics import COUNTERS, LIVE_SHARE, EvictionPromMetrics, EvictionStats
 from .parsing import EvictionConfigError
 from .platforms import check_settings
 from .policies import GRAPH, KEY_NORM
@@ -45,7 +45,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         self._ledger: Ledger | None = None
         self._siblings = Siblings()
         self._reported: Counter[str] = Counter()
-        self._reported_requests: Counter[str] = Counter()
+        self._reported_by_label: dict[str, Counter[str]] = {}
         self.scoring_seconds: Counter[str] = Counter()
         if role == KVConnectorRole.SCHEDULER:
             check_engine(vllm_config)
@@ -204,14 +204,15 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         if self._ledger is None:
             return None
         totals = Counter(self._ledger.totals)
-        totals["scoring_seconds"] = sum(self.scoring_seconds.values())
-        increments = {name: totals[name] - self._reported[name] for name in COUNTERS}
-        requests = self._ledger.requests_by_policy - self._reported_requests
-        self._reported = totals
-        self._reported_requests = Counter(self._ledger.requests_by_policy)
-        return EvictionStats(
-            data={**increments, REQUESTS: dict(requests), LIVE_SHARE: self._ledger.live_share}
-        )
+        by_label = {
+            "requests": Counter(self._ledger.requests_by_policy),
+            "scoring_seconds": Counter(self.scoring_seconds),
+        }
+        data: dict[str, Any] = {name: totals[name] - self._reported[name] for name in COUNTERS}
+        for name, sums in by_label.items():
+            data[name] = dict(sums - self._reported_by_label.get(name, Counter()))
+        self._reported, self._reported_by_label = totals, by_label
+        return EvictionStats(data={**data, LIVE_SHARE: self._ledger.live_share})
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> EvictionStats:

@@ -16,18 +16,21 @@ COUNTERS = {
     "blocks_evicted": "KV blocks evicted and returned to the pool.",
     "decisions": "Eviction decisions taken (one request, one layer group).",
     "decision_seconds": "Seconds the scheduler spent deciding.",
-    "scoring_seconds": "Seconds workers spent on scores and packing (CPU only).",
     "refused_settings": "Requests whose own settings were wrong and replaced by the server's.",
     "policy_errors": "Requests whose policy failed, so that nothing more was evicted.",
 }
 LIVE_SHARE = "live_share"
-REQUESTS = "requests"
+LABELLED = {
+    "requests": ("policy", "Requests by the policy they follow."),
+    "scoring_seconds": ("phase", "Seconds workers spent on scores and packing (CPU only)."),
+}
+"""Counters with a label of their own."""
 
 
 @dataclass
 class EvictionStats(KVConnectorStats):
-    """``data``: ``COUNTERS`` as increments, ``requests`` by policy, ``live_share`` now (None:
-    of nothing)."""
+    """``data``: ``COUNTERS`` as increments, those of ``LABELLED`` by label, ``live_share`` now
+    (None: of nothing)."""
 
     def is_empty(self) -> bool:
         return not self.data
@@ -38,18 +41,20 @@ class EvictionStats(KVConnectorStats):
     def aggregate(self, other: KVConnectorStats) -> EvictionStats:
         for name in COUNTERS:
             self.data[name] = self.data.get(name, 0) + other.data.get(name, 0)
-        requests = dict(self.data.get(REQUESTS, {}))
-        for policy, count in other.data.get(REQUESTS, {}).items():
-            requests[policy] = requests.get(policy, 0) + count
-        self.data[REQUESTS] = requests
+        for name in LABELLED:
+            sums = dict(self.data.get(name, {}))
+            for label, count in other.data.get(name, {}).items():
+                sums[label] = sums.get(label, 0) + count
+            self.data[name] = sums
         if LIVE_SHARE in other.data:
             self.data[LIVE_SHARE] = other.data[LIVE_SHARE]
         return self
 
     def reduce(self) -> dict[str, int | float]:
         shown = {f"kv_eviction_{name}": round(self.data.get(name, 0), 4) for name in COUNTERS}
-        for policy, count in self.data.get(REQUESTS, {}).items():
-            shown[f"kv_eviction_requests_{policy}"] = count
+        for name in LABELLED:
+            for label, count in self.data.get(name, {}).items():
+                shown[f"kv_eviction_{name}_{label}"] = round(count, 4)
         if (share := self.data.get(LIVE_SHARE)) is not None:
             shown["kv_eviction_live_share"] = round(share, 4)
         return shown
@@ -78,11 +83,14 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
             "NaN while there are none.",
             labelnames=labelnames,
         )
-        self._requests = metric_types[Counter](
-            name="vllm:kv_eviction_requests",
-            documentation="Requests by the policy they follow.",
-            labelnames=[*labelnames, "policy"],
-        )
+        self._labelled = {
+            name: metric_types[Counter](
+                name=f"vllm:kv_eviction_{name}",
+                documentation=text,
+                labelnames=[*labelnames, label],
+            )
+            for name, (label, text) in LABELLED.items()
+        }
         # There from the start: rate() cannot see the increment that creates a series.
         for labels in per_engine_labelvalues.values():
             for counter in self._counters.values():
@@ -97,5 +105,6 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
         if LIVE_SHARE in transfer_stats_data:
             share = transfer_stats_data[LIVE_SHARE]
             self._live_share.labels(*labels).set(math.nan if share is None else share)
-        for policy, count in transfer_stats_data.get(REQUESTS, {}).items():
-            self._requests.labels(*labels, policy).inc(count)
+        for name, counter in self._labelled.items():
+            for label, count in transfer_stats_data.get(name, {}).items():
+                counter.labels(*labels, label).inc(count)

@@ -134,8 +134,8 @@ def batch_engine(specification: BatchEngineSpecification, log: Path) -> Iterator
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {
-        # In one process the scheduler's counters can be read, and no engine outlives its process.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # The profiler of a steady load begins and ends in the engine's own process.
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
         **specification.environment,

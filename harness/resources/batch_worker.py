@@ -19,19 +19,19 @@ from .eviction_summary import summary
 
 
 class Worker:
-    """A vLLM engine in this process."""
+    """A vLLM engine, its core in a process of its own: vLLM's default."""
 
     def __init__(self, question: dict[str, Any]) -> None:
         from vllm import LLM
 
-        eviction, block_size = question["eviction"], question["block_size"]
+        block_size = question["block_size"]
         started = time.perf_counter()
         self._llm = LLM(**engine_arguments(**question), disable_log_stats=False)
-        self._scores = eviction is not None
         self._prefix_caching = question["prefix_caching"]
         config = self._llm.llm_engine.vllm_config
         # A block holds one group's layers.
-        blocks = config.cache_config.num_gpu_blocks // (eviction or {}).get("layer_groups", 1)
+        groups = (question["eviction"] or {}).get("layer_groups", 1)
+        blocks = config.cache_config.num_gpu_blocks // groups
         self.ready = {
             "engine_start_seconds": time.perf_counter() - started,
             "kv_cache_tokens": blocks * block_size,
@@ -91,19 +91,19 @@ class Worker:
         self._llm.llm_engine.engine_core.shutdown()
 
     def _counters(self) -> dict[str, Any]:
-        """So far: preemptions by vLLM's own counter, so that stock counts like the others; the
-        scheduler's time for decisions, and the workers' for scores by phase (none without the
-        plugin)."""
-        preemptions = sum(
-            m.value for m in self._llm.get_metrics() if m.name == "vllm:num_preemptions"
-        )
-        if not self._scores:
-            return {"preemptions": preemptions, "decision_seconds": 0.0, "scoring_seconds": {}}
-        connector = self._llm.llm_engine.engine_core.engine_core.scheduler.connector
+        """So far, by vLLM's counters: preemptions; the scheduler's time for decisions, and the
+        workers' for scores by phase (none without the plugin)."""
+        metrics = self._llm.get_metrics()
+
+        def named(name: str) -> list[Any]:
+            return [metric for metric in metrics if metric.name == f"vllm:{name}"]
+
         return {
-            "preemptions": preemptions,
-            "decision_seconds": float(connector.ledger.totals["decision_seconds"]),
-            "scoring_seconds": dict(connector.scoring_seconds),
+            "preemptions": sum(m.value for m in named("num_preemptions")),
+            "decision_seconds": sum(m.value for m in named("kv_eviction_decision_seconds")),
+            "scoring_seconds": {
+                m.labels["phase"]: m.value for m in named("kv_eviction_scoring_seconds")
+            },
         }
 
 

@@ -1,7 +1,8 @@
-"""vLLM as a steady load needs it, in the engine's own process."""
+"""vLLM as a steady load needs it: its core in a process of its own, seen through its outputs."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,15 +11,16 @@ from .steady_loop import Gauges, Progress
 from .steady_requests import DrawnRequest
 from .step_profile import split_of_steps
 
-_LAST_STEPS = 16
-"""At most so many steps hand the last aborted request's memory back."""
+GAUGES_EVERY_S = 0.1
+"""Reading them takes milliseconds, which are this process's and not the engine's."""
+_RUNNING, _USAGE = "vllm:num_requests_running", "vllm:kv_cache_usage_perc"
 
 
 class VllmSteadyEngine:
     """A ``steady_loop.SteadyEngine``.
 
     Args:
-        llm: a ``vllm.LLM`` whose engine runs in this process.
+        llm: a ``vllm.LLM``.
         kv_cache_tokens: what its pool holds without eviction.
         settings: of every request, ``SamplingParams.extra_args``.
         counters: the engine's, so far.
@@ -32,16 +34,16 @@ class VllmSteadyEngine:
         settings: dict[str, Any],
         counters: Callable[[], dict[str, Any]],
     ) -> None:
-        self._engine = llm.llm_engine
-        self._core = self._engine.engine_core.engine_core
-        self._pool = self._core.scheduler.kv_cache_manager.block_pool
+        self._llm, self._engine = llm, llm.llm_engine
         self._settings = settings
         self._open: set[str] = set()
         self._records: list[dict[str, Any]] = []
+        self._gauges, self._gauges_read = Gauges(0, 0), float("-inf")
         self.counters = counters
         self.vocabulary = self._engine.model_config.get_vocab_size()
         self.kv_cache_tokens = kv_cache_tokens
-        self.kv_blocks = self._pool.num_gpu_blocks - 1  # one is the null block
+        # One is the null block.
+        self.kv_blocks = self._engine.vllm_config.cache_config.num_gpu_blocks - 1
 
     def add(self, number: int, request: DrawnRequest) -> None:
         """Queue a request."""
@@ -61,7 +63,7 @@ class VllmSteadyEngine:
         self._open.add(str(number))
 
     def step(self) -> Sequence[Progress]:
-        """One step of vLLM."""
+        """What one step of vLLM's core brought."""
         made = []
         for output in self._engine.step():
             new_tokens = len(output.outputs[0].token_ids)
@@ -72,9 +74,13 @@ class VllmSteadyEngine:
         return made
 
     def gauges(self) -> Gauges:
-        """After the last step."""
-        used = self.kv_blocks - self._pool.get_num_free_blocks()
-        return Gauges(len(self._core.scheduler.running), used)
+        """After the last step, or ``GAUGES_EVERY_S`` before."""
+        now = time.monotonic()
+        if now - self._gauges_read >= GAUGES_EVERY_S:
+            known = {m.name: m.value for m in self._llm.get_metrics() if hasattr(m, "value")}
+            used = round(known[_USAGE] * self.kv_blocks)
+            self._gauges, self._gauges_read = Gauges(int(known[_RUNNING]), used), now
+        return self._gauges
 
     def eviction(self) -> dict[str, Any] | None:
         """Over the requests that have ended; None without the plugin."""
@@ -83,13 +89,9 @@ class VllmSteadyEngine:
     def split(self, step: Callable[[], Any]) -> dict[str, float] | None:
         """Of a few steps, see ``split_of_steps``; None on a CPU."""
         device = self._engine.vllm_config.device_config.device_type
-        return split_of_steps(step) if device == "cuda" else None
+        return split_of_steps(step, self._llm.collective_rpc) if device == "cuda" else None
 
     def stop(self) -> None:
-        """Abort what is left, and let the engine put away what was in flight."""
+        """Abort what is left; the core puts away what was in flight before the next request."""
         self._engine.abort_request(sorted(self._open))
         self._open.clear()
-        for _ in range(_LAST_STEPS):
-            if not (self._core.scheduler.has_requests() or self._core.batch_queue):
-                break
-            self._engine.step()

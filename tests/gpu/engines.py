@@ -30,18 +30,19 @@ SETTINGS = {
     "policy": "dense",
     "check_integrity": True,
     "trace_decisions": True,
+    "prefix_caching": False,  # a hit has other scores: runs would not repeat
     **ALL_SCORES,
 }
 """Requests bring their policy, and their granularity: one engine serves both."""
 
 
-def start(settings: dict[str, Any] | None, **engine: Any) -> Any:
-    """An engine; of ``settings`` None, stock vLLM."""
+def start(settings: dict[str, Any] | None, *, prefix_caching: bool = False, **engine: Any) -> Any:
+    """An engine; of ``settings`` None, stock vLLM, whose ``prefix_caching`` is told apart."""
     from vllm import LLM
 
     from vllm_plugins import eviction_engine_args
 
-    options = {"block_size": 16, "enable_prefix_caching": False}
+    options = {"block_size": 16, "enable_prefix_caching": prefix_caching}
     if settings is not None:
         options = eviction_engine_args(**{**SETTINGS, **settings})
     return LLM(**{**ENGINE, **engine, **options})

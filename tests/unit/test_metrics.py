@@ -34,8 +34,12 @@ def test_series_exist_before_anything_happens(exported, registry):
     assert math.isnan(value(registry, "live_share"))
 
 
-def test_the_live_share_of_nothing_is_not_a_number(exported, registry):
-    exported.observe({"blocks_evicted": 3, "requests": {"h2o": 2}, "live_share": 0.25})
+def test_a_step_is_added_and_the_live_share_of_nothing_is_not_a_number(exported, registry):
+    scored = {"token_mass": 0.5}
+    exported.observe(
+        {"blocks_evicted": 3, "requests": {"h2o": 2}, "scoring_seconds": scored, "live_share": 0.25}
+    )
+    assert value(registry, "scoring_seconds_total", phase="token_mass") == 0.5
     assert value(registry, "blocks_evicted_total") == 3
     assert value(registry, "requests_total", policy="h2o") == 2
     assert value(registry, "live_share") == 0.25
