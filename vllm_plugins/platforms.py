@@ -50,7 +50,7 @@ _PLATFORMS = {
         reads_block_size=lambda size: size in (16, 32, 64, 128),
         engine_args={"attention_backend": "CUSTOM"},
         gathers=NEEDS - {GRAPH},
-        prefix_caching=False,
+        prefix_caching=True,
     ),
 }
 

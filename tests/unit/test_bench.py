@@ -450,6 +450,7 @@ def test_the_committed_studies_are_valid(monkeypatch):
     studies = {path.stem: BenchStudy.read(path) for path in paths}
     assert set(studies) == {
         "chat",
+        "chat_gpu",
         "default",
         "granularity",
         "headline",
@@ -459,7 +460,7 @@ def test_the_committed_studies_are_valid(monkeypatch):
         "nothing_evicted",
         "overhead",
         "prefix_sharing",
-        "samples",
+        "prefix_sharing_gpu",
         "short",
         "steady",
         "steady_long",
