@@ -44,13 +44,15 @@ def run(
     prompt: int | None = None,
     every: int = 1,
     every_of_prompt: int = 1,
+    in_full: int = 0,
     layer_stride: int = 1,
     sinks: int = 1,
 ) -> OracleResult:
     """``select(block_scores, keep, sinks, graph) -> kept blocks`` decides per layer group.
 
     Tokens come in chunks, from ``prompt`` on one by one: of these, every ``every``-th is scored
-    and counts for all of them; ``every_of_prompt`` is the like for longer chunks.
+    and counts for all of them; ``every_of_prompt`` is the like for longer chunks but the
+    ``in_full`` last queries of each.
     """
     model.set_attn_implementation("eager")
     num_layers = model.config.num_hidden_layers
@@ -108,7 +110,7 @@ def run(
                     score[group][p] *= decay
                 score[group][t] = 0.0
             single = stop - start == 1
-            weight = every if single else every_of_prompt
+            weight = every if single else 1 if t >= stop - in_full else every_of_prompt
             if t % weight == 0 and (single or window is None or t >= stop - window):
                 for layer, attention in enumerate(output.attentions):
                     group = group_of[layer]

@@ -45,11 +45,11 @@ CASES = {
         {},
         {"every": 8, "layer_stride": 4, "prompt": 384},
     ),
-    "every 4th query of a prompt's last 24": (
-        {"score_prompt_stride": 4, "score_queries": 24},
+    "every 4th query of a prompt's last 40, the newest 12 in full": (
+        {"score_prompt_stride": 4, "score_queries": 40},
         "h2o",
         {},
-        {"window": 24, "every_of_prompt": 4},
+        {"window": 40, "every_of_prompt": 4, "in_full": 12},
     ),
     "a prompt, then every 3rd query": (
         {"score_query_stride": 3},
@@ -75,10 +75,12 @@ def select_h2o(block_scores, keep, sinks, graph):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_engine_equals_oracle(case, tiny_engines, tiny_llama):
+def test_engine_equals_oracle(case, tiny_engines, tiny_llama, monkeypatch):
     from vllm import SamplingParams
 
     server, policy, parameters, options = CASES[case]
+    if "in_full" in options:
+        monkeypatch.setattr("vllm_plugins.attention.cpu.SCORED_IN_FULL", options["in_full"])
     prompt = options.get("prompt", len(TOKENS))
     llm = tiny_engines(**server)
     params = SamplingParams(

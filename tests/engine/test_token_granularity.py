@@ -90,7 +90,7 @@ CASES = {
         0.3,
         oracle.ranked((mean, 0.5), (peak, 0.2)),
         {"score_prompt_stride": 4},
-        {"prompt": 384, "every": 1, "every_of_prompt": 4},
+        {"prompt": 384, "every": 1, "every_of_prompt": 4, "in_full": 24},
     ),
     "snapkv, every 4th query of a prompt": (
         "snapkv",
@@ -98,7 +98,7 @@ CASES = {
         0.2,
         oracle.pooled(late, 5),
         {"score_prompt_stride": 4},
-        {"window": 32, "every_of_prompt": 4},
+        {"window": 32, "every_of_prompt": 4, "in_full": 24},
     ),
     "h2o, values weighted": (
         "h2o",
@@ -193,8 +193,10 @@ def kept_tokens(record):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_engine_equals_oracle(case, tiny_engines, tiny_llama):
+def test_engine_equals_oracle(case, tiny_engines, tiny_llama, monkeypatch):
     policy, parameters, recent, choose, server, options = CASES[case]
+    if "in_full" in options:
+        monkeypatch.setattr("vllm_plugins.attention.cpu.SCORED_IN_FULL", options["in_full"])
     prompt = options.get("prompt", len(TOKENS))
     llm = tiny_engines(**server)
     params = settings(policy, parameters, max_tokens=max(1, len(TOKENS) - prompt))

@@ -55,13 +55,14 @@ def run(
     prompt: int | None = None,
     every: int = 1,
     every_of_prompt: int = 1,
+    in_full: int = 0,
     half_life: float | None = None,
     window: int = 1,
     decisions: Mapping[int, int] | None = None,
 ) -> Result:
     """Tokens come in chunks, from ``prompt`` on one by one; of these every ``every``-th is scored
-    and counts for all; ``every_of_prompt`` is the like for longer chunks. ``keep`` and ``slack``
-    are blocks. ``window``: queries of ``Token.late``.
+    and counts for all; ``every_of_prompt`` is the like for longer chunks but the ``in_full`` last
+    queries of each. ``keep`` and ``slack`` are blocks. ``window``: queries of ``Token.late``.
 
     ``decisions``: where to decide other than before each chunk and with all tokens before it:
     first token of a chunk to the number of tokens whose full blocks count then.
@@ -116,7 +117,7 @@ def run(
                 output_attentions=True,
             )
             single = stop - start == 1
-            weight = every if single else every_of_prompt
+            weight = every if single else 1 if t >= stop - in_full else every_of_prompt
             scored = t % weight == 0
             begins = stop - start >= window and t == stop - window
             # A request's own window is scored in full.

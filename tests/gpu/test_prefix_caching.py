@@ -110,7 +110,7 @@ def test_what_a_request_evicts_stays_for_others(granularity, sharing, family):
 def test_random_arrivals_with_shared_prefixes(engines):
     """A pool too small, aborts, preemptions: blocks are conserved at every step, and what a dense
     request says first is what it says alone, whatever others did to the same prefix."""
-    llm = engines({"prefix_caching": True}, kv_cache_memory_bytes=32 << 20)
+    llm = engines({"prefix_caching": True}, kv_cache_memory_bytes=20 << 20)
     rng = np.random.default_rng(12)
     roots = [rng.integers(0, 512, size=1200).tolist() for _ in range(3)]
     policies = ("dense", "h2o", "cab", "streaming", "random", "key_norm", "snapkv", "keydiff")

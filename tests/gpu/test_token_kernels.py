@@ -17,7 +17,7 @@ def test_token_mass(head_size, block_size, dtype):
     shape = {"heads": 8, "kv_heads": 2, "head_size": head_size, "block_size": block_size}
     check_token_mass("cuda", dtype=dtype, unscored=[2], **shape)
     check_token_mass("cuda", dtype=dtype, options={"decay": 0.9, "decode_weight": 4}, **shape)
-    options = {"chunk_stride": 8, "decay": 0.9}
+    options = {"skip": 3, "stride": 8}
     check_token_mass("cuda", dtype=dtype, options=options, **shape)
     rows = [(1, 40), (0, 0), (1, 16), (1, 3001)] + [(1, 500)] * 20
     check_token_mass("cuda", dtype=dtype, rows=rows, one_query=True, **shape)

@@ -133,7 +133,8 @@ def expected_mass(
     window: int | None = None,
     decay: float = 1.0,
     decode_weight: int = 1,
-    chunk_stride: int = 1,
+    skip: int = 0,
+    stride: int = 1,
 ) -> torch.Tensor:
     """Float64 ``[num_blocks]``."""
     num_blocks, _, block_size, _ = batch.kv_cache.shape
@@ -147,18 +148,19 @@ def expected_mass(
         if window is not None:
             weight[: max(0, queries - window)] = 0.0
         if queries == 1:
-            weight *= decode_weight
+            weight *= 0 if skip else decode_weight
         else:
-            weight *= sampled(length - queries, length, chunk_stride)
+            weight *= sampled(length - queries, length, skip, stride)
         per_token = (p * weight[None, :, None]).sum((0, 1))
         for place in range(length):
             mass[table[row, place // block_size]] += per_token[place]
     return mass
 
 
-def sampled(start: int, stop: int, stride: int) -> torch.Tensor:
-    """What each place counts if every ``stride``-th is scored for all."""
-    return stride * (torch.arange(start, stop) % stride == 0).double()
+def sampled(start: int, stop: int, skip: int, stride: int) -> torch.Tensor:
+    """What each place counts if every ``stride``-th is scored for all but the last ``skip``."""
+    place = torch.arange(start, stop)
+    return stride * ((place % stride == 0) & (place < stop - skip)).double()
 
 
 def random_table(seed: int, block_size: int, device="cpu"):

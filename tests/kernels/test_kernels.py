@@ -41,21 +41,22 @@ def test_chunk_rows(heads, kv_heads, block_size):
 
 
 @pytest.mark.parametrize(
-    ("window", "decay", "decode_weight", "chunk_stride", "soft_cap", "head_size"),
+    ("options", "decay", "soft_cap", "head_size"),
     [
-        (8, 1.0, 1, 1, 0.0, 16),
-        (None, 0.9, 1, 8, 0.0, 16),
-        (5, 0.9, 4, 2, 0.0, 16),
-        (None, 1.0, 1, 4, 3.0, 80),
+        ({"window": 8}, 1.0, 0.0, 16),
+        ({}, 0.9, 0.0, 16),
+        ({"window": 5, "decode_weight": 4}, 0.9, 0.0, 16),
+        ({}, 1.0, 3.0, 80),
+        ({"skip": 1, "stride": 8}, 0.9, 0.0, 16),
+        ({"window": 18, "skip": 3, "stride": 2}, 1.0, 0.0, 16),
     ],
 )
-def test_options_of_chunk_rows(window, decay, decode_weight, chunk_stride, soft_cap, head_size):
+def test_options_of_chunk_rows(options, decay, soft_cap, head_size):
     batch = make_batch(MIXED, soft_cap=soft_cap, head_size=head_size, seed=1)
     mass = torch.zeros(len(batch.kv_cache), dtype=torch.int64)
     log2_decay = torch.tensor(decay).log2().item()
-    options = {"decode_weight": decode_weight, "chunk_stride": chunk_stride}
-    add(batch, mass, window=window, log2_decay=log2_decay, **options)
-    compare(mass, expected_mass(batch, window, decay, **options))
+    add(batch, mass, log2_decay=log2_decay, **options)
+    compare(mass, expected_mass(batch, decay=decay, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -33,8 +33,9 @@ def test_chunks_and_decodes(heads, kv_heads, block_size):
         {"window": 8},
         {"decay": 0.9},
         {"window": 5, "decay": 0.9, "decode_weight": 4},
-        {"chunk_stride": 4},
-        {"chunk_stride": 16, "window": 20, "decay": 0.9, "decode_weight": 4},
+        {"skip": 1, "stride": 4},
+        {"skip": 5, "stride": 8},
+        {"skip": 2, "stride": 16, "window": 20, "decode_weight": 4},
     ],
 )
 def test_options(options):
@@ -42,7 +43,7 @@ def test_options(options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"window": 3, "chunk_stride": 2}, {"decay": 0.9, "decode_weight": 4}]
+    "options", [{}, {"window": 3, "skip": 1, "stride": 2}, {"decay": 0.9, "decode_weight": 4}]
 )
 def test_windows_of_single_requests(options):
     """One that looks at its last query, at its last 32, at all; and more than a chunk has."""

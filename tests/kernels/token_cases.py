@@ -40,7 +40,8 @@ def expected_tokens(
     windows=(),
     decay=1.0,
     decode_weight=1,
-    chunk_stride=1,
+    skip=0,
+    stride=1,
 ):
     """Float64 mass and peak ``[num_blocks, kv_heads, block_size]`` after a step."""
     mass, peak = old_mass.double().cpu().clone(), old_peak.double().cpu().clone()
@@ -59,7 +60,9 @@ def expected_tokens(
         if queries == 1:
             weight, elapsed = weight * decode_weight, decode_weight
         elif not own:
-            weight *= sampled(length - queries, length, chunk_stride)
+            weight *= sampled(length - queries, length, skip, stride)
+        if skip and (own or queries == 1):
+            continue
         grouped = p.view(kv_heads, heads // kv_heads, queries, length)
         given = (grouped * weight[None, None, :, None]).sum((1, 2))
         highest = (grouped * (weight > 0)[None, None, :, None]).amax((1, 2))

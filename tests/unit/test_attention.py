@@ -51,11 +51,10 @@ def test_block_mass_equals_the_dense_softmax(num_queries, heads, kv_heads, soft_
         query,
         key,
         places=last(num_queries, seq_len),
-        seq_len=seq_len,
+        weights=decay ** torch.arange(num_queries - 1.0, -1.0, -1.0),
         block_size=BLOCK,
         scale=0.25,
         soft_cap=soft_cap,
-        decay=decay,
     )
     torch.testing.assert_close(mass.double(), expected.sum(0), rtol=1e-5, atol=1e-5)
     if decay == 1.0:
@@ -70,7 +69,7 @@ def test_block_mass_by_block_of_queries():
         query,
         key,
         places=last(13, 21),
-        seq_len=21,
+        weights=torch.ones(13),
         block_size=BLOCK,
         scale=0.25,
         query_blocks=query_blocks,
@@ -83,8 +82,8 @@ def test_block_mass_by_block_of_queries():
 def test_block_mass_does_not_depend_on_how_queries_are_split(monkeypatch):
     torch.manual_seed(0)
     query, key = torch.randn(40, 2, 16), torch.randn(1, 48, 16)
-    places = last(40, 45)
-    arguments = {"places": places, "seq_len": 45, "block_size": BLOCK, "scale": 0.25, "decay": 0.95}
+    places, weights = last(40, 45), torch.rand(40)
+    arguments = {"places": places, "weights": weights, "block_size": BLOCK, "scale": 0.25}
     whole = block_mass(query, key, **arguments)
     monkeypatch.setattr("vllm_plugins.attention.block_mass.QUERIES_AT_ONCE", 7)
     torch.testing.assert_close(block_mass(query, key, **arguments), whole)
@@ -148,15 +147,14 @@ def test_mean_divides_by_the_queries_that_saw_the_block():
 
 def test_token_mass_is_the_attention_of_each_head():
     torch.manual_seed(0)
-    query, key = torch.randn(40, 4, 16), torch.randn(2, 48, 16)
-    mass, peak = token_mass(query, key, places=last(40, 45), seq_len=45, scale=0.25, decay=0.9)
+    query, key, weights = torch.randn(40, 4, 16), torch.randn(2, 48, 16), torch.rand(40)
+    mass, peak = token_mass(query, key, places=last(40, 45), weights=weights, scale=0.25)
     found = probabilities(query, key, last(40, 45), 0.25, 0.0)
     seen = torch.cat([p for _, _, p in found], 2).double()
-    age = 0.9 ** torch.arange(39, -1, -1, dtype=torch.float64)
-    expected = (seen * age[:, None]).sum((1, 2)).float()
+    expected = (seen * weights.double()[:, None]).sum((1, 2)).float()
     torch.testing.assert_close(mass, expected)
     torch.testing.assert_close(peak.double(), seen.amax((1, 2)))
-    arguments = {"places": last(40, 45), "seq_len": 45, "scale": 0.25}
+    arguments = {"places": last(40, 45), "weights": weights, "scale": 0.25}
     whole, _ = token_mass(query, key, **arguments)
     by_block = block_mass(query, key, block_size=BLOCK, **arguments)
     torch.testing.assert_close(whole.sum(0).view(-1, BLOCK).sum(-1), by_block)

@@ -15,11 +15,10 @@ def block_mass(
     key: torch.Tensor,
     *,
     places: torch.Tensor,
-    seq_len: int,
+    weights: torch.Tensor,
     block_size: int,
     scale: float,
     soft_cap: float = 0.0,
-    decay: float = 1.0,
     query_blocks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention probability mass per block, summed over heads, for one request.
@@ -29,14 +28,12 @@ def block_mass(
     Args:
         query: ``[num_queries, num_heads, head_size]``.
         key: ``[num_kv_heads, num_blocks * block_size, head_size]``, ``num_heads`` a multiple of
-            ``num_kv_heads``; entries from ``seq_len`` on are ignored.
-        places: int ``[num_queries]``, rising, of the queries among the ``seq_len`` tokens.
-        seq_len: tokens, ``(num_blocks - 1) * block_size < seq_len <= num_blocks * block_size``.
+            ``num_kv_heads``; entries that no query sees are ignored.
+        places: int ``[num_queries]``, rising, of the queries among the keys.
+        weights: float32 ``[num_queries]``, what each query counts.
         block_size: tokens per block.
         scale: of the logits.
         soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)``; 0 = off.
-        decay: weight kept per token of age: query ``t`` counts
-            ``decay ** (seq_len - 1 - places[t])``.
         query_blocks: int ``[num_queries]``, consecutive from 0; where given, the mass is summed
             per block of queries instead of over all of them.
 
@@ -49,9 +46,7 @@ def block_mass(
     mass = torch.zeros(rows, num_blocks)
     for start, stop, seen in probabilities(query, key, places, scale, soft_cap):
         per_query = seen.sum((0, 1)).view(stop - start, num_blocks, block_size).sum(-1)
-        if decay != 1.0:
-            age = seq_len - 1 - places[start:stop]
-            per_query *= (decay ** age.float())[:, None]
+        per_query *= weights[start:stop, None]
         if query_blocks is None:
             mass[0] += per_query.sum(0)
         else:

@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from ..config import SCORED_IN_FULL
 from ..policies import ATTENTION, GRAPH, KEY_NORM, TOKEN_MASS, TOKEN_PEAK, TOKENS
 from .block_mass import block_mass
 from .cache_layout_cpu import KEYS, CacheLayout
@@ -33,8 +34,8 @@ class ScoredRow:
 
     ``block_ids``: int64 ``[n]``, live blocks in order; the request has ``num_tokens`` in the
     batch, which end at ``stop`` there and are the last of ``seq_len`` (compacted) tokens. The
-    queries that are scored lie at ``places``, int64, among the latter; each stands for ``weight``.
-    ``window`` last ones are asked for. ``afresh``: a token's older mass is forgotten.
+    queries that are scored lie at ``places``, int64, among the latter, and count ``weights``,
+    float32. ``window`` last ones are asked for. ``afresh``: a token's older mass is forgotten.
     """
 
     request_id: str
@@ -45,7 +46,7 @@ class ScoredRow:
     seq_len: int
     window: int
     places: torch.Tensor
-    weight: int
+    weights: torch.Tensor
     afresh: bool
     block_ids: torch.Tensor
 
@@ -122,17 +123,17 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
             window = state.window if own is None else own
             num_queries = stop - starts[i]
             window = num_queries if window is None else min(window, num_queries)
-            weight = 1
             places = torch.arange(seq_len - window, seq_len)
+            weights = state.decay ** (seq_len - 1 - places).float()
             if num_queries == 1:
-                weight = state.config.score_query_stride
-                if not state.scores_decode(num_tokens[i] - 1, own):
-                    places = places[:0]
-            elif own is None and GRAPH not in needs:
-                # Whole blocks are gone, and the stride divides a block: which queries are scored
-                # does not depend on the chunks in which a prompt comes.
-                weight = state.config.score_prompt_stride
-                places = places[places % weight == 0]
+                weights *= state.config.score_query_stride
+                counts = torch.tensor([state.scores_decode(num_tokens[i] - 1, own)])
+            else:
+                sampled = places < seq_len - SCORED_IN_FULL
+                if own is not None or GRAPH in needs:
+                    sampled[:] = False
+                counts = ~sampled | (places % state.prompt_stride == 0)
+                weights[sampled] *= state.prompt_stride
             num_blocks = -(-seq_len // self.block_size)
             block_ids = built.block_table[i, :num_blocks].long()
             yield ScoredRow(
@@ -143,8 +144,8 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
                 stop,
                 seq_len,
                 window,
-                places,
-                weight,
+                places[counts],
+                weights[counts],
                 own is not None and num_queries >= own,
                 block_ids,
             )
@@ -262,22 +263,22 @@ class EvictionImpl(CPUAttentionBackendImpl):
                     mass[row.block_ids] = 0.0
                 elif state.decay != 1.0:
                     # A decode's query that is scored stands for those that are not.
-                    elapsed = row.weight if row.num_tokens == 1 else row.num_tokens
+                    stride = state.config.score_query_stride
+                    elapsed = stride if row.num_tokens == 1 else row.num_tokens
                     mass[row.block_ids] *= state.decay**elapsed
                 received, highest = token_mass(
                     row.queries(query),
                     self._keys(layer, kv_cache, row.block_ids),
                     places=row.places,
-                    seq_len=row.seq_len,
+                    weights=row.weights,
                     scale=self.scale,
                     soft_cap=self.logits_soft_cap,
-                    decay=state.decay,
                 )
                 # [heads, blocks * tokens] -> [blocks, heads, tokens]
                 received, highest = (
                     x.unflatten(1, (-1, block_size)).transpose(0, 1) for x in (received, highest)
                 )
-                mass.index_add_(0, row.block_ids, received, alpha=row.weight)
+                mass.index_add_(0, row.block_ids, received)
                 if TOKEN_PEAK in row.needs:
                     peak[row.block_ids] = torch.maximum(peak[row.block_ids], highest)
 
@@ -301,14 +302,12 @@ class EvictionImpl(CPUAttentionBackendImpl):
                 row.queries(query),
                 keys,
                 places=row.places,
-                seq_len=row.seq_len,
+                weights=row.weights,
                 block_size=block_size,
                 scale=self.scale,
                 soft_cap=self.logits_soft_cap,
-                decay=state.decay,
                 query_blocks=query_blocks,
             )
-            mass *= row.weight
         with state.timed("accumulate"):
             if row.graph:
                 group = state.group_of[layer.layer_name]
@@ -318,7 +317,7 @@ class EvictionImpl(CPUAttentionBackendImpl):
                 first = torch.arange(len(row.block_ids)) * block_size
                 seen = (row.seq_len - first).clamp(max=row.window).float()
                 if row.num_tokens == 1:
-                    seen *= row.weight
+                    seen *= state.config.score_query_stride
                 state.num_queries.index_add_(0, row.block_ids, seen)
             state.mass.index_add_(0, row.block_ids, mass)
 

@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
+from ..config import SCORED_IN_FULL
 from ..kernels import NEEDED, TOKENS_NEEDED, TOKENS_SCORED
 from ..kernels.attention_mass import Queries
 from ..kernels.block_mass import add_block_mass
@@ -270,18 +271,24 @@ class EvictionImpl(FlashAttentionImpl):
 
     @staticmethod
     def _parts(state: CUDAWorkerState, metadata: EvictionMetadata) -> Iterator[dict[str, Any]]:
-        """What a launch is told: decodes, then chunks."""
+        """What a launch is told: decodes; a chunk's last queries, and a sample of its others."""
         decode, num_rows = metadata.num_decode_rows, metadata.seq_lens.shape[0]
-        for rows, one_query in (((0, decode), True), ((decode, num_rows), False)):
-            yield {
-                "rows": rows,
-                "max_seq_len": metadata.max_live_tokens,
-                "one_query": one_query,
-                "window": state.window,
-                "decode_weight": state.config.score_query_stride,
-                "chunk_stride": state.config.score_prompt_stride,
-                "log2_decay": state.log2_decay,
-            }
+        common = {
+            "max_seq_len": metadata.max_live_tokens,
+            "window": state.window,
+            "decode_weight": state.config.score_query_stride,
+            "log2_decay": state.log2_decay,
+        }
+        yield {**common, "rows": (0, decode), "one_query": True}
+        chunks = {**common, "rows": (decode, num_rows), "one_query": False}
+        stride = state.prompt_stride
+        if stride == 1:
+            yield chunks
+            return
+        in_full = SCORED_IN_FULL if state.window is None else min(state.window, SCORED_IN_FULL)
+        yield {**chunks, "window": in_full}
+        if metadata.max_query_len > SCORED_IN_FULL:
+            yield {**chunks, "skip": SCORED_IN_FULL, "stride": stride}
 
 
 class EvictionCUDABackend(FlashAttentionBackend):

@@ -12,16 +12,15 @@ def token_mass(
     key: torch.Tensor,
     *,
     places: torch.Tensor,
-    seq_len: int,
+    weights: torch.Tensor,
     scale: float,
     soft_cap: float = 0.0,
-    decay: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention probability per KV head and key: its sum over queries, and its maximum.
 
     Args:
-        query, key, places, seq_len, scale, soft_cap, decay: as ``block_mass``. The maximum knows
-            no age.
+        query, key, places, weights, scale, soft_cap: as ``block_mass``. The maximum knows no
+            weights.
 
     Returns:
         mass and peak, float32 ``[num_kv_heads, keys]`` each; the query heads of a group are summed
@@ -33,8 +32,5 @@ def token_mass(
     peak = torch.zeros(num_kv_heads, num_keys)
     for start, stop, seen in probabilities(query, key, places, scale, soft_cap):
         peak = torch.maximum(peak, seen.amax((1, 2)))
-        if decay != 1.0:
-            age = seq_len - 1 - places[start:stop]
-            seen = seen * (decay ** age.float())[:, None]
-        mass += seen.sum((1, 2))
+        mass += (seen * weights[start:stop, None]).sum((1, 2))
     return mass, peak

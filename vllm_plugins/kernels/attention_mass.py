@@ -75,7 +75,7 @@ def _query_rows(
 
 
 @triton.jit(
-    do_not_specialize=["row_offset", "window", "decode_weight", "chunk_stride", "lse_head_stride"]
+    do_not_specialize=["row_offset", "window", "decode_weight", "skip", "stride", "lse_head_stride"]
 )
 def _mass_kernel(
     query_ptr,
@@ -90,7 +90,8 @@ def _mass_kernel(
     row_offset,
     window,
     decode_weight,
-    chunk_stride,
+    skip,
+    stride,
     scale,
     soft_cap,
     log2_decay,
@@ -129,19 +130,21 @@ def _mass_kernel(
     if num_queries == 0:
         return
     last = tl.minimum(num_queries, window)
-    stride = tl.where(num_queries == 1, 1, chunk_stride)
     afresh = False
     if BY_TOKEN:
         # A request's own window takes the place of the server's, and is scored in full.
         own = flags >> _WINDOW_SHIFT
+        if skip > 0 and own > 0:
+            return
         last = tl.minimum(num_queries, tl.where(own > 0, own, window))
-        stride = tl.where(own > 0, 1, stride)
         afresh = (own > 0) & (num_queries >= own)
-    # Places among the live tokens. Whole blocks are gone, and the stride divides a block: which
-    # queries are scored does not depend on the chunks in which a prompt comes.
+    # Places of the queries that are scored, among the live tokens.
     first_place = seq_len - last
     first_place += (stride - first_place % stride) % stride
-    num_rows = tl.maximum(0, (seq_len - first_place + stride - 1) // stride) * GROUP
+    end_place = seq_len - skip
+    if first_place >= end_place or first_key >= end_place:
+        return
+    num_rows = (end_place - first_place + stride - 1) // stride * GROUP
     weight = tl.where(num_queries == 1, decode_weight, stride).to(tl.float32)
     first_token = query_start + num_queries - seq_len + first_place
     first_head = kv_head * GROUP
@@ -318,7 +321,8 @@ def launch(
     one_query: bool,
     window: int | None = None,
     decode_weight: int = 1,
-    chunk_stride: int = 1,
+    skip: int = 0,
+    stride: int = 1,
     log2_decay: float = 0.0,
     tile: Tile | None = None,
     programs: int = 2048,
@@ -337,9 +341,12 @@ def launch(
         one_query: no row of the range has more than one query (decode).
         window: only so many last queries of a row count.
         decode_weight: a row with one query counts it so many times (``score_query_stride``).
-        chunk_stride: of a row with more, every so manieth counts, as often
-            (``score_prompt_stride``); it divides the block size.
-        log2_decay: log2 of the weight lost per token of age within the chunk; 0 = none.
+        skip: the last so many queries of a row do not count, nor do rows with windows of their own;
+            another launch scores them.
+        stride: only the queries at places that it divides count, and each counts so many times. It
+            divides the block size, so that it is the same ones before an eviction and after.
+        log2_decay: log2 of the weight lost per token of age within the chunk; 0 = none. By token
+            not together with ``skip``: scores would age in either launch.
         tile: shape of the work; by default ``DECODE``, ``CHUNK``, or ``WINDOW`` for few queries.
         programs: decode rows are split over programs until there are about so many.
 
@@ -374,7 +381,8 @@ def launch(
         start,
         window if window is not None else 2**30,
         decode_weight,
-        chunk_stride,
+        skip,
+        stride,
         queries.scale,
         queries.soft_cap,
         log2_decay,
