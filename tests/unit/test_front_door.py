@@ -1,8 +1,12 @@
 """Requests are refused in the front end, whichever it is, by what this very server offers."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from vllm_plugins import eviction_engine_args
 from vllm_plugins.refusals.count import refused_requests
@@ -98,6 +102,22 @@ def test_all_else_reaches_the_server_as_it_is(body):
     before = num_refused()
     assert ask(body) == (200, body)
     assert num_refused() == before
+
+
+def test_refusals_of_several_api_servers_add_up(tmp_path):
+    """Each is a process of its own; vLLM's ``/metrics`` reads the files that they write."""
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    for number in (1, 2):
+        code = "from vllm_plugins.refusals.count import refused_requests; "
+        subprocess.run(
+            [sys.executable, "-c", f"{code}refused_requests().inc({number})"],
+            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+            check=True,
+        )
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path))
+    assert registry.get_sample_value("vllm:kv_eviction_refused_requests_total") == 3
 
 
 def test_no_field_of_the_apis_is_taken_for_a_misplaced_one():

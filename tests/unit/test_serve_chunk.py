@@ -115,6 +115,15 @@ def test_an_explicit_chunk_is_kept_and_told_where_it_is_large(model, capsys):
     assert "the chunk" not in told
 
 
+def test_a_model_of_unknown_length_keeps_vllms_chunk(capsys):
+    """Only its name is known, and nothing is fetched to print a command."""
+    command, told = printed(capsys, "nobody/has-it", *BASE, *POOL)
+    assert "--max-num-batched-tokens" not in command
+    assert "the model's longest context is not known here; give --max-model-len" in told
+    command, _ = printed(capsys, "nobody/has-it", *BASE, *POOL, "--max-model-len", "16K")
+    assert value(command, "--max-num-batched-tokens") == "1024"
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
