@@ -51,7 +51,8 @@ def without_effect(config: EvictionConfig, given: Collection[str]) -> dict[str, 
 
     Returns:
         by setting, the rest of a sentence that begins with its name. A setting that the server's
-        own policy does not read, but a request's may, is among them.
+        own policy does not read, but a request's may, is among them, unless the server leaves
+        all evicting to its requests.
 
     """
     own = config.request_settings(None, None)
@@ -68,20 +69,24 @@ def without_effect(config: EvictionConfig, given: Collection[str]) -> dict[str, 
                 "request's sparsity leaves"
             )
         elif not readers.include(own):
-            others = any(readers.include(settings) for settings in offered)
-            told[name] = (
-                f"has no effect on the server's own policy: {readers} read it"
-                if others
-                else f"has no effect: {readers} read it, and this server offers none"
-            )
+            if not any(readers.include(settings) for settings in offered):
+                told[name] = f"has no effect: {readers} read it, and this server offers none"
+            elif own.evicts:
+                told[name] = f"has no effect on the server's own policy: {readers} read it"
+    unread = set(config.policy_args) - {config.policy, *_listed(config)}
+    if "policy_args" in given and unread:
+        told["policy_args"] = f"has no effect for {', '.join(sorted(unread))}: not offered here"
     return told
+
+
+def _listed(config: EvictionConfig) -> Collection[str]:
+    return policy_names() if config.request_policies == "any" else config.request_policies
 
 
 def _offered(config: EvictionConfig) -> Iterator[RequestSettings]:
     """What requests may follow, at some budget."""
-    listed = policy_names() if config.request_policies == "any" else config.request_policies
     budget = {} if config.request_budgets == "server" else {"kv_sparsity": 0.5}
-    for name in {*listed, config.policy}:
+    for name in {*_listed(config), config.policy}:
         if not get_policy(name).evicts:
             continue
         for granularity in config.granularities:

@@ -74,6 +74,13 @@ def test_a_setting_that_nobody_reads_is_named(settings, name, reason):
     assert without_effect(config, []) == {}
 
 
+def test_parameters_of_a_policy_that_nobody_can_ask_for_are_named():
+    settings = {"policy": "h2o", "sparsity": 0.9, "policy_args": {"h2o": {}, "cab": {}}}
+    narrow = EvictionConfig.parse({**settings, "request_policies": ["streaming"]})
+    assert "has no effect for cab:" in without_effect(narrow, settings)["policy_args"]
+    assert without_effect(EvictionConfig.parse(settings), settings) == {}
+
+
 def test_a_setting_that_is_read_is_not_named():
     read = {
         "token": ["sink_tokens", "slack_tokens", "min_blocks", "layer_groups", "score"],
@@ -82,6 +89,8 @@ def test_a_setting_that_is_read_is_not_named():
     for granularity, names in read.items():
         settings = {"policy": "cab", "sparsity": 0.5, "granularity": granularity}
         assert without_effect(EvictionConfig.parse(settings), names) == {}
+    by_request = EvictionConfig.parse({"policy": "cab"})
+    assert without_effect(by_request, [*read["token"], *read["block"]]) == {}
     decay = EvictionConfig.parse({"policy": "h2o", "sparsity": 0.5, "score": "decay"})
     assert without_effect(decay, ["score_half_life"]) == {}
 
