@@ -43,9 +43,8 @@ from .request_settings import (
 PROMPT_STRIDES = (1, 2, 4, 8, 16)
 """They divide every block size."""
 SCORED_IN_FULL = 256
-"""So many last queries of a chunk are all scored: of the newest tokens there is no other word, and
-where only a sample of them was scored, H2O by token lost 22% more perplexity at 0.9 in place of 19%
-(results/prompt-stride)."""
+"""So many last queries of a chunk are all scored: of the newest tokens there is no other word. A
+sample of these too cost H2O 3% of perplexity at 0.9 (results/prompt-stride/every-query)."""
 SCORES = ("default", "sum", "mean", "decay")
 DEFAULT_SCORES = {BLOCK: "sum", TOKEN: "mean"}
 """What ``score="default"`` means at each granularity."""
@@ -88,19 +87,20 @@ class EvictionConfig:
     """No relative budget is smaller than this."""
     score: str = "default"
     """How attention mass adds up: ``sum``, ``mean`` per query, or ``decay``. The default is ``sum``
-    at block granularity and ``mean`` at token granularity, where all queries are scored."""
+    at block granularity and ``mean`` at token granularity, with ``score_queries`` all."""
     score_half_life: int = 256
     """Tokens after which attention counts half; for ``score="decay"``."""
     score_queries: str | int = "all"
     """``all`` queries of a chunk are scored, or its last so many."""
     score_query_stride: int = 8
-    """During decode only every N-th query is scored; its score counts N times. A chunk's queries
-    are all scored. Default by measurement at block granularity (results/sampled-scores): scoring
+    """During decode only every N-th query is scored; its score counts N times. Default by measurement at block granularity (results/sampled-scores): scoring
     everything costs a tenth of the throughput and gains 0.3% perplexity at most. At token
     granularity all queries gain up to 1.6% (results/sampled-decodes); at what cost is unknown."""
-    score_prompt_stride: int = 1
+    score_prompt_stride: int = 4
     """Of a chunk's queries but its last 256 only every N-th is scored, and counts N times: one of
-    ``PROMPT_STRIDES``. With ``score="decay"`` all are scored."""
+    ``PROMPT_STRIDES``. With ``score="decay"`` all are scored. Default by measurement: with long
+    prompts all queries cost a tenth of the throughput (results/serving-gpu/long_tokens), and gain
+    0.3% perplexity at sparsity 0.9 (results/prompt-stride)."""
     score_layer_stride: int = 4
     """At block granularity only every N-th layer of a group is scored, from its first one on.
     Default as above. At token granularity every layer decides for itself, so all are scored."""

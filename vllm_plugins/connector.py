@@ -22,12 +22,13 @@ from .config import EvictionConfig
 from .ledger import Ledger
 from .manager import OWN_QUERIES, EvictableManager
 from .messages import EvictionPlan, ScoreReport
-from .metrics import COUNTERS, LIVE_SHARE, EvictionPromMetrics, EvictionStats
+from .metrics import COUNTERS, ENDED, LIVE_SHARE, EvictionPromMetrics, EvictionStats
 from .parsing import EvictionConfigError
 from .platforms import check_settings
 from .policies import GRAPH, KEY_NORM
 from .refusals.engine import SENTENCES, check_engine
 from .siblings import Siblings
+from .startup import engine_lines
 
 logger = logging.getLogger("vllm.kv_eviction")
 
@@ -46,6 +47,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         self._siblings = Siblings()
         self._reported: Counter[str] = Counter()
         self._reported_by_label: dict[str, Counter[str]] = {}
+        self._ended: dict[str, list[float]] = {name: [] for name in ENDED}
         self.scoring_seconds: Counter[str] = Counter()
         if role == KVConnectorRole.SCHEDULER:
             check_engine(vllm_config)
@@ -71,6 +73,10 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         self._ledger = ledger
         for manager in self._managers:
             manager.attach(ledger)
+        # Only here both the settings and the pool's size are known.
+        usable = self._pool.num_gpu_blocks - 1  # one is the null block
+        for line in engine_lines(self._vllm_config, self.config, usable, len(self._managers)):
+            logger.info("KV eviction: %s", line)
 
     @property
     def ledger(self) -> Ledger:
@@ -177,6 +183,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         record = self.ledger.finish(request.request_id)
         if not record:
             return False, None
+        for name, values in self._ended.items():
+            values.append(record[name])
         return False, {RECORD_KEY: self._siblings.add(request.request_id, record)}
 
     def get_num_new_matched_tokens(
@@ -212,7 +220,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         for name, sums in by_label.items():
             data[name] = dict(sums - self._reported_by_label.get(name, Counter()))
         self._reported, self._reported_by_label = totals, by_label
-        return EvictionStats(data={**data, LIVE_SHARE: self._ledger.live_share})
+        ended, self._ended = self._ended, {name: [] for name in ENDED}
+        return EvictionStats(data={**data, **ended, LIVE_SHARE: self._ledger.live_share})
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> EvictionStats:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
@@ -19,6 +19,17 @@ COUNTERS = {
     "refused_settings": "Requests whose own settings were wrong and replaced by the server's.",
     "policy_errors": "Requests whose policy failed, so that nothing more was evicted.",
 }
+ENDED: dict[str, tuple[str, tuple[float, ...]]] = {
+    "peak_blocks": (
+        "Most KV blocks that a request held in a step, by layer group, of requests that ended.",
+        tuple(2.0**n for n in range(15)),
+    ),
+    "effective_sparsity": (
+        "Share of its blocks that a request's budget let go at its end; 0: nothing was evicted.",
+        (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0),
+    ),
+}
+"""By key of a request's record: what its histogram tells, and the upper bounds of buckets."""
 LIVE_SHARE = "live_share"
 LABELLED = {
     "requests": ("policy", "Requests by the policy they follow."),
@@ -29,8 +40,8 @@ LABELLED = {
 
 @dataclass
 class EvictionStats(KVConnectorStats):
-    """``data``: ``COUNTERS`` as increments, those of ``LABELLED`` by label, ``live_share`` now
-    (None: of nothing)."""
+    """``data``: ``COUNTERS`` as increments, those of ``LABELLED`` by label, ``ENDED`` as values of
+    the requests that ended, ``live_share`` now (None: of nothing)."""
 
     def is_empty(self) -> bool:
         return not self.data
@@ -46,18 +57,29 @@ class EvictionStats(KVConnectorStats):
             for label, count in other.data.get(name, {}).items():
                 sums[label] = sums.get(label, 0) + count
             self.data[name] = sums
+        for name in ENDED:
+            self.data[name] = [*self.data.get(name, ()), *other.data.get(name, ())]
         if LIVE_SHARE in other.data:
             self.data[LIVE_SHARE] = other.data[LIVE_SHARE]
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        shown = {f"kv_eviction_{name}": round(self.data.get(name, 0), 4) for name in COUNTERS}
+        """For the log of an interval, by name.
+
+        vLLM puts "KV Transfer metrics: " before whatever a connector has to say, and nothing is
+        transferred here. The first name, the only words of the line that are ours, says so.
+        """
+        shown = {name: round(self.data.get(name, 0), 4) for name in COUNTERS}
         for name in LABELLED:
             for label, count in self.data.get(name, {}).items():
-                shown[f"kv_eviction_{name}_{label}"] = round(count, 4)
+                shown[f"{name}_{label}"] = round(count, 4)
+        for name in ENDED:
+            if values := self.data.get(name):
+                shown[f"mean_{name}"] = round(sum(values) / len(values), 4)
         if (share := self.data.get(LIVE_SHARE)) is not None:
-            shown["kv_eviction_live_share"] = round(share, 4)
-        return shown
+            shown[LIVE_SHARE] = round(share, 4)
+        first, *_ = shown
+        return {f"KV eviction: {first}": shown.pop(first), **shown}
 
 
 class EvictionPromMetrics(KVConnectorPromMetrics):
@@ -77,6 +99,15 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
             )
             for name, text in COUNTERS.items()
         }
+        self._ended = {
+            name: metric_types[Histogram](
+                name=f"vllm:kv_eviction_{name}",
+                documentation=text,
+                buckets=buckets,
+                labelnames=labelnames,
+            )
+            for name, (text, buckets) in ENDED.items()
+        }
         self._live_share = metric_types[Gauge](
             name="vllm:kv_eviction_live_share",
             documentation="Share still held of the full blocks of running requests that evict; "
@@ -93,8 +124,8 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
         }
         # There from the start: rate() cannot see the increment that creates a series.
         for labels in per_engine_labelvalues.values():
-            for counter in self._counters.values():
-                counter.labels(*labels)
+            for metric in (*self._counters.values(), *self._ended.values()):
+                metric.labels(*labels)
             self._live_share.labels(*labels).set(math.nan)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
@@ -102,6 +133,9 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
         labels = self.per_engine_labelvalues[engine_idx]
         for name, counter in self._counters.items():
             counter.labels(*labels).inc(transfer_stats_data.get(name, 0))
+        for name, histogram in self._ended.items():
+            for ended in transfer_stats_data.get(name, ()):
+                histogram.labels(*labels).observe(ended)
         if LIVE_SHARE in transfer_stats_data:
             share = transfer_stats_data[LIVE_SHARE]
             self._live_share.labels(*labels).set(math.nan if share is None else share)

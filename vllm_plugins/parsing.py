@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .policies import Policy, PolicyParameterError, get_policy
+from .policies.base import MOST, shown
 
 RENAMED = {"score_every": "score_query_stride", "score_layers": "score_layer_stride"}
 """Server settings under their former names, as records of that time have them."""
@@ -42,7 +43,7 @@ def parse_sparsity(name: str, value: Any) -> float:
     """
     try:
         sparsity = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last of an integer beyond any float
         sparsity = math.nan
     if not 0.0 <= sparsity < 1.0:
         raise EvictionConfigError(
@@ -52,13 +53,21 @@ def parse_sparsity(name: str, value: Any) -> float:
 
 
 def parse_int(name: str, value: Any, least: int) -> int:
-    """``value`` as a whole number of at least ``least``; digits in text will do."""
-    if isinstance(value, str) and value.isdecimal():
+    """``value`` as a whole number from ``least`` to ``MOST``; digits in text will do.
+
+    Raises:
+        EvictionConfigError: it is none.
+
+    """
+    # Python refuses to read thousands of digits, with a sentence of its own.
+    if isinstance(value, str) and value.isdecimal() and len(value) <= len(str(MOST)):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise EvictionConfigError(
             f"{name} is {shown(value)}; give a whole number of at least {least}"
         )
+    if value > MOST:
+        raise EvictionConfigError(f"{name} is {shown(value)}; give at most {MOST}")
     return value
 
 
@@ -96,16 +105,10 @@ def flag(setting: str) -> str:
     return "--" + setting.replace("_", "-")
 
 
-def shown(value: Any) -> str:
-    """``value`` in a sentence, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
 def policy_named(name: Any) -> Policy:
     """The policy called ``name``."""
     try:
-        return get_policy(name if isinstance(name, str) else repr(name))
+        return get_policy(name if isinstance(name, str) else shown(name))
     except PolicyParameterError as error:
         raise EvictionConfigError(str(error)) from None
 
@@ -114,7 +117,7 @@ def resolve_args(name: str, args: Any) -> dict[str, Any]:
     """Parameters of a policy, complete."""
     policy = policy_named(name)
     if args is not None and not isinstance(args, Mapping):
-        raise EvictionConfigError(f"policy_args of {name} is {args!r}; give a mapping")
+        raise EvictionConfigError(f"policy_args of {name} is {shown(args)}; give a mapping")
     try:
         return policy.resolve(args)
     except PolicyParameterError as error:

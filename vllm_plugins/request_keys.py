@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from .parsing import RENAMED, EvictionConfigError, flag, suggestion
+from .policies.base import shown
 
 REQUEST_KEYS = ("kv_policy", "kv_sparsity", "kv_budget_tokens", "kv_policy_args", "kv_granularity")
 _VLLM_KEYS = ("kv_transfer_params", "kv_cache_report_mode")
@@ -31,12 +32,12 @@ def check_request_keys(extra_args: Mapping[str, Any], server_settings: Collectio
         )
         if not close and bare in server_settings and ("_" in bare or bare != str(name)):
             raise EvictionConfigError(
-                f"{name!r} is a setting of the server, not of a request; start the server with it "
-                f"({flag(RENAMED.get(bare, bare))})"
+                f"{shown(name)} is a setting of the server, not of a request; "
+                f"start the server with it ({flag(RENAMED.get(bare, bare))})"
             )
         if close or str(name).startswith("kv_"):
             raise EvictionConfigError(
-                f"unknown request setting {name!r}{suggestion(f'kv_{bare}', REQUEST_KEYS)}"
+                f"unknown request setting {shown(name)}{suggestion(f'kv_{bare}', REQUEST_KEYS)}"
             )
     inside = extra_args.get("kv_transfer_params")
     if isinstance(inside, Mapping) and (lost := [key for key in REQUEST_KEYS if key in inside]):

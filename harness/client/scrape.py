@@ -31,8 +31,8 @@ def parse_metrics(
     """``{name: value}``, finite, summed over engines; shares are their mean.
 
     Names are those of ``SERIES`` and, of the plugin, what follows ``vllm:`` (without ``_total``),
-    with ``:policy`` behind it where there is that label. Only lines that are wanted are parsed:
-    a whole page takes long enough to delay a request.
+    with ``:policy`` behind it where there is that label. Of its histograms sum and count are kept.
+    Only lines that are wanted are parsed: a whole page takes long enough to delay a request.
 
     Args:
         text: of the page.
@@ -76,7 +76,7 @@ def _samples(
 ) -> Iterator[tuple[str, Any]]:
     """Lines that begin with one of ``prefixes``, parsed one by one: a bad one spoils no other."""
     for line in text.splitlines():
-        if not line.startswith(prefixes):
+        if not line.startswith(prefixes) or line.partition("{")[0].endswith("_bucket"):
             continue
         try:
             (family,) = text_string_to_metric_families(line)

@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..inputs.models import DEFAULT_MODEL, resolve_model
 from ..resources.passthrough import Passthrough
 from .eviction_flags import add_eviction_flags, eviction_settings
+from .serve_notes import settings_notes
 
 
 def add_parser(commands: Any) -> None:
@@ -104,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..resources.serve_flags import shell_line
     from ..resources.server import check_port, parse_port, vllm_command
 
+    environment = dict(os.environ)  # looking at the platform quietens vLLM, here and not there
     settings = _settings(arguments)
     config = EvictionConfig.parse(settings)
     flags = Passthrough(arguments.vllm_flags)
@@ -118,9 +120,9 @@ def run(arguments: argparse.Namespace) -> int:
     facts = read_config(model, fetch=not arguments.print_command)
     if facts and "--hf-overrides" not in flags:
         check_config(model, facts, config.layer_groups, _whole(flags.get("--max-model-len")))
-    vllm_flags, notes = _vllm_flags(arguments, settings, flags, model)
+    vllm_flags, notes = _vllm_flags(arguments, settings, flags, model, facts)
     print(shell_line(["vllm", "serve", model, *vllm_flags]), flush=True)
-    for note in (config.summary(_shares_prefixes(vllm_flags)), *notes):
+    for note in (config.summary(_shares_prefixes(vllm_flags)), *notes, _WHAT_FITS):
         print(f"kv-eviction: {note}", file=sys.stderr, flush=True)
     if arguments.print_command:
         return 0
@@ -128,10 +130,14 @@ def run(arguments: argparse.Namespace) -> int:
         check_port(flags.get("--host") or "0.0.0.0", port)
     command = vllm_command(model, vllm_flags)
     # The same process from here on: signals, exit status and output are vLLM's own.
-    os.execv(command[0], command)
+    os.execve(command[0], command, environment)
     raise AssertionError("not reached")
 
 
+_WHAT_FITS = (
+    "what fits is known once the engine has its pool: see the lines of its log that begin with "
+    "'KV eviction:'"
+)
 _PREFIX_CACHING = ("--enable-prefix-caching", "--no-enable-prefix-caching")
 _OWN = (
     *("policy", "sparsity", "budget_tokens"),
@@ -149,11 +155,16 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _vllm_flags(
-    arguments: argparse.Namespace, settings: dict[str, Any], flags: Passthrough, model: str
+    arguments: argparse.Namespace,
+    settings: dict[str, Any],
+    flags: Passthrough,
+    model: str,
+    facts: dict[str, Any] | None,
 ) -> tuple[list[str], list[str]]:
     """All flags of ``vllm serve``, and what to tell the user of those chosen here."""
     from vllm_plugins.refusals.engine import check_block_size
 
+    from ..resources.chunk_flags import chunk_flags, max_model_len, pool_bytes
     from ..resources.cpu_pool import cpu_pool_bytes, names_memory
     from ..resources.launch import device_type
     from ..resources.serve_flags import eviction_flags
@@ -161,9 +172,12 @@ def _vllm_flags(
     check_block_size(arguments.block_size)
     processors = flags.take("--logits-processors")
     made = [*eviction_flags(arguments.block_size, settings, processors), *flags.flags]
-    notes = []
+    config = EvictionConfig.parse(settings)
+    length = max_model_len(flags, facts)
+    notes = settings_notes(config, settings, arguments.block_size, length)
     if arguments.model == DEFAULT_MODEL and "--served-model-name" not in flags:
         made += ["--served-model-name", DEFAULT_MODEL]
+    size = pool_bytes(flags)
     if device_type() == "cpu" and not names_memory(flags):
         size = cpu_pool_bytes(model, float32=flags.get("--dtype") in ("float32", "float"))
         made += ["--kv-cache-memory-bytes", str(size)]
@@ -172,6 +186,8 @@ def _vllm_flags(
             "choose another size with --kv-cache-memory-bytes"
         )
     if arguments.score_chunk is None:
+        chunk, told = chunk_flags(config, flags, facts, arguments.block_size, size)
+        made, notes = [*made, *chunk], [*notes, *told]
         notes.append(
             "prompt log-probs (prompt_logprobs, echo) see evictions between chunks only, and a "
             "chunk may be a whole prompt: they measure the dense model then; to measure what is "

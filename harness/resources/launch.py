@@ -8,7 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from math import ceil
 from typing import Any
+
+from vllm_plugins.attention.token_scores import bytes_per_token
+from vllm_plugins.config import EvictionConfig
+from vllm_plugins.policies import TOKEN_NEEDS
 
 from ..errors import UsageError
 from ..study.batch_specification import BatchEngineSpecification
@@ -202,4 +207,8 @@ def _pool_bytes(config: Any, specification: EngineSpecification) -> int:
     groups = specification.eviction["layer_groups"]
     per_window = -(-config.model_config.max_model_len // specification.block_size) + 1
     blocks = (specification.kv_pool_windows * per_window + 1) * groups
-    return (blocks + 1) * bytes_per_block(config, specification)
+    # The worker takes the scores of tokens off what vLLM may spend.
+    needs = EvictionConfig.parse(specification.eviction).needs() & TOKEN_NEEDS
+    model = config.model_config
+    scored = bytes_per_token(needs) / (2 * model.get_head_size() * model.dtype.itemsize)
+    return ceil((blocks + 1) * (1 + scored) * bytes_per_block(config, specification))

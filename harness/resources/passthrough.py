@@ -26,6 +26,7 @@ _ALIASES = {
     "-dcp": "--decode-context-parallel-size",
     "-pcp": "--prefill-context-parallel-size",
     "-sc": "--speculative-config",
+    "-tp": "--tensor-parallel-size",
 }
 _ALWAYS = {
     "--kv-transfer-config": SENTENCES["connector"].format(connector="another one"),

@@ -283,6 +283,19 @@ def small_llama(smollm2, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def long_llama(tmp_path_factory):
+    """Folder of the small random Llama, for sequences of 8,192 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("long-llama")
+    LlamaForCausalLM(LlamaConfig(**{**TINY, "max_position_embeddings": 8192})).save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def small_text(canterbury):
     return canterbury[:400_000]
 

@@ -4,9 +4,8 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
-from .conftest import TINY, TINY_BLOCK_BYTES, connector_of, make_tiny
+from .conftest import TINY_BLOCK_BYTES, connector_of, make_tiny
 
 POOL = 48
 """Blocks of 32 tokens: 1,536 tokens."""
@@ -16,19 +15,6 @@ ENGINE = {
     "long_prefill_token_threshold": 128,
 }
 SETTINGS = {"sparsity": 0.9, "request_budgets": "server"}
-
-
-@pytest.fixture(scope="module")
-def long_llama(tmp_path_factory):
-    """Folder of the small random Llama, for sequences of 8,192 tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("long-llama")
-    LlamaForCausalLM(LlamaConfig(**{**TINY, "max_position_embeddings": 8192})).save_pretrained(
-        folder
-    )
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ The model is small: it is compiled, as no flag says otherwise, and that takes ti
 
 import json
 import math
+import re
 import sys
 import urllib.request
 
@@ -54,10 +55,27 @@ def post(server, path, body):
         return json.load(response)
 
 
+def read(server, path):
+    with urllib.request.urlopen(server.base_url + path, timeout=30) as response:
+        return response.read().decode()
+
+
 def test_it_starts_without_a_memory_flag_and_says_what_it_chose(server):
     log = server.log.read_text()
     assert "kv-eviction: the KV pool takes" in log
     assert "policy h2o, sparsity 0.6, tokens for every head; prefixes are shared up to" in log
+    assert "a request of 1,024 tokens keeps at most 416 tokens, 13 blocks of 32" in log
+
+
+def test_the_engine_says_what_fits(server):
+    """In its log, as only there the pool is known; the figures are the engine's own."""
+    log, metrics = server.log.read_text(), read(server, "/metrics")
+    blocks = int(re.search(r'num_gpu_blocks="(\d+)"', metrics)[1]) - 1
+    assert f"KV eviction: the pool holds {blocks * 32:,} tokens, {blocks:,} blocks" in log
+    assert "a step computes at most 64 tokens (max_num_batched_tokens, the chunk) of 1" in log
+    assert "async scheduling is off, so one step is in flight; no CUDA graphs" in log
+    fit = (blocks - 2) // (13 + 1 + 2)
+    assert f"fit at once: {fit:,} by the budget, whichever policy evicts; {blocks // 32:,}" in log
 
 
 def test_scoring_by_echo_measures_eviction_as_offline_does(

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from harness.cli import main
 from harness.resources.serve_flags import eviction_flags
 from harness.resources.server import free_port, serving, vllm_command
 from harness.study.settings import ALL_SCORES
 
-ROOT = Path(__file__).resolve().parents[2]
+GRAFANA = Path(__file__).resolve().parents[2] / "scripts" / "grafana"
+_METRIC = re.compile(r"vllm:\w+|http_\w+")
+_HISTOGRAM = re.compile(r"_(bucket|sum|count)$")
 # Scores as `kv-eviction offline` gathers them: its perplexity is compared with.
 SETTINGS = {
     "policy": "h2o",
@@ -192,7 +195,8 @@ def test_perplexity_under_load_is_the_offline_figure(record, evaluation):
 
 def test_the_server_logs_its_counters(record, server):
     """vLLM's own line, at its own intervals."""
-    assert re.search(r"KV Transfer metrics: kv_eviction_blocks_evicted=\d+", server.log.read_text())
+    line = r"KV Transfer metrics: KV eviction: blocks_evicted=\d+, .*mean_peak_blocks=\d+"
+    assert re.search(line, server.log.read_text())
 
 
 def metrics(server):
@@ -236,19 +240,69 @@ def until(condition, seconds=30):
     return held
 
 
-def test_every_query_of_the_dashboard_finds_its_metric(record, server):
+def test_every_query_of_dashboard_and_rules_finds_its_metric(record, server):
+    assert post(server, {"vllm_xargs": {"kv_sparsity": 2}})[0] == 400
     live = set(re.findall(r"(?m)^([\w:]+)[{ ]", metrics(server)))
-    dashboard = json.loads((ROOT / "scripts" / "grafana" / "kv_eviction.json").read_text())
+    dashboard = json.loads((GRAFANA / "kv_eviction.json").read_text())
     queries = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
     queries += [
         v["query"]["query"] for v in dashboard["templating"]["list"] if v["type"] == "query"
     ]
-    asked = {name for query in queries for name in re.findall(r"vllm:\w+", query)}
+    asked = {name for query in queries for name in _METRIC.findall(query)}
     assert len(asked) > 12
-    assert asked <= live
     ours = {name for name in live if name.startswith("vllm:kv_eviction_")}
-    ours = {name for name in ours if not name.endswith("_created")}
-    assert ours <= asked, "a metric of ours that no panel shows"
+    ours = {_HISTOGRAM.sub("", name) for name in ours if not name.endswith("_created")}
+    shown = {_HISTOGRAM.sub("", name) for name in asked}
+    assert ours <= shown, "a metric of ours that no panel shows"
+    (rules,) = yaml.safe_load((GRAFANA / "alerts.yaml").read_text())["groups"]
+    alerted = {name for rule in rules["rules"] for name in _METRIC.findall(rule["expr"])}
+    assert len(alerted) == 5
+    assert asked | alerted <= live
+
+
+def test_refused_requests_are_counted(server):
+    def num_refused():
+        return float(
+            re.search(r"(?m)^vllm:kv_eviction_refused_requests_total (\S+)$", metrics(server))[1]
+        )
+
+    before = num_refused()
+    assert post(server, {"vllm_xargs": {"kv_policy": "nope"}})[0] == 400
+    assert post(server, {"kv_sparsity": 0.5})[0] == 400
+    assert post(server, {})[0] == 200
+    assert num_refused() == before + 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_sparsity": 10**400},
+        {"kv_sparsity": math.nan},
+        {"kv_budget_tokens": 2**40},
+        {"kv_budget_tokens": "9" * 5000},
+        {"kv_policy_args": "[" * 100_000},
+        {"kv_policy_args": '{"recent": ' + "[" * 900 + "]" * 900 + "}"},
+        {"kv_policy_args": '{"recent": NaN}'},
+        {"kv_policy": "x" * 100_000},
+        {"kv_policy": "../../etc/passwd"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_values_out_of_all_bounds_are_http_400(settings, server):
+    status, body = post(server, {"vllm_xargs": settings})
+    assert status == 400
+    assert len(body["error"]["message"]) < 500
+
+
+def test_a_prompt_stands_in_no_log_and_in_no_metric(server):
+    """Neither of a request that is answered, nor of one that is refused."""
+    secret = "zanzibar-marmalade"
+    assert post(server, {"prompt": f"{secret} " * 60})[0] == 200
+    assert post(server, {"prompt": secret, "vllm_xargs": {"kv_sparsity": 3}})[0] == 400
+    assert post(server, {"prompt": secret, "kv_sparsity": 0.5})[0] == 400
+    assert until(lambda: "KV eviction: blocks_evicted" in server.log.read_text())
+    assert secret not in server.log.read_text()
+    assert secret not in metrics(server)
 
 
 def test_an_engine_that_is_killed_ends_a_load(server, tmp_path):

@@ -1,11 +1,24 @@
 """Requests are refused in the front end, whichever it is, by what this very server offers."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from vllm_plugins import eviction_engine_args
+from vllm_plugins.refusals.count import refused_requests
 from vllm_plugins.refusals.http import RequestCheck, misplaced
+
+
+def num_refused():
+    """As vLLM's ``/metrics`` has it."""
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    refused_requests()
+    return get_prometheus_registry().get_sample_value("vllm:kv_eviction_refused_requests_total")
 
 
 def validate(extra_args, **settings):
@@ -32,9 +45,11 @@ def test_what_this_server_cannot_follow_is_refused_in_every_front_end(extra, sen
     from vllm.exceptions import VLLMValidationError
 
     server = {"block_size": 64, "policy": "cab", "sparsity": 0.5, "request_policies": ["h2o"]}
+    before = num_refused()
     with pytest.raises(VLLMValidationError, match=sentence):
         validate(extra, **server)
     validate({"kv_policy": "h2o", "kv_budget_tokens": 128}, **server)
+    assert num_refused() == before + 1
 
 
 def test_the_v2_runner_finds_the_validator_by_the_same_name():
@@ -66,8 +81,10 @@ def test_the_v2_runner_finds_the_validator_by_the_same_name():
     ],
 )
 def test_a_setting_that_nobody_reads_is_http_400(body, sentence):
+    before = num_refused()
     status, answer = ask(body.encode())
     assert status == 400
+    assert num_refused() == before + 1
     assert sentence in json.loads(answer)["error"]["message"]
 
 
@@ -82,7 +99,25 @@ def test_a_setting_that_nobody_reads_is_http_400(body, sentence):
     ],
 )
 def test_all_else_reaches_the_server_as_it_is(body):
+    before = num_refused()
     assert ask(body) == (200, body)
+    assert num_refused() == before
+
+
+def test_refusals_of_several_api_servers_add_up(tmp_path):
+    """Each is a process of its own; vLLM's ``/metrics`` reads the files that they write."""
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    for number in (1, 2):
+        code = "from vllm_plugins.refusals.count import refused_requests; "
+        subprocess.run(
+            [sys.executable, "-c", f"{code}refused_requests().inc({number})"],
+            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+            check=True,
+        )
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path))
+    assert registry.get_sample_value("vllm:kv_eviction_refused_requests_total") == 3
 
 
 def test_no_field_of_the_apis_is_taken_for_a_misplaced_one():

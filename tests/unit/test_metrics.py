@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from vllm_plugins.metrics import COUNTERS, EvictionPromMetrics, EvictionStats
+from vllm_plugins.metrics import COUNTERS, ENDED, EvictionPromMetrics, EvictionStats
 
 LABELS = {"model_name": "m", "engine": "0"}
 
@@ -49,11 +49,43 @@ def test_a_step_is_added_and_the_live_share_of_nothing_is_not_a_number(exported,
 
 
 def test_vllms_log_line_adds_up_steps_and_shows_the_newest_share():
-    stats = EvictionStats({"decisions": 1, "requests": {"h2o": 1}, "live_share": 0.9})
-    stats.aggregate(EvictionStats({"decisions": 2, "requests": {"cab": 1}, "live_share": 0.5}))
+    stats = EvictionStats(
+        {"decisions": 1, "requests": {"h2o": 1}, "peak_blocks": [4, 8], "live_share": 0.9}
+    )
+    stats.aggregate(
+        EvictionStats(
+            {"decisions": 2, "requests": {"cab": 1}, "peak_blocks": [9], "live_share": 0.5}
+        )
+    )
     shown = stats.reduce()
-    assert shown["kv_eviction_decisions"] == 3
-    assert shown["kv_eviction_requests_h2o"] == shown["kv_eviction_requests_cab"] == 1
-    assert shown["kv_eviction_live_share"] == 0.5
+    assert shown["decisions"] == 3
+    assert shown["requests_h2o"] == shown["requests_cab"] == 1
+    assert shown["live_share"] == 0.5
+    assert shown["mean_peak_blocks"] == 7
+    assert "mean_effective_sparsity" not in shown  # no request has ended with one
     stats.aggregate(EvictionStats({"live_share": None}))
-    assert "kv_eviction_live_share" not in stats.reduce()
+    assert "live_share" not in stats.reduce()
+
+
+def test_vllms_log_line_says_whose_it_is():
+    """vLLM's own words stand before it; nothing is transferred."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging
+
+    logging = KVConnectorLogging(None)
+    logging.transfer_stats_accumulator = EvictionStats({"blocks_evicted": 7})
+    lines = []
+    logging.log(lambda text, *values: lines.append(text % values))
+    (line,) = lines
+    assert line.startswith("KV Transfer metrics: KV eviction: blocks_evicted=7, decisions=0")
+
+
+def test_requests_that_ended_are_counted_by_peak_and_sparsity(exported, registry):
+    for name in ENDED:
+        assert value(registry, f"{name}_count") == 0
+    exported.observe({"peak_blocks": [3, 40.5], "effective_sparsity": [0.0, 0.9]})
+    exported.observe({"blocks_evicted": 1})
+    assert value(registry, "peak_blocks_count") == 2
+    assert value(registry, "peak_blocks_sum") == 43.5
+    assert value(registry, "peak_blocks_bucket", le="32.0") == 1
+    assert value(registry, "effective_sparsity_bucket", le="0.0") == 1
+    assert value(registry, "effective_sparsity_bucket", le="0.9") == 2

@@ -167,6 +167,10 @@ vllm:num_preemptions_total{engine="0"} 2.0
 vllm:kv_eviction_blocks_evicted_total{engine="0"} 17.0
 vllm:kv_eviction_blocks_evicted_created{engine="0"} 1.7e9
 vllm:kv_eviction_requests_total{engine="0",policy="cab"} 5.0
+vllm:kv_eviction_peak_blocks_bucket{engine="0",le="8.0"} 1.0
+vllm:kv_eviction_peak_blocks_bucket{engine="0",le="+Inf"} 2.0
+vllm:kv_eviction_peak_blocks_count{engine="0"} 2.0
+vllm:kv_eviction_peak_blocks_sum{engine="0"} 40.0
 vllm:cache_config_info{block_size="32",kv_cache_memory_bytes="100",num_gpu_blocks="135"} 1
 process_open_fds 7
 """
@@ -179,6 +183,8 @@ def test_metrics():
         "num_preemptions": 2.0,
         "kv_eviction_blocks_evicted": 17.0,
         "kv_eviction_requests:cab": 5.0,
+        "kv_eviction_peak_blocks_count": 2.0,
+        "kv_eviction_peak_blocks_sum": 40.0,
     }
     assert parse_cache_config(METRICS) == {
         "block_size": 32,

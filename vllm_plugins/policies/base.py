@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,11 @@ CHANCE = "chance"
 BLOCK_SCORES = frozenset({ATTENTION, KEY_NORM, GRAPH})
 """What the workers report to the scheduler, by block."""
 NEEDS = BLOCK_SCORES | {CHANCE} | TOKEN_NEEDS
+
+MOST = 2**31 - 1
+"""No whole number that a user gives is larger: more tokens than any context has."""
+_LONGEST = 100
+"""Characters of a user's value in a sentence."""
 
 Needs = frozenset[str] | Callable[[Mapping[str, Any]], frozenset[str]]
 
@@ -79,7 +83,7 @@ class Policy:
             if name not in merged:
                 known = ", ".join(sorted(merged)) or "none"
                 raise PolicyParameterError(
-                    f"policy {self.name} has no parameter {name!r}; it has: {known}"
+                    f"policy {self.name} has no parameter {shown(name)}; it has: {known}"
                 )
             merged[name] = _coerce(self.name, name, value, merged[name])
         if self.check is not None:
@@ -133,14 +137,24 @@ class Policy:
         return self.needs(parameters) if callable(self.needs) else self.needs
 
 
+def shown(value: Any) -> str:
+    """``value`` in a sentence, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or lists in lists as deep
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
 def _coerce(policy: str, name: str, value: Any, default: Any) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(default, float) and number and math.isfinite(value):
+    if number and abs(value) <= MOST and isinstance(default, float):  # neither NaN nor infinite
         return float(value)
-    if type(value) is type(default) and not isinstance(value, float):
+    same = type(value) is type(default) and not isinstance(value, float)
+    if same and not (number and abs(value) > MOST):
         return value
     raise PolicyParameterError(
-        f"parameter {name} of policy {policy} is {value!r}; "
+        f"parameter {name} of policy {policy} is {shown(value)}; "
         f"give a {type(default).__name__} like {default!r}"
     )
 
@@ -166,7 +180,8 @@ def check_selection(policy: str, selection: str) -> None:
     """Refuse a parameter ``selection`` that is none of ``token_rules.SELECTIONS``."""
     if selection not in SELECTIONS:
         raise PolicyParameterError(
-            f"selection of policy {policy} is {selection!r}; use one of: {', '.join(SELECTIONS)}"
+            f"selection of policy {policy} is {shown(selection)}; "
+            f"use one of: {', '.join(SELECTIONS)}"
         )
 
 

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from .base import ATTENTION, GRAPH, Policy, PolicyParameterError, check_selection, check_shares
+from .base import (
+    ATTENTION,
+    GRAPH,
+    Policy,
+    PolicyParameterError,
+    check_selection,
+    check_shares,
+    shown,
+)
 from .forman import attention_graph, augmented_forman_curvature
 from .select import keep_highest, middle, num_recent, top
 from .token_rules import (
@@ -122,7 +130,7 @@ def _check(parameters: Mapping[str, Any]) -> None:
     known = dict.fromkeys([DEFAULT, *BRIDGES["block"], *BRIDGES["token"]])
     if parameters["bridge_definition"] not in known:
         raise PolicyParameterError(
-            f"bridge_definition of policy cab is {parameters['bridge_definition']!r}; "
+            f"bridge_definition of policy cab is {shown(parameters['bridge_definition'])}; "
             f"use one of: {', '.join(known)}"
         )
 

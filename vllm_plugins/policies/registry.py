@@ -6,7 +6,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from . import cab, dense, h2o, key_norm, keydiff, random, snapkv, streaming, tova
-from .base import NEEDS, Policy, PolicyParameterError
+from .base import NEEDS, Policy, PolicyParameterError, shown
 
 ENTRY_POINT_GROUP = "kv_eviction.policies"
 
@@ -39,7 +39,7 @@ def get_policy(name: str) -> Policy:
     entry = _entry_points().get(name)
     if entry is None:
         raise PolicyParameterError(
-            f"unknown policy {name!r}; use one of: {', '.join(policy_names())}"
+            f"unknown policy {shown(name)}; use one of: {', '.join(policy_names())}"
         )
     policy = entry.load()
     if not isinstance(policy, Policy) or policy.name != name:

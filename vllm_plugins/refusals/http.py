@@ -13,7 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..policies.base import shown
 from ..request_keys import REQUEST_KEYS
+from .count import refused_requests
 
 _XARGS = "vllm_xargs"
 _MARK = re.compile(rb"kv_|xargs|extra_body|sparsity|budget_tokens|granularity|\\u00", re.IGNORECASE)
@@ -25,6 +27,8 @@ class RequestCheck:
 
     def __init__(self, app: Any) -> None:
         self._app = app
+        # There from the start: rate() cannot see the increment that creates a series.
+        refused_requests()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -34,6 +38,7 @@ class RequestCheck:
             messages.append(await receive())
         body = b"".join(message.get("body", b"") for message in messages)
         if _MARK.search(body) and (refusal := misplaced(body)):
+            refused_requests().inc()
             return await _answer_400(send, refusal)
 
         async def replay() -> Any:
@@ -59,11 +64,11 @@ def misplaced(body: bytes) -> str | None:
                 f"over HTTP put {_XARGS} into the request itself"
             )
         if name != _XARGS and isinstance(value, Mapping) and _close(name, [_XARGS]):
-            return f"unknown field {name!r}; did you mean {_XARGS!r}?"
+            return f"unknown field {shown(name)}; did you mean {_XARGS!r}?"
         if bare in ("sparsity", "budget_tokens") or _close(name, REQUEST_KEYS):
             meant = f"kv_{bare}" if f"kv_{bare}" in REQUEST_KEYS else _close(name, REQUEST_KEYS)[0]
             return (
-                f"{name!r} is no field of a request; "
+                f"{shown(name)} is no field of a request; "
                 f'put {meant} into {_XARGS}, like "{_XARGS}": {{"{meant}": ...}}'
             )
     return None

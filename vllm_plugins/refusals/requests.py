@@ -21,7 +21,9 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 )
 
 from ..config import EvictionConfig
+from ..parsing import EvictionConfigError
 from ..platforms import check_settings
+from .count import refused_requests
 from .server_settings import decode
 
 
@@ -56,8 +58,13 @@ class _Validator:
         The scheduler checks again: behind a front end without this validator a bad request
         follows the server's settings (``KVEvictionConnector.on_new_request``).
         """
-        if sampling_params.extra_args:
+        if not sampling_params.extra_args:
+            return
+        try:
             check_settings(cls.config.request_settings(sampling_params.extra_args, cls.block_size))
+        except EvictionConfigError:
+            refused_requests().inc()
+            raise
 
 
 class RequestValidator(_Validator, LogitsProcessor, metaclass=_PerServer):
