@@ -93,9 +93,10 @@ class EvictionConfig:
     score_queries: str | int = "all"
     """``all`` queries of a chunk are scored, or its last so many."""
     score_query_stride: int = 8
-    """During decode only every N-th query is scored; its score counts N times. Default by measurement at block granularity (results/sampled-scores): scoring
-    everything costs a tenth of the throughput and gains 0.3% perplexity at most. At token
-    granularity all queries gain up to 1.6% (results/sampled-decodes); at what cost is unknown."""
+    """During decode only every N-th query is scored; its score counts N times. Default by
+    measurement at block granularity (results/sampled-scores): scoring everything costs a tenth of
+    the throughput and gains 0.3% perplexity at most. At token granularity all queries gain up to
+    1.6% (results/sampled-decodes); at what cost is unknown."""
     score_prompt_stride: int = 4
     """Of a chunk's queries but its last 256 only every N-th is scored, and counts N times: one of
     ``PROMPT_STRIDES``. With ``score="decay"`` all are scored. Default by measurement: with long
