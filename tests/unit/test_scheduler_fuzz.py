@@ -7,7 +7,8 @@ from transformers import LlamaConfig
 from vllm_plugins.policies import get_policy
 
 from ..engine.conftest import TINY
-from .scheduler_memory import BLOCK_SIZE, VOCABULARY, SchedulerOverMemory
+from .simulated_scheduler import SchedulerOverMemory
+from .simulated_worker import BLOCK_SIZE, VOCABULARY
 
 NUM_REQUESTS = 60
 MOST_AT_ONCE = 14
