@@ -14,7 +14,7 @@ def rows():
     return [line for line in lines if not line.startswith("| case ")]
 
 
-def tests_in(path):
+def functions_of(path):
     nodes = ast.parse((ROOT / path).read_text()).body
     return {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
 
@@ -27,4 +27,4 @@ def test_every_row_names_tests_that_exist():
         assert named, f"no test is named: {row}"
         assert len(named) == row.count("tests/"), f"a test is not named as file::test: {row}"
         for path, name in named:
-            assert name in tests_in(path), f"{path} has no {name}"
+            assert name in functions_of(path), f"{path} has no {name}"
