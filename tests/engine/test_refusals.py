@@ -94,11 +94,6 @@ def test_a_plain_llama_is_accepted(tiny_llama):
             "kv_cache_dtype is bfloat16",
         ),
         ({"kv_offloading_size": 1.0}, {}, "KV connector is OffloadingConnector"),
-        (
-            {"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"},
-            {},
-            "drop kv_transfer_config, MultiConnector and kv_offloading_size",
-        ),
         ({"kv_transfer_config": MULTI}, {}, "KV connector is MultiConnector"),
         ({"disable_hybrid_kv_cache_manager": True}, {"layer_groups": 2}, "hybrid KV-cache manager"),
         ({"block_size": 16}, {}, "so use 32 or 64"),
