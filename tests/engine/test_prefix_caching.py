@@ -172,7 +172,8 @@ def test_random_arrivals_with_shared_prefixes(layer_groups, tiny_engines):
             extra["kv_granularity"] = str(rng.choice(forms_of(policy)))
         shared = roots[int(rng.integers(3))][: int(rng.integers(1, 400))]
         prompt = shared + rng.integers(0, 256, size=int(rng.integers(1, 100))).tolist()
-        asked[f"r{place}"] = (prompt, extra, int(rng.integers(1, 100)))
+        max_tokens = int(rng.integers(1, 100))
+        asked[f"r{place}"] = {"tokens": prompt, "extra": extra, "max_tokens": max_tokens}
         return asked[f"r{place}"]
 
     outputs = random_traffic(llm, rng, 120, request)
@@ -185,10 +186,11 @@ def test_random_arrivals_with_shared_prefixes(layer_groups, tiny_engines):
     assert not any("policy_error" in record for record in records)
     compared = 0
     for name, output in outputs.items():
-        prompt, extra, max_tokens = asked[name]
-        if extra.get("kv_sparsity", 0.0) == 0.0:
+        request = asked[name]
+        if request["extra"].get("kv_sparsity", 0.0) == 0.0:
             assert llm.reset_prefix_cache()
-            alone = generate(llm, [prompt], {"kv_policy": "dense"}, max_tokens)
+            dense = {"kv_policy": "dense"}
+            alone = generate(llm, [request["tokens"]], dense, request["max_tokens"])
             assert answers(alone) == answers([output]), name
             compared += 1
     assert compared > 15

@@ -44,6 +44,7 @@ DEEPSEEK = {
     "max_position_embeddings": 2048,
     "dtype": "float32",
 }
+MULTI = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {}}
 
 
 @pytest.fixture
@@ -92,7 +93,8 @@ def test_a_plain_llama_is_accepted(tiny_llama):
             {},
             "kv_cache_dtype is bfloat16",
         ),
-        ({"kv_offloading_size": 1.0}, {}, "kv_offloading_size"),
+        ({"kv_offloading_size": 1.0}, {}, "KV connector is OffloadingConnector"),
+        ({"kv_transfer_config": MULTI}, {}, "KV connector is MultiConnector"),
         ({"disable_hybrid_kv_cache_manager": True}, {"layer_groups": 2}, "hybrid KV-cache manager"),
         ({"block_size": 16}, {}, "so use 32 or 64"),
         ({"block_size": 64}, {"budget_tokens": 96}, "give at least 128"),
@@ -125,9 +127,6 @@ def test_models(config, sentence, model):
 
 def test_a_window_that_never_binds_is_accepted(model):
     check(model(MISTRAL), {"max_model_len": 256})
-
-
-MULTI = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": {}}
 
 
 @pytest.mark.parametrize(

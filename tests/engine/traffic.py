@@ -5,17 +5,22 @@ from vllm_plugins.policies import get_policy
 from .conftest import connector_of
 
 
-def add(llm, name, tokens, extra, max_tokens):
+def add(llm, name, tokens, extra, max_tokens, priority=0, **sampling):
+    """A request arrives; its name inside the engine. ``sampling``: of ``SamplingParams``, in place
+    of greedy answers of exactly ``max_tokens``."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(
+        output_kind=RequestOutputKind.FINAL_ONLY,  # else of samples the last one to end alone
         max_tokens=max_tokens,
-        temperature=0.0,
         ignore_eos=True,
         detokenize=False,
         extra_args=extra,
+        **{"temperature": 0.0, **sampling},
     )
-    return llm.llm_engine.add_request(name, {"prompt_token_ids": tokens}, params)
+    prompt = {"prompt_token_ids": tokens}
+    return llm.llm_engine.add_request(name, prompt, params, priority=priority)
 
 
 def forms_of(name):
@@ -23,19 +28,21 @@ def forms_of(name):
     return ["block"] * (policy.select is not None) + ["token"] * (policy.tokens is not None)
 
 
-def random_traffic(llm, rng, number, make):
+def random_traffic(llm, rng, number, make, outputs=None, after_step=lambda: None):
     """``number`` requests that come at random times, some of which are aborted; blocks are
-    conserved after every step. Outputs by name of those that finished.
+    conserved after every step. Outputs by name of those that finished, which are all others.
 
-    ``make``: from a request's place to its prompt, settings and number of output tokens.
+    ``make``: from a request's place to the further arguments of ``add``. ``outputs``: gets them as
+    they come.
     """
     connector, engine = connector_of(llm), llm.llm_engine
-    names, arrived, outputs = {}, 0, {}
+    outputs = {} if outputs is None else outputs
+    names, arrived = {}, 0
     finished = False
     for _ in range(100_000):
         if arrived < number and len(names) < 12 and rng.random() < 0.5:
             name = f"r{arrived}"
-            names[name] = add(llm, name, *make(arrived))
+            names[name] = add(llm, name, **make(arrived))
             arrived += 1
         if names and rng.random() < 0.03:
             name = str(rng.choice(list(names)))
@@ -45,6 +52,7 @@ def random_traffic(llm, rng, number, make):
                 names.pop(output.request_id)
                 outputs[output.request_id] = output
         connector.check_integrity()
+        after_step()
         finished = arrived == number and not engine.has_unfinished_requests()
         if finished:
             break

@@ -177,3 +177,12 @@ def test_reports_of_two_ranks_add_up():
     assert both.scores["attention"].tolist() == [1.5, 2.5]
     assert len(both.graph) == 2
     assert both.scoring_seconds == {"block_mass": 0.2}
+
+
+def test_what_one_rank_could_not_do_reaches_the_scheduler():
+    """Ranks that disagree: a pack that failed on one of them ends the request's evictions, and
+    reports of different steps are never added."""
+    a, b = ScoreReport(7, {}), ScoreReport(7, {}, pack_failures={"r": "no numbers"})
+    assert a.aggregate(b).pack_failures == {"r": "no numbers"}
+    with pytest.raises(AssertionError):
+        a.aggregate(ScoreReport(8, {}))

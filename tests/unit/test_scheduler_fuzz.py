@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig
 
+from vllm_plugins.manager import EvictableManager
 from vllm_plugins.policies import get_policy
+from vllm_plugins.prefix_sharing import PrefixSharing
 
 from ..engine.conftest import TINY
-from .scheduler_memory import BLOCK_SIZE, VOCABULARY, SchedulerOverMemory
+from .simulated_scheduler import SchedulerOverMemory
+from .simulated_worker import BLOCK_SIZE, VOCABULARY, Memory
 
 NUM_REQUESTS = 60
 MOST_AT_ONCE = 14
@@ -43,20 +46,12 @@ def random_tokens(rng, number):
     return rng.integers(0, VOCABULARY, size=number).tolist()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize(
-    ("layer_groups", "blocks_per_group", "priority"),
-    [(1, 40, False), (1, 34, True), (2, 40, True), (2, 34, False), (4, 40, False), (4, 34, True)],
-)
-def test_random_requests_share_prefixes_and_lose_blocks(
-    layer_groups, blocks_per_group, priority, asynchronous, seed, tiny_config
-):
+def run_random_traffic(folder, layer_groups, blocks_per_group, priority, asynchronous, seed):
     """Requests of two families of prompts arrive, are preempted and aborted; while they run, the
-    prefix cache is reset, which vLLM does not do with steps in flight."""
+    prefix cache is reset, which vLLM does not do with steps in flight. What the plans asked for."""
     rng = np.random.default_rng(seed)
     num_blocks = blocks_per_group * layer_groups + 1
-    simulation = SchedulerOverMemory(tiny_config, num_blocks, layer_groups, asynchronous, priority)
+    simulation = SchedulerOverMemory(folder, num_blocks, layer_groups, asynchronous, priority)
     scheduler = simulation.scheduler
     roots = [random_tokens(rng, 12 * BLOCK_SIZE) for _ in range(2)]
     num_arrived = 0
@@ -74,6 +69,47 @@ def test_random_requests_share_prefixes_and_lose_blocks(
             assert scheduler.reset_prefix_cache(reset_running_requests=True)
         simulation.step()
     simulation.check_empty()
-    counts = simulation.worker.counts
+    return simulation.worker.counts
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    ("layer_groups", "blocks_per_group", "priority"),
+    [(1, 40, False), (1, 34, True), (2, 40, True), (2, 34, False), (4, 40, False), (4, 34, True)],
+)
+def test_random_requests_share_prefixes_and_lose_blocks(
+    layer_groups, blocks_per_group, priority, asynchronous, seed, tiny_config
+):
+    counts = run_random_traffic(
+        tiny_config, layer_groups, blocks_per_group, priority, asynchronous, seed
+    )
     for kind in ("copies", "packs", "adopted blocks", "evicted blocks", "preemptions"):
         assert counts[kind], f"no {kind}: this case tests less than it says"
+
+
+def no_copy(monkeypatch):
+    """A worker does not make the copies that it was told to."""
+    monkeypatch.setattr(Memory, "copy", lambda memory, block, copy: None)
+
+
+def packed_where_shared(monkeypatch):
+    """A request packs into blocks that others hold, or that the cache offers."""
+
+    def own(manager, request_id, positions):
+        return [manager.req_to_blocks[request_id][i].block_id for i in positions]
+
+    monkeypatch.setattr(EvictableManager, "_own", own)
+
+
+def hashed_after_eviction(monkeypatch):
+    """What saw an evicted cache is offered as if it had seen all."""
+    monkeypatch.setattr(PrefixSharing, "first_eviction", lambda sharing, name, num_tokens: None)
+
+
+@pytest.mark.parametrize("fault", [no_copy, packed_where_shared, hashed_after_eviction])
+def test_a_fault_is_noticed(fault, tiny_config, monkeypatch):
+    """Shared blocks that are corrupted."""
+    fault(monkeypatch)
+    with pytest.raises(AssertionError, match="block"):
+        run_random_traffic(tiny_config, 1, 34, False, False, 0)

@@ -1,10 +1,8 @@
-"""vLLM's scheduler over a model of the workers' memory: what stands in every block, and whose.
+"""A model of the workers' memory: what stands in every block, and whose.
 
-    vLLM's scheduler, our connector, ledger and managers     as in an engine
-        | SchedulerOutput with its EvictionPlan
-    SimulatedWorker                                          ``waves`` and block tables, no tensors
+    SimulatedWorker    ``waves`` and block tables, no tensors
         | labels
-    Memory                                                   [num_blocks, block_size]
+    Memory             [num_blocks, block_size]
 
 A label stands for a token's keys and values. Where a token saw the whole cache before it, its label
 follows from the tokens up to it, so that equal prefixes have equal labels. Everything else has a
@@ -13,43 +11,23 @@ label that occurs once: what saw an evicted cache, and what a pack wrote.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 import numpy as np
-import torch
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.engine.arg_utils import EngineArgs
-from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import (
-    get_block_hash,
-    get_request_block_hasher,
-    init_none_hash,
-)
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
-from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_plugins import eviction_engine_args
 from vllm_plugins.attention.compaction import NULL_BLOCK
 from vllm_plugins.ledger import Ledger
-from vllm_plugins.messages import EvictionPlan, ScoreReport
+from vllm_plugins.messages import EvictionPlan
 from vllm_plugins.packs import Pack
-from vllm_plugins.policies import ATTENTION, KEY_NORM
-from vllm_plugins.spec import EvictableSpec
 from vllm_plugins.worker import table_changes, waves
 
 BLOCK_SIZE = 32
 VOCABULARY = 7
 """Few tokens: continuations of one prefix often agree for a while."""
-MOST_IDLE_STEPS = 50
 
 
 def next_label(label: int, token: int) -> int:
@@ -257,183 +235,3 @@ class SimulatedWorker:
             return []
         request.append([request.exact[-1] % VOCABULARY])
         return request.tokens[-1:]
-
-
-def engine_config(folder: str, **arguments: Any) -> VllmConfig:
-    """Of an engine that shares prefixes and checks conservation at every step."""
-    groups = arguments.pop("layer_groups")
-    return EngineArgs(
-        folder,
-        max_model_len=1024,
-        max_num_seqs=8,
-        max_num_batched_tokens=512,
-        long_prefill_token_threshold=64,
-        enforce_eager=True,
-        skip_tokenizer_init=True,
-        dtype="float32",
-        **arguments,
-        **eviction_engine_args(
-            policy="dense",
-            check_integrity=True,
-            prefix_caching=True,
-            layer_groups=groups,
-            score_queries="all",
-        ),
-    ).create_engine_config()
-
-
-class SchedulerOverMemory:
-    """Schedules steps, executes them at once, and tells the scheduler of them: with asynchronous
-    scheduling, one step late.
-
-    Args:
-        folder: of a model, of which only the configuration is read.
-        num_blocks: in the pool, the null block among them.
-        layer_groups: of one layer each.
-        asynchronous: asynchronous scheduling.
-        priority: requests are scheduled by priority, not in the order they came.
-
-    """
-
-    def __init__(
-        self, folder: str, num_blocks: int, layer_groups: int, asynchronous: bool, priority: bool
-    ) -> None:
-        init_none_hash(sha256)
-        config = engine_config(
-            folder,
-            layer_groups=layer_groups,
-            scheduling_policy="priority" if priority else "fcfs",
-        )
-        config.scheduler_config.async_scheduling = asynchronous  # vLLM has none on a CPU
-        config.cache_config.num_gpu_blocks = num_blocks
-        groups = [
-            KVCacheGroupSpec(
-                [f"model.layers.{group}.self_attn.attn"],
-                EvictableSpec(
-                    block_size=BLOCK_SIZE,
-                    num_kv_heads=2,
-                    head_size=32,
-                    dtype=torch.float32,
-                    layer_group=group,
-                    layer_groups=layer_groups,
-                ),
-            )
-            for group in range(layer_groups)
-        ]
-        with set_current_vllm_config(config):
-            scheduler_class = AsyncScheduler if asynchronous else Scheduler
-            self.scheduler = scheduler_class(
-                vllm_config=config,
-                kv_cache_config=KVCacheConfig(num_blocks, [], groups),
-                structured_output_manager=StructuredOutputManager(config),
-                block_size=BLOCK_SIZE,
-                hash_block_size=BLOCK_SIZE,
-                log_stats=False,
-            )
-        self.pool = self.scheduler.kv_cache_manager.block_pool
-        self.worker = SimulatedWorker(num_blocks, self.scheduler.connector.ledger)
-        self._most_in_flight = int(asynchronous)
-        self._in_flight: deque[tuple[Any, dict[str, list[int]]]] = deque()
-        self._idle_steps = 0
-        self._requests: list[Request] = []
-        self._hashed: dict[bytes, list[int]] = {}
-        self._num_hashes: Counter[str] = Counter()
-        self._scores = np.random.default_rng(0)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a request or a step is not done."""
-        return bool(self.scheduler.requests) or bool(self._in_flight)
-
-    def add(
-        self, prompt: Sequence[int], max_tokens: int, settings: dict[str, Any], priority: int
-    ) -> None:
-        """A request arrives."""
-        number = len(self._requests)
-        request = Request(
-            request_id=f"r{number}",
-            prompt_token_ids=list(prompt),
-            sampling_params=SamplingParams(
-                max_tokens=max_tokens, temperature=0.0, ignore_eos=True, extra_args=settings
-            ),
-            pooling_params=None,
-            block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
-            priority=priority,
-            arrival_time=float(number),
-        )
-        self._requests.append(request)
-        self.scheduler.add_request(request)
-
-    def abort(self, name: str) -> None:
-        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
-
-    def step(self) -> None:
-        """One step; then every block that the prefix cache offers holds exactly its tokens.
-
-        Raises:
-            AssertionError: that, or what stands with the worker's methods, does not hold; or
-                requests wait and nothing is scheduled any more.
-
-        """
-        output = self.scheduler.schedule()
-        self._in_flight.append((output, self.worker.execute(output)))
-        while len(self._in_flight) > self._most_in_flight:
-            self._finish_step()
-        waits = self.scheduler.requests and not output.total_num_scheduled_tokens
-        self._idle_steps = self._idle_steps + 1 if waits else 0
-        assert self._idle_steps < MOST_IDLE_STEPS, "requests wait for ever"
-        if not self.scheduler.requests:
-            while self._in_flight:
-                self._finish_step()
-        self._check_hashed_blocks()
-
-    def _finish_step(self) -> None:
-        output, sampled = self._in_flight.popleft()
-        names = list(output.num_scheduled_tokens)
-        num_blocks = self.pool.num_gpu_blocks
-        scores = {
-            name: self._scores.random(num_blocks, dtype=np.float32)
-            for name in (ATTENTION, KEY_NORM)
-        }
-        report = ScoreReport(output.kv_connector_metadata.step, scores)
-        self.scheduler.update_from_output(
-            output,
-            ModelRunnerOutput(
-                req_ids=names,
-                req_id_to_index={name: i for i, name in enumerate(names)},
-                sampled_token_ids=[sampled[name] for name in names],
-                kv_connector_output=KVConnectorOutput(kv_connector_worker_meta=report),
-            ),
-        )
-
-    def _check_hashed_blocks(self) -> None:
-        for request in self._requests:
-            if len(request.block_hashes) > self._num_hashes[request.request_id]:
-                self._note_hashes(request)
-        for block in self.pool.blocks:
-            if block.block_hash is not None:
-                tokens = self._hashed[bytes(get_block_hash(block.block_hash))]
-                held = self.worker.memory.labels[block.block_id]
-                assert (held == tokens).all(), f"block {block.block_id} is hashed as another"
-
-    def _note_hashes(self, request: Request) -> None:
-        """Which labels the blocks of a request's hashes must have."""
-        whole = WorkerRequest()
-        whole.append(request.all_token_ids)
-        for i, block_hash in enumerate(request.block_hashes):
-            labels = whole.exact[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
-            self._hashed[bytes(block_hash)] = labels
-        self._num_hashes[request.request_id] = len(request.block_hashes)
-
-    def check_empty(self) -> None:
-        """Once all requests have ended, all blocks are free and nobody is remembered."""
-        connector = self.scheduler.connector
-        connector.check_integrity()
-        assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1
-        assert not connector.ledger.requests
-        assert not connector.ledger.sharing._exact
-        for manager in self.scheduler.kv_cache_manager.coordinator.single_type_managers:
-            assert not manager.req_to_blocks
-            assert not manager.num_cached_block
-            assert not manager._unhashed
-            assert not manager._taken
