@@ -195,7 +195,7 @@ class SimulatedWorker:
 
     def _update_tables(self, plan: EvictionPlan) -> None:
         """Only entries that hold a block change."""
-        for name, groups in table_changes(plan).items():
+        for name, groups in table_changes(plan, range(plan.num_groups)).items():
             request = self.requests[name]
             for group, blocks in groups.items():
                 for position, block in blocks.items():

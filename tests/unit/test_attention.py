@@ -106,7 +106,7 @@ def test_compaction_leaves_a_table_without_nulls_alone():
 
 def state(**settings):
     made = CPUWorkerState(EvictionConfig.parse(settings))
-    made.set_layers({"layer.0": 0, "layer.1": 0})
+    made.set_layers({0: ["layer.0", "layer.1"]})
     made.register({name: torch.zeros(10, 2, BLOCK, 32) for name in made.group_of})
     return made
 

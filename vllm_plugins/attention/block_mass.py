@@ -19,6 +19,7 @@ def block_mass(
     scale: float,
     soft_cap: float = 0.0,
     decay: float = 1.0,
+    sinks: torch.Tensor | None = None,
     query_blocks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention probability mass per block, summed over heads, for one request.
@@ -35,6 +36,8 @@ def block_mass(
         scale: of the logits.
         soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)``; 0 = off.
         decay: weight lost per token of age: query ``t`` counts ``decay ** (num_queries - 1 - t)``.
+        sinks: ``[num_heads]``, a learned logit of each head that takes part in its softmax and
+            stands for no key; None: there is none.
         query_blocks: int ``[num_queries]``, consecutive from 0; where given, the mass is summed
             per block of queries instead of over all of them.
 
@@ -46,7 +49,7 @@ def block_mass(
     num_blocks = padded // block_size
     rows = 1 if query_blocks is None else int(query_blocks[-1]) + 1
     mass = torch.zeros(rows, num_blocks)
-    for start, stop, seen in probabilities(query, key, seq_len, scale, soft_cap):
+    for start, stop, seen in probabilities(query, key, seq_len, scale, soft_cap, sinks):
         per_query = seen.sum((0, 1)).view(stop - start, num_blocks, block_size).sum(-1)
         if decay != 1.0:
             age = num_queries - 1 - torch.arange(start, stop)
@@ -59,12 +62,17 @@ def block_mass(
 
 
 def probabilities(
-    query: torch.Tensor, key: torch.Tensor, seq_len: int, scale: float, soft_cap: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    seq_len: int,
+    scale: float,
+    soft_cap: float,
+    sinks: torch.Tensor | None = None,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Causal attention of a request's queries to its keys, some queries at a time.
 
     Args:
-        query, key, seq_len, scale, soft_cap: as ``block_mass``.
+        query, key, seq_len, scale, soft_cap, sinks: as ``block_mass``.
 
     Yields:
         start and stop of the queries, and float32
@@ -83,4 +91,8 @@ def probabilities(
             logits = soft_cap * torch.tanh(logits / soft_cap)
         last_visible = torch.arange(start, stop) + (seq_len - num_queries)
         hidden = torch.arange(padded)[None, :] > last_visible[:, None]
-        yield start, stop, torch.softmax(logits.masked_fill_(hidden, float("-inf")), dim=-1)
+        logits.masked_fill_(hidden, float("-inf"))
+        if sinks is not None:
+            sink = sinks.float().view(*logits.shape[:2], 1, 1).expand(*logits.shape[:3], 1)
+            logits = torch.cat((logits, sink), dim=-1)
+        yield start, stop, torch.softmax(logits, dim=-1)[..., :padded]

@@ -15,11 +15,13 @@ def token_mass(
     scale: float,
     soft_cap: float = 0.0,
     decay: float = 1.0,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention probability per KV head and key: its sum over queries, and its maximum.
 
     Args:
-        query, key, seq_len, scale, soft_cap, decay: as ``block_mass``. The maximum knows no age.
+        query, key, seq_len, scale, soft_cap, decay, sinks: as ``block_mass``. The maximum knows no
+            age.
 
     Returns:
         mass and peak, float32 ``[num_kv_heads, keys]`` each; the query heads of a group are summed
@@ -29,7 +31,7 @@ def token_mass(
     num_kv_heads, num_keys = key.shape[:2]
     mass = torch.zeros(num_kv_heads, num_keys)
     peak = torch.zeros(num_kv_heads, num_keys)
-    for start, stop, seen in probabilities(query, key, seq_len, scale, soft_cap):
+    for start, stop, seen in probabilities(query, key, seq_len, scale, soft_cap, sinks):
         peak = torch.maximum(peak, seen.amax((1, 2)))
         if decay != 1.0:
             age = len(query) - 1 - torch.arange(start, stop)
