@@ -65,8 +65,9 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         windowed = [m for m in self._managers if isinstance(m, WindowManager)]
         if not evicting or len(evicting) + len(windowed) < len(self._managers):
             raise EvictionConfigError(SENTENCES["worker"])
-        # vLLM enlarges the blocks of layers with a smaller cache, until all blocks take as much.
-        if any(manager.block_size != self._block_size for manager in evicting):
+        # vLLM enlarges or pads the blocks of layers with a smaller cache, until all take as much.
+        specs = [manager.kv_cache_spec for manager in evicting]
+        if any(s.block_size != self._block_size or s.page_size_padded for s in specs):
             raise EvictionConfigError(SENTENCES["page_sizes"])
         ledger = Ledger(
             self.config,

@@ -85,7 +85,7 @@ def evictable_specs(
 
     """
     windowed = {name for name, spec in specs.items() if _is_windowed(spec, max_model_len)}
-    evicting = sorted(specs.keys() - windowed, key=extract_layer_index)
+    evicting = sorted((n for n in specs if n not in windowed), key=extract_layer_index)
     for name in evicting:
         if obstacle := _obstacle(specs[name]):
             raise EvictionConfigError(f"layer {name} {obstacle}")

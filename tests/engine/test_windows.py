@@ -17,7 +17,14 @@ from . import test_token_granularity as by_token
 from .conftest import connector_of, make_tiny
 from .stock_reference import answers as scored
 from .test_oracle import select_h2o
-from .test_prefix_caching import BY_POSITION, answers, check_idle, generate, settings
+from .test_prefix_caching import (
+    BY_POSITION,
+    ONE_CHUNK,
+    answers,
+    check_idle,
+    generate,
+    settings,
+)
 from .traffic import add, forms_of, random_traffic
 from .windowed import MODELS, WINDOW, make
 
@@ -27,6 +34,8 @@ KEEP, BLOCK = 7, 32
 BLOCK_BYTES = 2 * 2 * 32 * 32 * 4 * 2
 """Of ``mistral``: keys and values, KV heads, tokens, head size, bytes, layers of a group."""
 CHUNKS = {"max_num_batched_tokens": 64, "long_prefill_token_threshold": 64}
+SHARING = {**CHUNKS, "prefix_cache_retention_interval": BLOCK}
+"""By default vLLM keeps a window's blocks where a prompt ends; thus, at every block."""
 
 
 @pytest.fixture(scope="module")
@@ -164,14 +173,14 @@ def test_windows_hold_what_vllm_holds(kind, start):
             states = [connector.ledger.requests.get(name) for name in names]
             before = [state and state.request.num_computed_tokens for state in states]
             engine.step()
-            for name, computed in zip(names, before, strict=True):
+            for place, computed in enumerate(before):
                 for manager in windows_of(llm):
-                    if not (blocks := manager.req_to_blocks.get(name)):
+                    if not (blocks := manager.req_to_blocks.get(names[place])):
                         continue
                     live = [i for i, block in enumerate(blocks) if not block.is_null]
                     passed = max(0, computed - WINDOW + 1) // BLOCK
                     assert live == list(range(passed, len(blocks)))
-                    steps.append((name, manager.kv_cache_group_id, live))
+                    steps.append((place, manager.kv_cache_group_id, live))
         held.append(steps)
     assert held[0] == held[1]
     assert len(held[0]) > 100
@@ -181,7 +190,7 @@ def test_evicting_requests_fit_where_dense_ones_do_not(start):
     """Freed blocks serve others, and a request that was preempted answers as if it was not."""
     outputs = []
     for blocks in (400, 84):
-        llm = start("mistral", {"kv_cache_memory_bytes": blocks * BLOCK_BYTES})
+        llm = start("mistral", {**CHUNKS, "kv_cache_memory_bytes": blocks * BLOCK_BYTES})
         made = []
         for extra in ({"kv_policy": "dense"}, {**settings("h2o", "token"), "kv_sparsity": 0.9}):
             prompts = [TOKENS[i : i + 400] for i in (0, 100, 200)]
@@ -209,7 +218,7 @@ def test_answers_do_not_depend_on_sharing(prompts, start):
     forms = [("dense", "block"), *BY_POSITION, ("tova", "token")]
     made = []
     for sharing in (False, True):
-        llm = start("mistral", CHUNKS, prefix_caching=sharing)
+        llm = start("mistral", ONE_CHUNK, prefix_caching=sharing)
         for form in forms:
             together = generate(llm, prompts, settings(*form))
             alone = [generate(llm, [prompt], settings(*form))[0] for prompt in prompts]
@@ -222,7 +231,7 @@ def test_answers_do_not_depend_on_sharing(prompts, start):
 
 def test_what_saw_an_evicted_cache_is_not_shared(prompts, start):
     """Not by layers with a window either, whose tokens come from the layers before them."""
-    llm = start("mistral", CHUNKS, prefix_caching=True)
+    llm = start("mistral", SHARING, prefix_caching=True)
     dense = {"kv_policy": "dense"}
     whole = answers(generate(llm, prompts[:1], dense))
     assert llm.reset_prefix_cache()
@@ -240,7 +249,7 @@ def test_random_arrivals_with_shared_prefixes(start):
     """A pool too small, aborts, preemptions, every policy: blocks are conserved at every step, and
     who keeps all its cache answers as it does alone."""
     llm = start(
-        "mistral", {**CHUNKS, "kv_cache_memory_bytes": 84 * BLOCK_BYTES}, prefix_caching=True
+        "mistral", {**SHARING, "kv_cache_memory_bytes": 84 * BLOCK_BYTES}, prefix_caching=True
     )
     rng = np.random.default_rng(12)
     roots = [rng.integers(0, 256, size=400).tolist() for _ in range(3)]

@@ -13,8 +13,8 @@ WINDOW = 96
 MODELS = ("gemma2", "gemma3", "gpt_oss", "mistral")
 
 
-def make(kind: str) -> Any:
-    """A Transformers model in float32, evaluated by its eager attention.
+def make(kind: str, **overrides: Any) -> Any:
+    """A Transformers model in float32 with eager attention. ``overrides``: of ``TINY``.
 
     - ``gemma2``: every other layer has the window; logits are capped softly.
     - ``gemma3``: five of six layers have it, so vLLM makes six KV-cache groups.
@@ -24,7 +24,7 @@ def make(kind: str) -> Any:
     import transformers as t
 
     torch.manual_seed(0)
-    common = {**TINY, "sliding_window": WINDOW}
+    common = {**TINY, "sliding_window": WINDOW, **overrides}
     gemma = {**common, "tie_word_embeddings": True, "query_pre_attn_scalar": 32}
     if kind == "gemma2":
         config = t.Gemma2Config(**gemma, attn_logit_softcapping=4.0)

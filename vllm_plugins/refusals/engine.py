@@ -23,8 +23,8 @@ SENTENCES = {
     "hybrid KV-cache manager; drop disable_hybrid_kv_cache_manager "
     "(--disable-hybrid-kv-cache-manager)",
     "page_sizes": "the model's sliding-window layers take more bytes a token than those that "
-    "evict, so vLLM gives the latter larger blocks than block_size; use a model whose layers "
-    "have KV heads of the same number and size",
+    "evict, so vLLM enlarges or pads the latter's blocks; use a model whose layers have KV heads "
+    "of the same number and size",
     "kv_cache_dtype": "kv_cache_dtype is {dtype}, which is not tested with eviction; "
     'use kv_cache_dtype="auto", the type of the model (--kv-cache-dtype)',
     "connector": "the engine's KV connector is {connector}, so nothing would be evicted; "
