@@ -186,25 +186,6 @@ def test_windows_hold_what_vllm_holds(kind, start):
     assert len(held[0]) > 100
 
 
-def test_evicting_requests_fit_where_dense_ones_do_not(start):
-    """Freed blocks serve others, and a request that was preempted answers as if it was not."""
-    outputs = []
-    for blocks in (400, 84):
-        llm = start("mistral", {**CHUNKS, "kv_cache_memory_bytes": blocks * BLOCK_BYTES})
-        made = []
-        for extra in ({"kv_policy": "dense"}, {**settings("h2o", "token"), "kv_sparsity": 0.9}):
-            prompts = [TOKENS[i : i + 400] for i in (0, 100, 200)]
-            outputs_of = generate(llm, prompts, extra, 150)
-            records = [output.kv_transfer_params["kv_eviction"] for output in outputs_of]
-            made.append((answers(outputs_of), sum(record["preemptions"] for record in records)))
-        outputs.append(made)
-    (dense, _), (evicting, _) = outputs[0]
-    assert [number for _, number in outputs[0]] == [0, 0]
-    assert outputs[1][0] == (dense, outputs[1][0][1])
-    assert outputs[1][0][1] > 0
-    assert outputs[1][1] == (evicting, 0)
-
-
 @pytest.fixture(scope="module")
 def prompts():
     """Prompts that share 400, 300, 200, 400, 64 and 33 tokens with the first one."""
