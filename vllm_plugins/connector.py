@@ -29,6 +29,7 @@ from .policies import GRAPH, KEY_NORM
 from .refusals.engine import SENTENCES, check_engine
 from .siblings import Siblings
 from .startup import engine_lines
+from .window import WindowManager
 
 logger = logging.getLogger("vllm.kv_eviction")
 
@@ -43,6 +44,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self.config = EvictionConfig.parse(self._kv_transfer_config.kv_connector_extra_config)
         self._in_flight_tokens = vllm_config.max_in_flight_tokens
+        self._block_size = vllm_config.cache_config.block_size
         self._ledger: Ledger | None = None
         self._siblings = Siblings()
         self._reported: Counter[str] = Counter()
@@ -57,21 +59,29 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
     # Scheduler side
 
     def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
-        """Join the managers of all layer groups to one ledger."""
+        """Join the managers to one ledger: those that evict are its layer groups, in order."""
         super().bind_kv_cache_manager(kv_cache_manager)
         self._pool = kv_cache_manager.block_pool
         self._managers = list(kv_cache_manager.coordinator.single_type_managers)
-        if not all(isinstance(manager, EvictableManager) for manager in self._managers):
+        evicting = [m for m in self._managers if isinstance(m, EvictableManager)]
+        windowed = [m for m in self._managers if isinstance(m, WindowManager)]
+        if not evicting or len(evicting) + len(windowed) < len(self._managers):
             raise EvictionConfigError(SENTENCES["worker"])
+        # vLLM enlarges or pads the blocks of layers with a smaller cache, until all take as much.
+        specs = [manager.kv_cache_spec for manager in evicting]
+        if any(s.block_size != self._block_size or s.page_size_padded for s in specs):
+            raise EvictionConfigError(SENTENCES["page_sizes"])
         ledger = Ledger(
             self.config,
-            self._managers[0].block_size,
-            len(self._managers),
+            self._block_size,
+            len(evicting),
             self._pool.num_gpu_blocks,
             self._in_flight_tokens,
         )
         self._ledger = ledger
-        for manager in self._managers:
+        for group, manager in enumerate(evicting):
+            manager.attach(ledger, group)
+        for manager in windowed:
             manager.attach(ledger)
         # Only here both the settings and the pool's size are known.
         usable = self._pool.num_gpu_blocks - 1  # one is the null block
@@ -155,7 +165,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         for group, holders in enumerate(held):
             for other in held[:group]:
                 both = sorted(holders.keys() & other.keys())
-                assert not both, f"blocks {both} are held by two layer groups"
+                assert not both, f"blocks {both} are held by two KV-cache groups"
         holders = sum(held, Counter())
         referenced = 0
         for block in self._pool.blocks[1:]:  # the first one is the null block

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+from .conservation import CountedManager
 from .ledger import Ledger
 
 OWN_QUERIES = 32
 """As SnapKV's window, which prompts' last queries rank a prompt's tokens by."""
 
 
-class EvictableManager(FullAttentionManager):
+class EvictableManager(CountedManager, FullAttentionManager):
     """``FullAttentionManager`` plus eviction at the place where vLLM frees skipped blocks.
 
     Without a ledger (``attach``), it is ``FullAttentionManager``. What may be shared through the
@@ -24,17 +24,17 @@ class EvictableManager(FullAttentionManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._ledger: Ledger | None = None
-        self._leaving: list[KVCacheBlock] = []
+        self._group = 0
         # Requests whose blocks may still be shared, with what vLLM told us to hash them by.
         self._unhashed: dict[str, tuple[Any, dict[str, Any]]] = {}
         # Requests that took cached blocks, and those positions among them that somebody holds,
         # until there is a block to copy each to.
         self._taken: dict[str, list[int]] = {}
 
-    def attach(self, ledger: Ledger) -> None:
-        """From now on ``ledger`` decides who is evicted."""
-        self._ledger = ledger
+    def attach(self, ledger: Ledger, group: int) -> None:
+        """From now on ``ledger`` decides who is evicted. ``group``: the layer group, which is
+        ``kv_cache_group_id`` only where every layer evicts."""
+        self._ledger, self._group = ledger, group
 
     @classmethod
     def find_longest_cache_hit(
@@ -70,7 +70,7 @@ class EvictableManager(FullAttentionManager):
         self._hash_computed(request_id)
         blocks = self.req_to_blocks[request_id]
         victims = self._ledger.decide(
-            request_id, self.kv_cache_group_id, processed_computed_tokens, blocks, self._own
+            request_id, self._group, processed_computed_tokens, blocks, self._own
         )
         if not victims:
             return
@@ -94,7 +94,7 @@ class EvictableManager(FullAttentionManager):
         if num_tokens > sharing.num_exact(request_id):
             return
         self._unhashed[request_id] = (request, options)
-        if self.kv_cache_group_id == 0 and num_cached < num_tokens // self.block_size:
+        if self._group == 0 and num_cached < num_tokens // self.block_size:
             hashes = request.block_hashes[num_cached : num_tokens // self.block_size]
             sharing.expect(hashes, self._ledger.step)
 
@@ -181,7 +181,7 @@ class EvictableManager(FullAttentionManager):
         for i, block in zip(positions, self.block_pool.get_new_blocks(len(positions)), strict=True):
             self._ledger.copy(
                 request_id,
-                self.kv_cache_group_id,
+                self._group,
                 blocks[i].block_id,
                 block.block_id,
                 i if in_table else None,
@@ -202,32 +202,7 @@ class EvictableManager(FullAttentionManager):
         blocks = super().pop_blocks_for_free(request_id)
         if self._ledger is not None:
             self._ledger.release(request_id)
-            if self.kv_cache_group_id == self._ledger.num_groups - 1:
+            if self._group == self._ledger.num_groups - 1:
                 # The groups before this one may still have asked what others may share.
                 self._ledger.sharing.forget(request_id)
-            if self._ledger.config.check_integrity:
-                self._leaving += blocks
         return blocks
-
-    def holders(self) -> Counter[int]:
-        """How many requests of this group hold each block.
-
-        Raises:
-            AssertionError: one of them holds a block twice.
-
-        """
-        held: Counter[int] = Counter()
-        for request_id, blocks in self.req_to_blocks.items():
-            mine = [block.block_id for block in blocks if block is not self._null_block]
-            assert len(set(mine)) == len(mine), f"{request_id} holds a block twice"
-            held.update(mine)
-        return held
-
-    def leaving(self) -> set[int]:
-        """Ids of blocks that are, or may be, on their way back to the pool.
-
-        With a connector and steps in flight, the scheduler returns an ended request's blocks only
-        when the last of these steps is done (``deferred_frees`` in ``vllm/v1/core/sched``).
-        """
-        self._leaving = [b for b in self._leaving if b.ref_cnt and not b.is_null]
-        return {block.block_id for block in self._leaving}

@@ -13,13 +13,20 @@ from typing import Any
 
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from .config import EvictionConfig
 from .manager import EvictableManager
 from .parsing import EvictionConfigError
-from .refusals.engine import check_layer_groups
+from .refusals.engine import SENTENCES, check_layer_groups
+from .window import WindowSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +59,9 @@ class EvictableSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[EvictableSpec]) -> EvictableSpec:
-        groups = {spec.layer_group for spec in specs}
         # vLLM takes an AssertionError for "these do not belong together".
+        assert all(isinstance(spec, EvictableSpec) for spec in specs), "a layer does not evict"
+        groups = {spec.layer_group for spec in specs}
         assert len(groups) == 1, f"layer groups {sorted(groups)} have a block table each"
         return dataclasses.replace(
             super().merge(specs), layer_group=groups.pop(), layer_groups=specs[0].layer_groups
@@ -62,8 +70,8 @@ class EvictableSpec(FullAttentionSpec):
 
 def evictable_specs(
     specs: Mapping[str, Any], layer_groups: int, max_model_len: int
-) -> dict[str, EvictableSpec]:
-    """Specs of a model's layers, turned evictable and split into contiguous groups.
+) -> dict[str, EvictableSpec | WindowSpec]:
+    """Specs of a model's layers: evictable ones in contiguous groups, those of windows as they are.
 
     Args:
         specs: layer name to vLLM's spec, as a worker reports them.
@@ -71,29 +79,60 @@ def evictable_specs(
         max_model_len: tokens; a window at least this long hides nothing from any query.
 
     Raises:
-        EvictionConfigError: a layer without plain full attention, or groups of unequal size
-            (vLLM would pad them with layers that do not exist, at the cost of memory).
+        EvictionConfigError: a layer with another kind of attention, no layer without a window, or
+            groups of unequal size (vLLM would pad them with layers that do not exist, at the cost
+            of memory).
 
     """
-    check_layer_groups(len(specs), layer_groups)
-    names = sorted(specs, key=extract_layer_index)
-    per_group = len(names) // layer_groups
-    group_of = {name: i // per_group for i, name in enumerate(names)}
-    known = {f.name for f in dataclasses.fields(EvictableSpec) if f.init}
-    evictable = {}
-    for name, spec in specs.items():
-        if obstacle := _obstacle(spec, max_model_len):
+    windowed = {name for name, spec in specs.items() if _is_windowed(spec, max_model_len)}
+    evicting = sorted((n for n in specs if n not in windowed), key=extract_layer_index)
+    for name in evicting:
+        if obstacle := _obstacle(specs[name]):
             raise EvictionConfigError(f"layer {name} {obstacle}")
-        fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.init}
-        # A window that never binds is no window: of its spec only that field is dropped.
-        fields = {key: fields[key] for key in fields.keys() & known - {"sliding_window"}}
-        evictable[name] = EvictableSpec(
-            **fields, layer_group=group_of[name], layer_groups=layer_groups
-        )
-    return evictable
+    if not evicting:
+        window = max(spec.sliding_window for spec in specs.values())
+        raise EvictionConfigError(SENTENCES["window"].format(model="the model", window=window))
+    check_layer_groups(len(evicting), layer_groups)
+    per_group = len(evicting) // layer_groups
+    made: dict[str, EvictableSpec | WindowSpec] = {}
+    for name, spec in specs.items():
+        if name in windowed:
+            made[name] = WindowSpec(**_fields(spec, WindowSpec))
+            continue
+        fields = _fields(spec, EvictableSpec)
+        fields.pop("sliding_window", None)  # one that never binds is none
+        group = evicting.index(name) // per_group
+        made[name] = EvictableSpec(**fields, layer_group=group, layer_groups=layer_groups)
+    return made
 
 
-def _obstacle(spec: Any, max_model_len: int) -> str | None:
+def layer_groups(kv_cache_config: KVCacheConfig) -> dict[int, list[str]]:
+    """The KV-cache groups whose layers evict: vLLM's number of each, to its layers in order.
+
+    They are at least the groups that ``evictable_specs`` made: vLLM gives all its groups as many
+    layers as the kind of layer has that the model has fewest of, and splits what is more.
+    """
+    groups = {}
+    for number, group in enumerate(kv_cache_config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        if isinstance(spec, UniformTypeKVCacheSpecs):
+            spec = spec.first_spec
+        if isinstance(spec, EvictableSpec):
+            groups[number] = list(group.layer_names)
+    return groups
+
+
+def _fields(spec: Any, kind: type) -> dict[str, Any]:
+    """Those of a spec that a spec of ``kind`` has too."""
+    known = {f.name for f in dataclasses.fields(kind) if f.init}
+    return {name: value for name, value in vars(spec).items() if name in known}
+
+
+def _is_windowed(spec: Any, max_model_len: int) -> bool:
+    return type(spec) is SlidingWindowSpec and spec.sliding_window < max_model_len
+
+
+def _obstacle(spec: Any) -> str | None:
     """Why a layer's blocks cannot be evicted, and what to change; None where they can."""
     if isinstance(spec, MLAAttentionSpec):
         return (
@@ -103,13 +142,7 @@ def _obstacle(spec: Any, max_model_len: int) -> str | None:
     if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
         return (
             f"keeps its cache as {type(spec).__name__}; "
-            "use a model whose layers all have plain full attention"
-        )
-    window = spec.sliding_window or getattr(spec, "attention_chunk_size", None)
-    if window is not None and window < max_model_len:
-        return (
-            f"attends to the last {window:,} tokens only; set max_model_len to at most {window:,}, "
-            "or use a model with full attention in every layer"
+            "use a model whose layers have plain full attention or a sliding window"
         )
     return None
 

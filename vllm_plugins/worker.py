@@ -30,7 +30,7 @@ from .prefix_sharing import Copy
 from .refusals.engine import check_engine
 from .registration import CONNECTOR
 from .request_settings import TOKEN
-from .spec import evictable_specs
+from .spec import EvictableSpec, evictable_specs, layer_groups
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase as _Worker
@@ -38,18 +38,12 @@ else:
     _Worker = object
 
 Changes = Mapping[str, Mapping[int, Mapping[int, int]]]
-"""``{request_id: {group: {position: block}}}``, entries of block tables."""
+"""``{request_id: {KV-cache group: {position: block}}}``, entries of block tables."""
 
 
 def evictable(specs: Mapping[str, Any], max_model_len: int) -> dict[str, Any]:
-    """A model runner's specs by layer, made evictable and split into layer groups.
-
-    The worker's state learns which layers there are.
-    """
-    state = worker_state()
-    made = evictable_specs(specs, state.config.layer_groups, max_model_len)
-    state.set_layers({name: spec.layer_group for name, spec in made.items()})
-    return made
+    """A model runner's specs by layer; those of layers that evict are split into layer groups."""
+    return evictable_specs(specs, worker_state().config.layer_groups, max_model_len)
 
 
 @dataclass
@@ -83,15 +77,23 @@ def waves(plan: EvictionPlan) -> Iterator[Wave]:
     yield Wave([copy for takeover in new for copy in takeover.copies])
 
 
-def table_changes(plan: EvictionPlan) -> Changes:
-    """Evicted entries become null, replaced ones the copies."""
-    changes = {
-        request_id: {group: dict.fromkeys(nulls, NULL_BLOCK) for group, nulls in groups.items()}
-        for request_id, groups in plan.evicted.items()
-    }
+def table_changes(plan: EvictionPlan, kv_cache_groups: Sequence[int]) -> Changes:
+    """Evicted entries become null, replaced ones the copies.
+
+    Args:
+        plan: of the step.
+        kv_cache_groups: vLLM's number of each layer group.
+
+    """
+    changes: dict[str, dict[int, dict[int, int]]] = {}
+    for request_id, groups in plan.evicted.items():
+        for group, nulls in groups.items():
+            table = changes.setdefault(request_id, {}).setdefault(kv_cache_groups[group], {})
+            table.update(dict.fromkeys(nulls, NULL_BLOCK))
     for request_id, takeover in plan.takeovers.items():
         for group, blocks in takeover.replaced.items():
-            changes.setdefault(request_id, {}).setdefault(group, {}).update(blocks)
+            table = changes.setdefault(request_id, {}).setdefault(kv_cache_groups[group], {})
+            table.update(blocks)
     return changes
 
 
@@ -189,9 +191,15 @@ class EvictionWorkerMixin(_Worker):
         """Bytes for keys and values: what vLLM finds, less what the tokens' scores will take."""
         available = super().determine_available_memory()
         per_token = bytes_per_token(self.eviction.server_needs & TOKEN_NEEDS)
-        spec = next(iter(self.get_kv_cache_spec().values()))
+        specs = self.get_kv_cache_spec().values()
+        spec = next(spec for spec in specs if isinstance(spec, EvictableSpec))
         scores = per_token * spec.num_kv_heads * spec.block_size
         return available * spec.page_size_bytes // (spec.page_size_bytes + scores)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """As vLLM's; first the state learns which layers evict, as builders ask for it."""
+        self.eviction.set_layers(layer_groups(kv_cache_config))
+        super().initialize_from_config(kv_cache_config)
 
     def compile_or_warm_up_model(self) -> Any:
         """The last part of a start."""
@@ -215,5 +223,5 @@ class EvictionWorkerMixin(_Worker):
         if isinstance(plan, EvictionPlan):
             self.eviction.start_step(plan, scheduler_output.finished_req_ids)
             self._prepare_blocks(plan)
-            self.change_tables(table_changes(plan))
+            self.change_tables(table_changes(plan, self.eviction.kv_cache_groups))
         return super().execute_model(scheduler_output)

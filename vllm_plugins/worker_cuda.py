@@ -22,6 +22,7 @@ from .attention.state_cuda import CUDAWorkerState
 from .attention.token_scores import UNWRITTEN
 from .kernels.choose import WARM_UP_TOKENS
 from .packs import Pack
+from .spec import layer_groups
 from .worker import Changes, EvictionWorkerMixin, evictable
 
 
@@ -48,11 +49,13 @@ class EvictionModelRunner(GPUModelRunner):
         No connector exists then that would allocate them (``register_kv_caches``), and graphs
         captured without scores would look smaller than they are.
         """
+        state = worker_state()
+        if is_profiling:
+            state.set_layers(layer_groups(kv_cache_config))
         super().initialize_kv_cache(kv_cache_config, is_profiling, kv_cache_allocation_context)
         if is_profiling:
             layers = self.compilation_config.static_forward_context
-            names = [n for group in kv_cache_config.kv_cache_groups for n in group.layer_names]
-            worker_state().allocate({name: layers[name].kv_cache for name in names})
+            state.allocate({name: layers[name].kv_cache for name in state.group_of})
 
 
 class EvictionCUDAWorker(EvictionWorkerMixin, Worker):

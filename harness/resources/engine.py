@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from vllm_plugins.refusals.engine import num_evicting_layers
+
 from ..study.specification import EngineSpecification
 from .scored import Scored, ScoredWindow, UnfaithfulRun
 
@@ -228,6 +230,9 @@ def _check_policy(record: dict[str, Any]) -> None:
 def bytes_per_block(config: Any, specification: EngineSpecification) -> int:
     """Bytes of one physical block: keys and values of the layers of one layer group."""
     model, parallel = config.model_config, config.parallel_config
-    layers = model.get_num_layers(parallel) // specification.eviction["layer_groups"]
+    layers = num_evicting_layers(
+        model.hf_text_config, model.get_num_layers(parallel), model.max_model_len
+    )
+    layers //= specification.eviction["layer_groups"]
     width = 2 * model.get_num_kv_heads(parallel) * model.get_head_size()
     return layers * width * specification.block_size * model.dtype.itemsize

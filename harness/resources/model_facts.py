@@ -17,6 +17,9 @@ from vllm_plugins.refusals.engine import SENTENCES, check_layer_groups
 from ..errors import UsageError
 from ..inputs.models import DEFAULT_MODEL
 
+_ALL_WINDOWED = ("mistral", "mixtral", "phi3", "starcoder2")
+"""Types of models that have one window for all layers, if any."""
+
 
 def read_config(model: str, *, fetch: bool = False) -> dict[str, Any] | None:
     """The text part of a model's configuration; None where it is not on this machine.
@@ -84,7 +87,12 @@ def check_config(
         raise EvictionConfigError(SENTENCES["mla"].format(model=model))
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     length = max_model_len or config.get("max_position_embeddings")
+    layers, types = config.get("num_hidden_layers"), config.get("layer_types")
     if isinstance(window, int) and isinstance(length, int) and 0 < window < length:
-        raise EvictionConfigError(SENTENCES["window"].format(model=model, window=window))
-    if isinstance(layers := config.get("num_hidden_layers"), int):
+        if not types and config.get("model_type") not in _ALL_WINDOWED:
+            return  # which layers have it, Transformers derives
+        layers = sum(kind != "sliding_attention" for kind in types or ())
+        if not layers:
+            raise EvictionConfigError(SENTENCES["window"].format(model=model, window=window))
+    if isinstance(layers, int):
         check_layer_groups(layers, layer_groups)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from .windowed import full_layers, pass_windows
+
 
 @dataclass
 class OracleResult:
@@ -37,7 +39,8 @@ def run(
     keep: int,
     chunk: int,
     block_size: int,
-    layer_groups: int,
+    layer_groups: int = 1,
+    group_of: list[int] | None = None,
     select,
     half_life: float | None = None,
     window: int | None = None,
@@ -52,11 +55,14 @@ def run(
 
     Tokens come in chunks, from ``prompt`` on one by one: of these, every ``every``-th is scored
     and counts for all of them; ``every_of_prompt`` is the like for longer chunks but the
-    ``in_full`` last queries of each.
+    ``in_full`` last queries of each. ``group_of``: each layer's group, where groups are not equal
+    parts.
     """
     model.set_attn_implementation("eager")
-    num_layers = model.config.num_hidden_layers
-    group_of = [layer * layer_groups // num_layers for layer in range(num_layers)]
+    layers = full_layers(model.config)
+    if group_of is None:
+        group_of = [place * layer_groups // len(layers) for place in range(len(layers))]
+    layer_groups = max(group_of) + 1
     cache = DynamicCache()
     alive = [list(range(0)) for _ in range(layer_groups)]  # token positions in the cache
     score = [dict() for _ in range(layer_groups)]
@@ -86,13 +92,14 @@ def run(
             gone = set(full) - set(kept)
             stay = [i for i, p in enumerate(alive[group]) if p // block_size not in gone]
             alive[group] = [alive[group][i] for i in stay]
-            for layer in range(num_layers):
-                if group_of[layer] == group:
+            for place, layer in enumerate(layers):
+                if group_of[place] == group:
                     entry = cache.layers[layer]
                     entry.keys = entry.keys[:, :, stay]
                     entry.values = entry.values[:, :, stay]
             result.decisions.append({"group": group, "tokens": start, "kept": list(kept)})
         for t in range(start, stop):
+            pass_windows(cache, model.config)
             for positions in alive:
                 positions.append(t)
             output = model(
@@ -112,11 +119,11 @@ def run(
             single = stop - start == 1
             weight = every if single else 1 if t >= stop - in_full else every_of_prompt
             if t % weight == 0 and (single or window is None or t >= stop - window):
-                for layer, attention in enumerate(output.attentions):
-                    group = group_of[layer]
-                    if (layer - group_of.index(group)) % layer_stride:
+                for place, layer in enumerate(layers):
+                    group = group_of[place]
+                    if (place - group_of.index(group)) % layer_stride:
                         continue
-                    received = attention[0, :, 0].double().sum(0).tolist()
+                    received = output.attentions[layer][0, :, 0].double().sum(0).tolist()
                     for p, mass in zip(alive[group], received, strict=True):
                         score[group][p] += weight * mass
                         graph[group][t, p] = graph[group].get((t, p), 0.0) + weight * mass

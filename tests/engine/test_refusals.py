@@ -24,6 +24,23 @@ MISTRAL = {
     "sliding_window": 256,
     "dtype": "float32",
 }
+HYBRID = {**MISTRAL, "layer_types": ["sliding_attention", "full_attention"] * 2}
+LLAMA4 = {
+    "architectures": ["Llama4ForCausalLM"],
+    "model_type": "llama4_text",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "intermediate_size_mlp": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 256,
+    "max_position_embeddings": 2048,
+    "attention_chunk_size": 256,
+    "num_local_experts": 2,
+    "dtype": "float32",
+}
 DEEPSEEK = {
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
@@ -115,6 +132,7 @@ def test_engine_settings(engine, settings, sentence, tiny_llama):
     [
         (MISTRAL, "set max_model_len to at most their window of 256 tokens"),
         (DEEPSEEK, "latent attention (MLA)"),
+        (LLAMA4, "layers that attend within chunks of 256 tokens"),
     ],
 )
 def test_models(config, sentence, model):
@@ -127,6 +145,25 @@ def test_models(config, sentence, model):
 
 def test_a_window_that_never_binds_is_accepted(model):
     check(model(MISTRAL), {"max_model_len": 256})
+
+
+def test_windows_beside_full_attention_are_accepted(model):
+    check(model(HYBRID), layer_groups=2)
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "sentence"),
+    [
+        ({"disable_hybrid_kv_cache_manager": True}, {}, "drop disable_hybrid_kv_cache_manager"),
+        ({}, {"layer_groups": 4}, "divide the model's 2 layers with full attention"),
+    ],
+)
+def test_windows_beside_full_attention_need(engine, settings, sentence, model):
+    from vllm_plugins import EvictionConfigError
+
+    with pytest.raises(EvictionConfigError) as error:
+        check(model(HYBRID), engine, **settings)
+    assert sentence in str(error.value)
 
 
 @pytest.mark.parametrize(

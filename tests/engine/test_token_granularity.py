@@ -183,13 +183,18 @@ def log_probs(output, tokens):
 
 def kept_tokens(record):
     """Of the last pack of each layer group: positions by layer and head, sorted."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
     scores = worker_state().tokens.position
     last = {entry["group"]: entry["region"] for entry in record["trace"]}
-    return [
-        [sorted(scores[layer, region, head].flatten().tolist()) for head in range(scores.shape[2])]
-        for _, region in sorted(last.items())
-        for layer in range(scores.shape[0])
-    ]
+    kept = {}
+    for group, region in last.items():
+        for place, name in enumerate(worker_state().layers_of[group]):
+            kept[extract_layer_index(name)] = [
+                sorted(scores[place, region, head].flatten().tolist())
+                for head in range(scores.shape[2])
+            ]
+    return [kept[layer] for layer in sorted(kept)]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache
 
+from .windowed import full_layers, pass_windows
+
 
 @dataclass
 class Token:
@@ -30,7 +32,7 @@ class Token:
 @dataclass
 class Result:
     """Log-probs of tokens 1, 2, ..., and of the last decision who stays of the candidates:
-    positions by layer and head."""
+    positions by layer and head. Layers with a window hold what it shows, and take no part."""
 
     log_likelihoods: list[float] = field(default_factory=list)
     num_decisions: int = 0
@@ -69,9 +71,9 @@ def run(
     """
     model.set_attn_implementation("eager")
     config = model.config
-    num_layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    layers, heads = full_layers(config), config.num_key_value_heads
     cache = DynamicCache()
-    alive = [[[] for _ in range(heads)] for _ in range(num_layers)]
+    alive = [[[] for _ in range(heads)] for _ in layers]
     result = Result()
     n = len(tokens)
     decay = 1.0 if half_life is None else 0.5 ** (1.0 / half_life)
@@ -91,23 +93,24 @@ def run(
             stay = choose(candidates, start, packed * block_size, keep * block_size)
             result.num_decisions += 1
             result.kept = [[sorted(kept) for kept in layer] for layer in stay]
-            for layer in range(num_layers):
+            for place, layer in enumerate(layers):
                 keys, values = cache.layers[layer].keys, cache.layers[layer].values
                 rows = []
                 for head in range(heads):
-                    held = alive[layer][head]
+                    held = alive[place][head]
                     rows.append(
                         [
                             i
                             for i, t in enumerate(held)
-                            if t.position >= limit or t.position in stay[layer][head]
+                            if t.position >= limit or t.position in stay[place][head]
                         ]
                     )
-                    alive[layer][head] = [held[i] for i in rows[-1]]
+                    alive[place][head] = [held[i] for i in rows[-1]]
                 index = torch.tensor(rows)[None, :, :, None].expand(-1, -1, -1, keys.shape[-1])
                 cache.layers[layer].keys = keys.gather(2, index)
                 cache.layers[layer].values = values.gather(2, index)
         for t in range(start, stop):
+            pass_windows(cache, config)
             output = model(
                 input_ids=torch.tensor([[tokens[t]]]),
                 position_ids=torch.tensor([[t]]),
@@ -123,10 +126,10 @@ def run(
             # A request's own window is scored in full.
             late = t >= stop - window if stop - start >= window else scored or not single
             late_weight = every if single else 1
-            for layer, attention in enumerate(output.attentions):
-                grouped = attention[0, :, 0].double().unflatten(0, (heads, -1))
+            for place, layer in enumerate(layers):
+                grouped = output.attentions[layer][0, :, 0].double().unflatten(0, (heads, -1))
                 for head in range(heads):
-                    held = alive[layer][head]
+                    held = alive[place][head]
                     states = cache.layers[layer]
                     held.append(Token(t))
                     held[-1].key = states.keys[0, head, -1].double()

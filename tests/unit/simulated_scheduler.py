@@ -32,11 +32,13 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_plugins import eviction_engine_args
+from vllm_plugins.manager import EvictableManager
 from vllm_plugins.messages import ScoreReport
 from vllm_plugins.policies import ATTENTION, KEY_NORM
-from vllm_plugins.spec import EvictableSpec
+from vllm_plugins.spec import EvictableSpec, layer_groups
+from vllm_plugins.window import WindowSpec
 
-from .simulated_worker import BLOCK_SIZE, SimulatedWorker, WorkerRequest
+from .simulated_worker import BLOCK_SIZE, WINDOW, SimulatedWorker, WorkerRequest
 
 MOST_IDLE_STEPS = 50
 
@@ -71,49 +73,59 @@ class SchedulerOverMemory:
     Args:
         folder: of a model, of which only the configuration is read.
         num_blocks: in the pool, the null block among them.
-        layer_groups: of one layer each.
+        num_layer_groups: of one layer each.
         asynchronous: asynchronous scheduling.
         priority: requests are scheduled by priority, not in the order they came.
+        window_groups: further KV-cache groups, whose layers have a window; they come first.
 
     """
 
     def __init__(
-        self, folder: str, num_blocks: int, layer_groups: int, asynchronous: bool, priority: bool
+        self,
+        folder: str,
+        num_blocks: int,
+        num_layer_groups: int,
+        asynchronous: bool,
+        priority: bool,
+        window_groups: int = 0,
     ) -> None:
         init_none_hash(sha256)
         config = engine_config(
             folder,
-            layer_groups=layer_groups,
+            layer_groups=num_layer_groups,
             scheduling_policy="priority" if priority else "fcfs",
         )
         config.scheduler_config.async_scheduling = asynchronous  # vLLM has none on a CPU
         config.cache_config.num_gpu_blocks = num_blocks
-        groups = [
-            KVCacheGroupSpec(
-                [f"model.layers.{group}.self_attn.attn"],
-                EvictableSpec(
-                    block_size=BLOCK_SIZE,
-                    num_kv_heads=2,
-                    head_size=32,
-                    dtype=torch.float32,
-                    layer_group=group,
-                    layer_groups=layer_groups,
-                ),
-            )
-            for group in range(layer_groups)
+        cache = {
+            "block_size": BLOCK_SIZE,
+            "num_kv_heads": 2,
+            "head_size": 32,
+            "dtype": torch.float32,
+        }
+        windows = [WindowSpec(**cache, sliding_window=WINDOW)] * window_groups
+        evicting = [
+            EvictableSpec(**cache, layer_group=group, layer_groups=num_layer_groups)
+            for group in range(num_layer_groups)
         ]
+        groups = [
+            KVCacheGroupSpec([f"model.layers.{layer}.self_attn.attn"], spec)
+            for layer, spec in enumerate([*windows, *evicting])
+        ]
+        kv_cache_config = KVCacheConfig(num_blocks, [], groups)
         with set_current_vllm_config(config):
             scheduler_class = AsyncScheduler if asynchronous else Scheduler
             self.scheduler = scheduler_class(
                 vllm_config=config,
-                kv_cache_config=KVCacheConfig(num_blocks, [], groups),
+                kv_cache_config=kv_cache_config,
                 structured_output_manager=StructuredOutputManager(config),
                 block_size=BLOCK_SIZE,
                 hash_block_size=BLOCK_SIZE,
                 log_stats=False,
             )
         self.pool = self.scheduler.kv_cache_manager.block_pool
-        self.worker = SimulatedWorker(num_blocks, self.scheduler.connector.ledger)
+        ledger = self.scheduler.connector.ledger
+        self.worker = SimulatedWorker(num_blocks, ledger, list(layer_groups(kv_cache_config)))
         self._most_in_flight = int(asynchronous)
         self._in_flight: deque[tuple[Any, dict[str, list[int]]]] = deque()
         self._idle_steps = 0
@@ -217,5 +229,6 @@ class SchedulerOverMemory:
         for manager in self.scheduler.kv_cache_manager.coordinator.single_type_managers:
             assert not manager.req_to_blocks
             assert not manager.num_cached_block
-            assert not manager._unhashed
-            assert not manager._taken
+            if isinstance(manager, EvictableManager):
+                assert not manager._unhashed
+                assert not manager._taken

@@ -26,6 +26,7 @@ from vllm_plugins.packs import Pack
 from vllm_plugins.worker import table_changes, waves
 
 BLOCK_SIZE = 32
+WINDOW = 96
 VOCABULARY = 7
 """Few tokens: continuations of one prefix often agree for a while."""
 
@@ -68,8 +69,8 @@ class WorkerRequest:
         start: number of its last start; a preempted request starts again.
         gathers: attention is summed with its blocks, whose scores must be its own.
         evicted: something has left its cache since it started.
-        tables: blocks by layer group.
-        expected: labels by layer group and position in the table.
+        tables: blocks by KV-cache group.
+        expected: labels by KV-cache group and position in the table.
 
     """
 
@@ -87,30 +88,40 @@ class WorkerRequest:
             self.exact.append(next_label(self.exact[-1] if self.exact else 1, token))
 
     def check(
-        self, memory: Memory, group: int, position: int, num_tokens: int = BLOCK_SIZE
+        self,
+        memory: Memory,
+        group: int,
+        position: int,
+        num_tokens: int = BLOCK_SIZE,
+        gathered: bool = True,
     ) -> None:
-        """A block holds its first tokens, and the scores of this request if it gathers any."""
+        """A block holds its first tokens, and if any are ``gathered``, this request's scores."""
         block = self.tables[group][position]
         where = f"group {group}, position {position}, block {block}"
         expected = self.expected[group][position][:num_tokens]
         assert (memory.labels[block, :num_tokens] == expected).all(), f"{where}: other contents"
-        if self.gathers:
+        if self.gathers and gathered:
             assert memory.scored_by[block] == self.start, f"{where}: another's scores"
 
 
 class SimulatedWorker:
     """Does with labels what ``EvictionWorkerMixin`` and a model runner do with tensors.
 
+    Args:
+        num_blocks: in the pool.
+        ledger: of the scheduler.
+        evicting: the KV-cache groups that evict, in order; the others have a window.
+
     Attributes:
         counts: what the plans asked for, by kind.
 
     """
 
-    def __init__(self, num_blocks: int, ledger: Ledger) -> None:
+    def __init__(self, num_blocks: int, ledger: Ledger, evicting: Sequence[int]) -> None:
         self.memory = Memory(num_blocks)
         self.requests: dict[str, WorkerRequest] = {}
         self.counts: Counter[str] = Counter()
-        self._ledger = ledger
+        self._ledger, self._evicting = ledger, evicting
         self._starts = count(1)
 
     def execute(self, output: Any) -> dict[str, list[int]]:
@@ -140,7 +151,7 @@ class SimulatedWorker:
         for name, end in ends.items():
             self._write(self.requests[name], computed[name], end)
         for name, end in ends.items():
-            self._read(self.requests[name], end)
+            self._read(self.requests[name], computed[name], end)
         return {name: self._sample(self.requests[name], end) for name, end in ends.items()}
 
     def _prepare_blocks(self, plan: EvictionPlan) -> None:
@@ -157,23 +168,24 @@ class SimulatedWorker:
 
     def _pack(self, request: WorkerRequest, pack: Pack, replaced: dict[int, int]) -> None:
         """A pack reads the first blocks that its request still has, and each is as it was left."""
-        table = request.tables[pack.group]
+        group = self._evicting[pack.group]
+        table = request.tables[group]
         for position, block in replaced.items():
             table[position] = block
         live = [position for position, block in enumerate(table) if block != NULL_BLOCK]
         candidates = live[: len(pack.block_ids)]
         assert [table[position] for position in candidates] == pack.block_ids
         for position in candidates:
-            request.check(self.memory, pack.group, position)
+            request.check(self.memory, group, position)
         for position in candidates[: pack.num_kept_blocks]:
             packed = self.memory.unique(BLOCK_SIZE)
             self.memory.labels[table[position]] = packed
-            request.expected[pack.group][position] = np.array(packed)
+            request.expected[group][position] = np.array(packed)
         self.counts["packs"] += 1
 
     def _update_tables(self, plan: EvictionPlan) -> None:
         """Only entries that hold a block change."""
-        for name, groups in table_changes(plan).items():
+        for name, groups in table_changes(plan, self._evicting).items():
             request = self.requests[name]
             for group, blocks in groups.items():
                 for position, block in blocks.items():
@@ -186,8 +198,8 @@ class SimulatedWorker:
     def _start(
         self, name: str, tables: Sequence[Sequence[int]], num_cached: int, plan: EvictionPlan
     ) -> None:
-        """Blocks from the prefix cache hold the request's own first tokens, in all layer groups;
-        if it needs scores, the plan names each of them and its place."""
+        """Blocks from the prefix cache hold the request's own first tokens, in all groups; if it
+        needs scores, the plan names each of them that evicts, and its place."""
         request = self.requests[name]
         self.counts["preemptions"] += request.start > 0
         request.start = next(self._starts)
@@ -200,7 +212,7 @@ class SimulatedWorker:
         if self._ledger.requests[name].settings.needs:
             takeover = plan.takeovers.get(name)
             adopted = takeover.adopted if takeover else []
-            wanted = [(table[place], place) for table in request.tables for place in places]
+            wanted = [(request.tables[g][place], place) for g in self._evicting for place in places]
             assert adopted == wanted
             self.counts["adopted blocks"] += len(adopted)
             if takeover and takeover.starts_afresh:
@@ -221,13 +233,19 @@ class SimulatedWorker:
                 if offset == 0:
                     self.memory.scored_by[table[position]] = request.start
 
-    def _read(self, request: WorkerRequest, num_tokens: int) -> None:
-        """Attention: once all requests have written, each finds in its blocks what it put there."""
+    def _read(self, request: WorkerRequest, start: int, num_tokens: int) -> None:
+        """Attention: once all requests have written, each finds in its blocks what it put there.
+
+        A worker's table of a window keeps what the window has passed, which may be another's.
+        """
         for group, table in enumerate(request.tables):
+            windowed = group not in self._evicting
+            first = max(0, start - WINDOW + 1) // BLOCK_SIZE if windowed else 0
             for position, block in enumerate(table[: -(-num_tokens // BLOCK_SIZE)]):
-                if block != NULL_BLOCK:
+                assert not windowed or position < first or block != NULL_BLOCK, "a hole"
+                if block != NULL_BLOCK and position >= first:
                     held = min(BLOCK_SIZE, num_tokens - position * BLOCK_SIZE)
-                    request.check(self.memory, group, position, held)
+                    request.check(self.memory, group, position, held, not windowed)
 
     def _sample(self, request: WorkerRequest, num_tokens: int) -> list[int]:
         """A token that follows from those before it; None in the middle of a prompt."""

@@ -15,7 +15,7 @@ from vllm_plugins.messages import EvictionPlan, ScoreReport
 BLOCK = 8
 
 
-def reference(query, key, seq_len, scale, soft_cap=0.0, decay=1.0):
+def reference(query, key, seq_len, scale, soft_cap=0.0, decay=1.0, sinks=None):
     """Per query and block, float64, one query and head at a time: ``[T, n]``."""
     num_queries, num_heads, _ = query.shape
     group = num_heads // key.shape[0]
@@ -27,8 +27,10 @@ def reference(query, key, seq_len, scale, soft_cap=0.0, decay=1.0):
             logits = (k @ query[t, h].double()) * scale
             if soft_cap:
                 logits = soft_cap * torch.tanh(logits / soft_cap)
+            if sinks is not None:
+                logits = torch.cat((logits, sinks[h : h + 1].double()))
             weight = decay ** (num_queries - 1 - t)
-            for j, p in enumerate(torch.softmax(logits, 0).tolist()):
+            for j, p in enumerate(torch.softmax(logits, 0)[:visible].tolist()):
                 per_query[t, j // BLOCK] += weight * p
     return per_query
 
@@ -59,6 +61,20 @@ def test_block_mass_equals_the_dense_softmax(num_queries, heads, kv_heads, soft_
     torch.testing.assert_close(mass.double(), expected.sum(0), rtol=1e-5, atol=1e-5)
     if decay == 1.0:
         assert math.isclose(mass.sum().item(), num_queries * heads, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 5.0])
+def test_a_sink_takes_its_share_of_each_softmax(soft_cap):
+    """It stands for no key, so what keys receive is less than one; no cap applies to it."""
+    torch.manual_seed(0)
+    query, key, sinks = torch.randn(13, 6, 16), torch.randn(2, 24, 16), 2 + torch.randn(6)
+    expected = reference(query, key, 21, 0.25, soft_cap, sinks=sinks)
+    options = {"seq_len": 21, "scale": 0.25, "soft_cap": soft_cap, "sinks": sinks}
+    by_block = block_mass(query, key, block_size=BLOCK, **options)
+    torch.testing.assert_close(by_block.double(), expected.sum(0), rtol=1e-5, atol=1e-5)
+    assert by_block.sum() < 0.9 * 13 * 6
+    by_token, _ = token_mass(query, key, **options)
+    torch.testing.assert_close(by_token.sum(0).view(-1, BLOCK).sum(-1), by_block)
 
 
 def test_block_mass_by_block_of_queries():
@@ -117,7 +133,7 @@ def test_compaction_leaves_a_table_without_nulls_alone():
 
 def state(**settings):
     made = CPUWorkerState(EvictionConfig.parse(settings))
-    made.set_layers({"layer.0": 0, "layer.1": 0})
+    made.set_layers({0: ["layer.0", "layer.1"]})
     made.register({name: torch.zeros(10, 2, BLOCK, 32) for name in made.group_of})
     return made
 

@@ -74,7 +74,7 @@ def test_layer_groups_of_one_request_share_the_memory_of_blocks():
 def worker(num_blocks=12):
     """A worker's state over two layers' caches of 2 heads, 4 tokens a block, 3 numbers a token."""
     state = CPUWorkerState(EvictionConfig.parse({"policy": "cab", "sparsity": 0.5}))
-    state.set_layers({"one": 0, "two": 0})
+    state.set_layers({0: ["one", "two"]})
     torch.manual_seed(0)
     state.register({name: torch.randn(num_blocks, 2, 4, 6) for name in ("one", "two")})
     for array in state.tokens.arrays().values():
@@ -100,7 +100,7 @@ def test_a_copy_has_keys_values_and_scores():
 def test_copies_are_made_in_order_whatever_their_layer_groups():
     """59 was copied, was free, and became another group's copy."""
     state = CPUWorkerState(EvictionConfig.parse({"policy": "cab", "sparsity": 0.5}))
-    state.set_layers({"one": 0, "two": 1})
+    state.set_layers({0: ["one"], 1: ["two"]})
     shared = torch.arange(12.0)[:, None, None, None].expand(12, 2, 4, 6).contiguous()
     state.register({"one": shared, "two": shared})  # groups share the memory of blocks
     state.copy_blocks([(0, 1, 8), (1, 5, 7), (0, 2, 5), (1, 5, 9)])

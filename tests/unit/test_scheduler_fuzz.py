@@ -46,12 +46,16 @@ def random_tokens(rng, number):
     return rng.integers(0, VOCABULARY, size=number).tolist()
 
 
-def run_random_traffic(folder, layer_groups, blocks_per_group, priority, asynchronous, seed):
+def run_random_traffic(
+    folder, layer_groups, blocks_per_group, priority, asynchronous, seed, window_groups=0
+):
     """Requests of two families of prompts arrive, are preempted and aborted; while they run, the
     prefix cache is reset, which vLLM does not do with steps in flight. What the plans asked for."""
     rng = np.random.default_rng(seed)
-    num_blocks = blocks_per_group * layer_groups + 1
-    simulation = SchedulerOverMemory(folder, num_blocks, layer_groups, asynchronous, priority)
+    num_blocks = blocks_per_group * (layer_groups + window_groups) + 1
+    simulation = SchedulerOverMemory(
+        folder, num_blocks, layer_groups, asynchronous, priority, window_groups
+    )
     scheduler = simulation.scheduler
     roots = [random_tokens(rng, 12 * BLOCK_SIZE) for _ in range(2)]
     num_arrived = 0
@@ -75,14 +79,24 @@ def run_random_traffic(folder, layer_groups, blocks_per_group, priority, asynchr
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize(
-    ("layer_groups", "blocks_per_group", "priority"),
-    [(1, 40, False), (1, 34, True), (2, 40, True), (2, 34, False), (4, 40, False), (4, 34, True)],
+    ("layer_groups", "window_groups", "blocks_per_group", "priority"),
+    [
+        (1, 0, 40, False),
+        (1, 0, 34, True),
+        (2, 0, 40, True),
+        (2, 0, 34, False),
+        (4, 0, 40, False),
+        (4, 0, 34, True),
+        (1, 1, 34, False),
+        (1, 3, 34, True),
+        (2, 2, 40, False),
+    ],
 )
 def test_random_requests_share_prefixes_and_lose_blocks(
-    layer_groups, blocks_per_group, priority, asynchronous, seed, tiny_config
+    layer_groups, window_groups, blocks_per_group, priority, asynchronous, seed, tiny_config
 ):
     counts = run_random_traffic(
-        tiny_config, layer_groups, blocks_per_group, priority, asynchronous, seed
+        tiny_config, layer_groups, blocks_per_group, priority, asynchronous, seed, window_groups
     )
     for kind in ("copies", "packs", "adopted blocks", "evicted blocks", "preemptions"):
         assert counts[kind], f"no {kind}: this case tests less than it says"

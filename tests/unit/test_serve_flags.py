@@ -17,7 +17,8 @@ LLAMA = {
     "num_hidden_layers": 4,
     "max_position_embeddings": 2048,
 }
-WINDOWED = {**LLAMA, "sliding_window": 256}
+WINDOWED = {**LLAMA, "model_type": "mistral", "sliding_window": 256}
+HYBRID = {**WINDOWED, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 
 def model(folder, config):
@@ -89,8 +90,14 @@ def test_a_configuration_file_is_read_too(tmp_path, capsys):
     ("config", "flags", "sentence"),
     [
         (WINDOWED, [], "set max_model_len to at most their window of 256 tokens"),
-        (WINDOWED, ["--max-model-len", "257"], "sliding-window layers"),
-        ({"text_config": WINDOWED}, [], "sliding-window layers"),
+        (WINDOWED, ["--max-model-len", "257"], "has a sliding window, so nothing is left to evict"),
+        ({"text_config": WINDOWED}, [], "so nothing is left to evict"),
+        (
+            {**LLAMA, "sliding_window": 256, "layer_types": ["sliding_attention"] * 4},
+            [],
+            "so nothing",
+        ),
+        (HYBRID, ["--layer-groups", "4"], "does not divide the model's 2 layers with full"),
         ({**LLAMA, "kv_lora_rank": 32}, [], "latent attention (MLA)"),
     ],
 )

@@ -19,6 +19,7 @@ def block_mass(
     block_size: int,
     scale: float,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     query_blocks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention probability mass per block, summed over heads, for one request.
@@ -34,6 +35,8 @@ def block_mass(
         block_size: tokens per block.
         scale: of the logits.
         soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)``; 0 = off.
+        sinks: ``[num_heads]``, a learned logit of each head that takes part in its softmax and
+            stands for no key; None: there is none.
         query_blocks: int ``[num_queries]``, consecutive from 0; where given, the mass is summed
             per block of queries instead of over all of them.
 
@@ -44,7 +47,7 @@ def block_mass(
     num_blocks = key.shape[1] // block_size
     rows = 1 if query_blocks is None else int(query_blocks[-1]) + 1
     mass = torch.zeros(rows, num_blocks)
-    for start, stop, seen in probabilities(query, key, places, scale, soft_cap):
+    for start, stop, seen in probabilities(query, key, places, scale, soft_cap, sinks):
         per_query = seen.sum((0, 1)).view(stop - start, num_blocks, block_size).sum(-1)
         per_query *= weights[start:stop, None]
         if query_blocks is None:
@@ -55,12 +58,17 @@ def block_mass(
 
 
 def probabilities(
-    query: torch.Tensor, key: torch.Tensor, places: torch.Tensor, scale: float, soft_cap: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    places: torch.Tensor,
+    scale: float,
+    soft_cap: float,
+    sinks: torch.Tensor | None = None,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Causal attention of a request's queries to its keys, some queries at a time.
 
     Args:
-        query, key, places, scale, soft_cap: as ``block_mass``.
+        query, key, places, scale, soft_cap, sinks: as ``block_mass``.
 
     Yields:
         start and stop of the queries, and float32
@@ -78,4 +86,8 @@ def probabilities(
         if soft_cap:
             logits = soft_cap * torch.tanh(logits / soft_cap)
         hidden = torch.arange(padded)[None, :] > places[start:stop, None]
-        yield start, stop, torch.softmax(logits.masked_fill_(hidden, float("-inf")), dim=-1)
+        logits.masked_fill_(hidden, float("-inf"))
+        if sinks is not None:
+            sink = sinks.float().view(*logits.shape[:2], 1, 1).expand(*logits.shape[:3], 1)
+            logits = torch.cat((logits, sink), dim=-1)
+        yield start, stop, torch.softmax(logits, dim=-1)[..., :padded]

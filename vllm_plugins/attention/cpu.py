@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from ..config import SCORED_IN_FULL
 from ..policies import ATTENTION, GRAPH, KEY_NORM, TOKEN_MASS, TOKEN_PEAK, TOKENS
+from ..spec import EvictableSpec
 from .block_mass import block_mass
 from .cache_layout_cpu import KEYS, CacheLayout
 from .compaction import compact_metadata
@@ -76,11 +77,12 @@ class EvictionMetadata(CPUAttentionMetadata):
 
 
 class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Compacts before it builds. Without eviction configured, vLLM's builder."""
+    """Compacts before it builds. Of layers that do not evict, vLLM's builder."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._state = builder_state(vllm_config, CPUWorkerState)
+        state = builder_state(vllm_config, CPUWorkerState)
+        self._state = state if isinstance(kv_cache_spec, EvictableSpec) else None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -169,7 +171,7 @@ class EvictionImpl(CPUAttentionBackendImpl):
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         state = self._state
-        if state is None or not state.active:
+        if state is None or not state.active or layer.layer_name not in state.group_of:
             return
         block_size = kv_cache.shape[2]
         written = slot_mapping >= 0
@@ -273,6 +275,7 @@ class EvictionImpl(CPUAttentionBackendImpl):
                     weights=row.weights,
                     scale=self.scale,
                     soft_cap=self.logits_soft_cap,
+                    sinks=self.sinks,
                 )
                 # [heads, blocks * tokens] -> [blocks, heads, tokens]
                 received, highest = (
@@ -306,6 +309,7 @@ class EvictionImpl(CPUAttentionBackendImpl):
                 block_size=block_size,
                 scale=self.scale,
                 soft_cap=self.logits_soft_cap,
+                sinks=self.sinks,
                 query_blocks=query_blocks,
             )
         with state.timed("accumulate"):

@@ -32,6 +32,7 @@ from ..kernels.compact import compact_block_table
 from ..kernels.token_mass import add_token_mass, start_tokens
 from ..policies import ATTENTION, KEY_NORM, TOKEN_MASS
 from ..request_settings import BLOCK
+from ..spec import EvictableSpec
 from .state import attention_state, builder_state
 from .state_cuda import CUDAWorkerState
 
@@ -53,16 +54,17 @@ class EvictionMetadata(FlashAttentionMetadata):
 
 
 class EvictionMetadataBuilder(FlashAttentionMetadataBuilder):
-    """Compacts before it builds. Without eviction configured, vLLM's builder."""
+    """Compacts before it builds. Of layers that do not evict, vLLM's builder."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._state = builder_state(vllm_config, CUDAWorkerState)
+        state = builder_state(vllm_config, CUDAWorkerState)
+        self._state = state if isinstance(kv_cache_spec, EvictableSpec) else None
         if self._state is not None:
             scheduler = vllm_config.scheduler_config
             self._max_rows = max(scheduler.max_num_seqs, self.max_cudagraph_size or 0)
             self._state.allocate_rows(self._max_rows, device)
-            self._group = kv_cache_spec.layer_group
+            self._group = self._state.group_of[layer_names[0]]
             self._lens = torch.zeros(self._max_rows, dtype=torch.int32, device=device)
             self._table: torch.Tensor | None = None
 
@@ -153,7 +155,7 @@ class EvictionImpl(FlashAttentionImpl):
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         state = self._state
-        if state is None or not state.allocated:
+        if state is None or not state.allocated or layer.layer_name not in state.group_of:
             return
         block_size = kv_cache.shape[2]
         if layer.layer_name in state.first_layers and state.channels:
@@ -218,7 +220,8 @@ class EvictionImpl(FlashAttentionImpl):
         output: torch.Tensor,
     ) -> torch.Tensor:
         """vLLM's call for plain causal decoders (``FlashAttentionImpl.forward``), which computes
-        the log-sum-exp in any case but does not hand it on. float32 ``[num_heads, tokens]``."""
+        the log-sum-exp in any case but does not hand it on. float32 ``[num_heads, tokens]``. It
+        includes the model's sinks, where it has any (``finalize_aux`` in FlashAttention 3)."""
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         num_tokens = metadata.num_actual_tokens
         _, lse = flash_attn_varlen_func(
@@ -238,6 +241,7 @@ class EvictionImpl(FlashAttentionImpl):
             scheduler_metadata=metadata.scheduler_metadata,
             fa_version=self.vllm_flash_attn_version,
             num_splits=metadata.max_num_splits,
+            s_aux=self.sinks,
             return_softmax_lse=True,
         )
         return lse

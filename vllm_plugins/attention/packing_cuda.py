@@ -43,13 +43,13 @@ class CUDAPacker(Packer):
         moves = choose.choose_tokens(
             batch.block_ids,
             batch.numbers,
-            self.tokens.arrays(),
+            self.tokens.arrays(len(self.caches[group])),
             rankings,
             sink_tokens=self.sink_tokens,
             most_candidates=batch.most_candidates,
             most_moves=batch.most_moves,
         )
-        self.move(group, slice(0, len(self.tokens.position)), batch.block_ids, *moves)
+        self.move(group, slice(0, len(self.caches[group])), batch.block_ids, *moves)
         return True
 
     def vectors(

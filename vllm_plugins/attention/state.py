@@ -8,7 +8,7 @@ scheduler, differs by platform: ``state_cpu.py``, ``state_cuda.py``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -84,10 +84,9 @@ def attention_state(impl: Any, kind: type[State]) -> State | None:
         return None
     if is_quantized_kv_cache(impl.kv_cache_dtype):
         raise EvictionConfigError(SENTENCES["kv_cache_dtype"].format(dtype=impl.kv_cache_dtype))
-    if impl.alibi_slopes is not None or impl.sinks is not None:
+    if impl.alibi_slopes is not None:
         raise EvictionConfigError(
-            "the model uses ALiBi or learned attention sinks, which the scores do not know; "
-            "use a model with rotary positions and plain softmax attention"
+            "the model uses ALiBi, which the scores do not know; use a model with rotary positions"
         )
     return state
 
@@ -99,8 +98,9 @@ class WorkerState(ABC):
     numbers start at zero when its first token is written. ``first_layers`` and ``scored_layers``
     name layers: the first of each layer group, and those whose attention is scored. ``tokens``:
     scores of single tokens; ``layers_of`` a group are its layers in order, and ``layer_places``
-    says which of them a layer is. ``pack_failures``: request to the reason why its policy was not
-    followed, not reported yet.
+    says which of them a layer is. Layers with a sliding window are none of these.
+    ``kv_cache_groups``: vLLM's number of each layer group. ``pack_failures``: request to the reason
+    why its policy was not followed, not reported yet.
     """
 
     def __init__(self, config: EvictionConfig) -> None:
@@ -119,6 +119,7 @@ class WorkerState(ABC):
         self.kv_caches: dict[str, torch.Tensor] = {}
         self.pack_failures: dict[str, str] = {}
         self.layers_of: list[list[str]] = []
+        self.kv_cache_groups: list[int] = []
         self.layer_places: dict[str, int] = {}
         self.tokens = TokenScores(0, (0, 0, 0), frozenset(), torch.device("cpu"))
 
@@ -133,8 +134,8 @@ class WorkerState(ABC):
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """The caches that the engine will run with are there."""
-        self.kv_caches = dict(kv_caches)
-        self.allocate(kv_caches)
+        self.kv_caches = {name: kv_caches[name] for name in self.group_of}
+        self.allocate(self.kv_caches)
 
     def release(self) -> None:
         """The engine ends: hold on to no cache, so that its memory is free for another one."""
@@ -146,18 +147,20 @@ class WorkerState(ABC):
     def report(self) -> ScoreReport | None:
         """What the scheduler learns after this step; None while nobody needs scores."""
 
-    def set_layers(self, group_of: Mapping[str, int]) -> None:
-        """Layer name to layer group, in order of execution."""
-        self.group_of = dict(group_of)
-        by_group: dict[int, list[str]] = {}
-        for name, group in group_of.items():
-            by_group.setdefault(group, []).append(name)
-        groups = by_group.values()
-        self.first_layers = frozenset(names[0] for names in groups)
+    def set_layers(self, groups: Mapping[int, Sequence[str]]) -> None:
+        """The layers that evict.
+
+        Args:
+            groups: vLLM's KV-cache group of each layer group, to its layers in order of execution.
+
+        """
+        self.kv_cache_groups = list(groups)
+        layers = self.layers_of = [list(names) for names in groups.values()]
+        self.group_of = {name: group for group, names in enumerate(layers) for name in names}
+        self.first_layers = frozenset(names[0] for names in layers)
         stride = self.config.score_layer_stride
-        self.scored_layers = frozenset(name for names in groups for name in names[::stride])
-        self.layers_of = list(groups)
-        self.layer_places = {name: i for names in groups for i, name in enumerate(names)}
+        self.scored_layers = frozenset(name for names in layers for name in names[::stride])
+        self.layer_places = {name: i for names in layers for i, name in enumerate(names)}
 
     def new_token_scores(self, kv_caches: Mapping[str, torch.Tensor]) -> TokenScores:
         """Scores of single tokens for these caches; of no size where no request can use them.
@@ -173,9 +176,8 @@ class WorkerState(ABC):
                 "the model's layers differ in KV heads or head size, which token granularity does "
                 'not know; start with granularity "block" and request_granularity "server"'
             )
-        return TokenScores(
-            len(self.layers_of[0]) if needs else 0, tuple(cache.shape[:3]), needs, cache.device
-        )
+        num_layers = max(map(len, self.layers_of)) if needs else 0
+        return TokenScores(num_layers, tuple(cache.shape[:3]), needs, cache.device)
 
     def start_step(self, plan: EvictionPlan, finished: set[str]) -> None:
         """A step begins: note its number and what its requests need."""

@@ -15,12 +15,13 @@ def token_mass(
     weights: torch.Tensor,
     scale: float,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention probability per KV head and key: its sum over queries, and its maximum.
 
     Args:
-        query, key, places, weights, scale, soft_cap: as ``block_mass``. The maximum knows no
-            weights.
+        query, key, places, weights, scale, soft_cap, sinks: as ``block_mass``. The maximum knows
+            no weights.
 
     Returns:
         mass and peak, float32 ``[num_kv_heads, keys]`` each; the query heads of a group are summed
@@ -30,7 +31,7 @@ def token_mass(
     num_kv_heads, num_keys = key.shape[:2]
     mass = torch.zeros(num_kv_heads, num_keys)
     peak = torch.zeros(num_kv_heads, num_keys)
-    for start, stop, seen in probabilities(query, key, places, scale, soft_cap):
+    for start, stop, seen in probabilities(query, key, places, scale, soft_cap, sinks):
         peak = torch.maximum(peak, seen.amax((1, 2)))
         mass += (seen * weights[start:stop, None]).sum((1, 2))
     return mass, peak

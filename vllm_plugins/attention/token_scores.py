@@ -10,7 +10,8 @@ UNWRITTEN = -1
 
 
 class TokenScores:
-    """Arrays ``[layers, num_blocks, kv_heads, block_size]``, layers being those of a layer group.
+    """Arrays ``[layers, num_blocks, kv_heads, block_size]``, layers being those of a layer group,
+    the largest one.
 
     A physical block belongs to one layer group at a time, so the groups share the arrays, as they
     share the memory of the blocks.
@@ -36,10 +37,10 @@ class TokenScores:
         self.mass = torch.zeros(shape if TOKEN_MASS in needs else none, device=device)
         self.peak = torch.zeros(shape if TOKEN_PEAK in needs else none, device=device)
 
-    def arrays(self) -> dict[str, torch.Tensor]:
-        """Those that are kept, by name."""
+    def arrays(self, num_layers: int | None = None) -> dict[str, torch.Tensor]:
+        """Those that are kept, by name; of the first ``num_layers`` layers, or of all."""
         named = {"position": self.position, "mass": self.mass, "peak": self.peak}
-        return {name: array for name, array in named.items() if array.numel()}
+        return {name: array[:num_layers] for name, array in named.items() if array.numel()}
 
     def gather(self, block_ids: torch.Tensor, layers: slice) -> dict[str, torch.Tensor]:
         """What lies in blocks, int64 ``[requests, blocks]``: of each array

@@ -14,9 +14,17 @@ SENTENCES = {
     "remove the speculative configuration (--speculative-config)",
     "mla": "{model} uses multi-head latent attention (MLA); "
     "use a model with plain multi-head or grouped-query attention",
-    "window": "{model} has sliding-window layers, which free blocks by a rule of their own; "
+    "window": "every layer of {model} has a sliding window, so nothing is left to evict; "
     "set max_model_len to at most their window of {window:,} tokens (--max-model-len), or use a "
-    "model with full attention in every layer",
+    "model with full attention in some layers",
+    "chunked": "{model} has layers that attend within chunks of {chunk:,} tokens, for which vLLM "
+    "switches its hybrid KV-cache manager off; use a model with full attention or sliding windows",
+    "windows_pool": "{model} has sliding-window layers beside those that evict, which needs vLLM's "
+    "hybrid KV-cache manager; drop disable_hybrid_kv_cache_manager "
+    "(--disable-hybrid-kv-cache-manager)",
+    "page_sizes": "the model's sliding-window layers take more bytes a token than those that "
+    "evict, so vLLM enlarges or pads the latter's blocks; use a model whose layers have KV heads "
+    "of the same number and size",
     "kv_cache_dtype": "kv_cache_dtype is {dtype}, which is not tested with eviction; "
     'use kv_cache_dtype="auto", the type of the model (--kv-cache-dtype)',
     "connector": "the engine's KV connector is {connector}, so nothing would be evicted; "
@@ -76,13 +84,19 @@ def check_engine(vllm_config: Any) -> None:
             "the engine uses vLLM's V2 model runner, which eviction knows on CUDA only; "
             "unset VLLM_USE_V2_MODEL_RUNNER"
         )
-    num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-    check_layer_groups(num_layers, config.layer_groups)
+    model = vllm_config.model_config
+    num_layers = model.get_num_layers(vllm_config.parallel_config)
+    layers = num_evicting_layers(model.hf_text_config, num_layers, model.max_model_len)
+    check_layer_groups(layers, config.layer_groups)
 
 
 def _model_obstacles(vllm_config: Any) -> list[tuple[bool, str]]:
     model = vllm_config.model_config
-    name, window = model.model, sliding_window(model)
+    name, length = model.model, model.max_model_len or 0
+    # vLLM's rule: set where no layer is without a window (``EngineArgs.create_engine_config``).
+    every = vllm_config.cache_config.sliding_window
+    window, chunk = model.get_sliding_window(), model.attention_chunk_size
+    hybrid_pool = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
     return [
         (model.use_mla, SENTENCES["mla"].format(model=name)),
         (
@@ -93,9 +107,14 @@ def _model_obstacles(vllm_config: Any) -> list[tuple[bool, str]]:
             model.is_encoder_decoder or model.runner_type != "generate",
             f"{name} is not a decoder that generates; use a decoder-only model",
         ),
+        (bool(chunk), SENTENCES["chunked"].format(model=name, chunk=chunk or 0)),
         (
-            window is not None and window < (model.max_model_len or 0),
-            SENTENCES["window"].format(model=name, window=window or 0),
+            every is not None and every < length,
+            SENTENCES["window"].format(model=name, window=every or 0),
+        ),
+        (
+            window is not None and window < length and not hybrid_pool,
+            SENTENCES["windows_pool"].format(model=name),
         ),
     ]
 
@@ -130,11 +149,20 @@ def _engine_obstacles(vllm_config: Any, config: EvictionConfig) -> list[tuple[bo
     ]
 
 
-def sliding_window(model_config: Any) -> int | None:
-    """The window of a model's windowed layers, None where every layer attends to all tokens."""
-    if getattr(model_config.hf_text_config, "attention_chunk_size", None):
-        return model_config.hf_text_config.attention_chunk_size
-    return model_config.get_sliding_window()
+def num_evicting_layers(config: Any, num_layers: int, max_model_len: int | None) -> int:
+    """Layers without a window that hides anything, as far as a model's configuration says.
+
+    Args:
+        config: its text part, as Transformers has it.
+        num_layers: of the model, or of this rank.
+        max_model_len: tokens.
+
+    """
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if not types or window is None or window >= (max_model_len or 0):
+        return num_layers
+    return num_layers - sum(kind == "sliding_attention" for kind in types)
 
 
 def check_block_size(block_size: int) -> None:
@@ -149,12 +177,12 @@ def check_block_size(block_size: int) -> None:
 
 
 def check_layer_groups(num_layers: int, layer_groups: int) -> None:
-    """Refuse a number of groups that does not divide the model's layers."""
+    """Refuse a number of groups that does not divide the layers that evict."""
     if num_layers % layer_groups:
         divisors = [g for g in range(1, num_layers + 1) if num_layers % g == 0]
         raise EvictionConfigError(
             f"layer_groups is {layer_groups}, which does not divide the model's {num_layers} "
-            f"layers; use one of: {', '.join(map(str, divisors))}"
+            f"layers with full attention; use one of: {', '.join(map(str, divisors))}"
         )
 
 
