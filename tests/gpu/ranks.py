@@ -65,6 +65,7 @@ def decisions(model: str, ranks: int, **engine_arguments: Any) -> dict[str, Any]
             **eviction_engine_args(
                 block_size=16,
                 policy="dense",
+                prefix_caching=False,  # a hit has other scores
                 check_integrity=True,
                 trace_decisions=True,
                 **ALL_SCORES,

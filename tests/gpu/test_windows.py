@@ -16,6 +16,7 @@ pytestmark = NEEDS_GPU
 CHUNK, KEEP, LENGTH = 64, 14, 700
 KINDS = ("gemma2", "gemma3", "gpt_oss")
 ENGINE = {
+    "max_model_len": 1024,
     "max_num_batched_tokens": 256,
     "dtype": "bfloat16",
     "long_prefill_token_threshold": CHUNK,
