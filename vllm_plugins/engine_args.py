@@ -14,7 +14,7 @@ from .registration import CONNECTOR
 
 
 def eviction_engine_args(
-    *, block_size: int = 32, prefix_caching: bool | None = None, **settings: Any
+    *, block_size: int = 32, prefix_caching: bool = True, **settings: Any
 ) -> dict[str, Any]:
     """Keywords that configure an engine for eviction.
 
@@ -23,8 +23,7 @@ def eviction_engine_args(
     Args:
         block_size: tokens per KV block, the unit of eviction (CPU: a multiple of 32;
             CUDA: 16, 32, 64 or 128).
-        prefix_caching: whether requests share what they have in common, up to their first eviction;
-            by default on a CPU, and not yet on CUDA.
+        prefix_caching: whether requests share what they have in common, up to their first eviction.
         **settings: fields of ``EvictionConfig``.
 
     Returns:
@@ -50,9 +49,7 @@ def eviction_engine_args(
         "worker_cls": current.worker,
         "logits_processors": [f"{current.validator}.{encode(config, block_size)}"],
         "block_size": block_size,
-        "enable_prefix_caching": current.prefix_caching
-        if prefix_caching is None
-        else prefix_caching,
+        "enable_prefix_caching": prefix_caching,
         **current.engine_args,
     }
 

@@ -1,6 +1,7 @@
 """Layers with full attention evict beside windowed ones, under CUDA graphs and async scheduling."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from tests.engine import token_oracle
 from tests.engine.windowed import make
+from vllm_plugins import platforms
 from vllm_plugins.attention.state import worker_state
 
 from .engines import NEEDS_GPU, check_idle, generate, records, tokens
@@ -22,6 +24,15 @@ ENGINE = {
     "long_prefill_token_threshold": CHUNK,
     "async_scheduling": False,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def accepted():
+    """As if hybrids were accepted on CUDA. Once these tests have passed there, they can be."""
+    with pytest.MonkeyPatch.context() as patch:
+        accepting = replace(platforms._PLATFORMS["cuda"], beside_windows=True)
+        patch.setitem(platforms._PLATFORMS, "cuda", accepting)
+        yield
 
 
 @pytest.fixture(scope="module", params=KINDS)
