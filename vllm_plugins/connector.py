@@ -85,7 +85,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
             manager.attach(ledger)
         # Only here both the settings and the pool's size are known.
         usable = self._pool.num_gpu_blocks - 1  # one is the null block
-        for line in engine_lines(self._vllm_config, self.config, usable, len(self._managers)):
+        groups = len(evicting), len(windowed)
+        for line in engine_lines(self._vllm_config, self.config, usable, *groups):
             logger.info("KV eviction: %s", line)
 
     @property

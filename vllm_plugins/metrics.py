@@ -113,6 +113,7 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
             documentation="Share still held of the full blocks of running requests that evict; "
             "NaN while there are none.",
             labelnames=labelnames,
+            multiprocess_mode="mostrecent",
         )
         self._labelled = {
             name: metric_types[Counter](

@@ -9,7 +9,11 @@ from .config import EvictionConfig
 
 
 def engine_lines(
-    vllm_config: Any, config: EvictionConfig, num_blocks: int, num_groups: int
+    vllm_config: Any,
+    config: EvictionConfig,
+    num_blocks: int,
+    num_groups: int,
+    num_windowed: int = 0,
 ) -> list[str]:
     """A sentence a line.
 
@@ -18,8 +22,16 @@ def engine_lines(
         config: settings of the server.
         num_blocks: that requests may hold.
         num_groups: layer groups, which share them.
+        num_windowed: KV-cache groups of windowed layers, which share them too. How much they take
+            depends on who runs.
 
     """
+    if num_windowed:
+        return [
+            *_step_lines(vllm_config),
+            f"the pool has {num_blocks:,} blocks, for {num_groups} KV-cache groups that evict and "
+            f"{num_windowed} of sliding-window layers; what fits is in vLLM's own lines",
+        ]
     capacity = Capacity(
         config=config,
         max_model_len=vllm_config.model_config.max_model_len,

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from .conservation import CountedManager
 from .ledger import Ledger
+from .manager import OWN_QUERIES
 
 
 class WindowManager(CountedManager, SlidingWindowManager):
@@ -32,10 +33,16 @@ class WindowManager(CountedManager, SlidingWindowManager):
         self._ledger = ledger
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **options: Any) -> None:
-        """As vLLM's, up to the request's first eviction."""
+        """As vLLM's, up to the request's first eviction.
+
+        vLLM keeps a window where a prompt could be taken up again. Ours is taken up
+        ``OWN_QUERIES`` earlier (``EvictableManager.find_longest_cache_hit``).
+        """
         if self._ledger is not None:
             num_tokens = min(num_tokens, self._ledger.sharing.num_exact(request.request_id))
-        super().cache_blocks(request, num_tokens, *args, **options)
+        ours = max(0, request.num_prompt_tokens - OWN_QUERIES)
+        boundaries = [*options.pop("replay_boundaries"), ours]
+        super().cache_blocks(request, num_tokens, *args, replay_boundaries=boundaries, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from .config import EvictionConfig
+from .config import SCORED_IN_FULL, EvictionConfig
 from .parsing import EvictionConfigError
 from .policies import ATTENTION, GRAPH, TOKEN_MASS, TOKEN_PEAK, get_policy, policy_names
 from .request_settings import BLOCK, TOKEN, RequestSettings
@@ -42,6 +42,7 @@ _READERS: Mapping[str, _Readers] = {
     "score_half_life": _Readers(_BOTH, scored=True),
     "score_queries": _Readers(_BOTH, scored=True),
     "score_query_stride": _Readers(_BOTH, scored=True),
+    "score_prompt_stride": _Readers(_BOTH, scored=True),
     "score_layer_stride": _Readers((BLOCK,), scored=True),
 }
 
@@ -63,6 +64,13 @@ def without_effect(config: EvictionConfig, given: Collection[str]) -> dict[str, 
             continue
         if name == "score_half_life" and config.score != "decay":
             told[name] = f"has no effect: score is {config.score}, which has no half-life"
+        elif name == "score_prompt_stride" and config.score == "decay":
+            told[name] = "has no effect: with score decay every query is scored"
+        elif name == "score_prompt_stride" and _few(config):
+            told[name] = (
+                f"has no effect: score_queries is {config.score_queries}, and the last "
+                f"{SCORED_IN_FULL} queries of a chunk are all scored"
+            )
         elif name == "min_blocks" and config.budget_tokens is not None:
             told[name] = (
                 "has no effect on the server's own budget, which is absolute; it bounds what a "
@@ -77,6 +85,10 @@ def without_effect(config: EvictionConfig, given: Collection[str]) -> dict[str, 
     if "policy_args" in given and unread:
         told["policy_args"] = f"has no effect for {', '.join(sorted(unread))}: not offered here"
     return told
+
+
+def _few(config: EvictionConfig) -> bool:
+    return config.score_queries != "all" and int(config.score_queries) <= SCORED_IN_FULL
 
 
 def _listed(config: EvictionConfig) -> Collection[str]:

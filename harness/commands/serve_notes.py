@@ -65,16 +65,19 @@ def _scores(config: EvictionConfig, own: RequestSettings) -> str:
         "mean": "averaged over the queries that saw it",
         "decay": f"summed with a half-life of {config.score_half_life:,} tokens",
     }[score]
+    most = config.score_queries if own.window is None else own.window
     queries = (
         "all of a chunk's queries are scored"
-        if config.score_queries == "all"
-        else f"the last {config.score_queries:,} queries of a chunk are scored"
+        if most == "all"
+        else f"the last {most:,} queries of a chunk are scored"
     )
     sampled = config.score_prompt_stride
-    if sampled > 1 and score != "decay":
+    whole = score == "decay" or own.window is not None or GRAPH in own.needs
+    if sampled > 1 and not whole and (most == "all" or int(most) > SCORED_IN_FULL):
         queries += f" (before its last {SCORED_IN_FULL} one in {sampled})"
     stride, layers = config.score_query_stride, config.score_layer_stride
-    decodes = "each of a decode" if stride == 1 else f"of a decode one in {stride}"
+    every = stride == 1 or own.window == 1
+    decodes = "each of a decode" if every else f"of a decode one in {stride}"
     what = "token" if own.granularity == TOKEN else "block"
     where = "in every layer" if what == "token" or layers == 1 else f"in one layer of {layers}"
     return f"the attention of each {what} is {how}; {queries}, {decodes}, {where}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -92,17 +93,23 @@ class Worker:
 
     def _counters(self) -> dict[str, Any]:
         """So far, by vLLM's counters: preemptions; the scheduler's time for decisions, and the
-        workers' for scores by phase (none without the plugin)."""
-        metrics = self._llm.get_metrics()
+        workers' for scores by phase (none without the plugin).
+
+        From the registry itself: ``LLM.get_metrics`` cuts counters to whole numbers
+        (``vllm/v1/metrics/reader.py``).
+        """
+        from prometheus_client import REGISTRY
+
+        samples = [sample for metric in REGISTRY.collect() for sample in metric.samples]
 
         def named(name: str) -> list[Any]:
-            return [metric for metric in metrics if metric.name == f"vllm:{name}"]
+            return [sample for sample in samples if sample.name == f"vllm:{name}_total"]
 
         return {
-            "preemptions": sum(m.value for m in named("num_preemptions")),
-            "decision_seconds": sum(m.value for m in named("kv_eviction_decision_seconds")),
+            "preemptions": int(sum(s.value for s in named("num_preemptions"))),
+            "decision_seconds": sum(s.value for s in named("kv_eviction_decision_seconds")),
             "scoring_seconds": {
-                m.labels["phase"]: m.value for m in named("kv_eviction_scoring_seconds")
+                s.labels["phase"]: s.value for s in named("kv_eviction_scoring_seconds")
             },
         }
 
@@ -139,6 +146,8 @@ def main() -> None:
         return "error" not in made
 
     worker: Worker | None = None
+    # The core's process would outlive this one, if it is told to end and just ends.
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
 
     def begin() -> dict[str, Any]:
         nonlocal worker

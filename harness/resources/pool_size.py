@@ -39,6 +39,8 @@ def pool_blocks(
     head_size = facts.get("head_dim") or (width // num_heads if width and num_heads else None)
     if not (num_layers and num_kv_heads and head_size):
         return None
+    if len(set(facts.get("layer_types") or ())) > 1:
+        return None  # windowed layers hold as many blocks as their window
     scores = bytes_per_token(config.needs() & TOKEN_NEEDS)
     per_head = 2 * head_size * dtype_bytes + scores
     per_token = num_layers * max(1, num_kv_heads // ranks) * per_head

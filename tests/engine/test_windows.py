@@ -210,6 +210,17 @@ def test_answers_do_not_depend_on_sharing(prompts, start):
     assert made[: len(forms)] == made[len(forms) :]
 
 
+def test_a_repeated_prompt_is_found(prompts, start):
+    """As vLLM keeps windows by default, and as late as the last 32 tokens."""
+    llm = start("mistral", ONE_CHUNK, prefix_caching=True)
+    for prompt in prompts[:4]:
+        assert llm.reset_prefix_cache()
+        first, again = (generate(llm, [prompt], {"kv_policy": "dense"})[0] for _ in range(2))
+        assert first.num_cached_tokens == 0
+        assert again.num_cached_tokens == (len(prompt) - 32) // BLOCK * BLOCK
+        assert answers([again]) == answers([first])
+
+
 def test_what_saw_an_evicted_cache_is_not_shared(prompts, start):
     """Not by layers with a window either, whose tokens come from the layers before them."""
     llm = start("mistral", SHARING, prefix_caching=True)

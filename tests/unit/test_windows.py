@@ -128,14 +128,17 @@ def test_layers_that_evict_as_a_configuration_tells(config, max_model_len, expec
 def test_a_window_hashes_nothing_behind_the_first_eviction(monkeypatch):
     hashed = []
     monkeypatch.setattr(
-        SlidingWindowManager, "cache_blocks", lambda self, request, number: hashed.append(number)
+        SlidingWindowManager,
+        "cache_blocks",
+        lambda self, request, number, replay_boundaries: hashed.append((number, replay_boundaries)),
     )
     manager = WindowManager.__new__(WindowManager)
-    sharing, request = PrefixSharing(), SimpleNamespace(request_id="r")
+    sharing, request = PrefixSharing(), SimpleNamespace(request_id="r", num_prompt_tokens=200)
     manager.attach(SimpleNamespace(sharing=sharing))
-    manager.cache_blocks(request, 64)
+    manager.cache_blocks(request, 64, replay_boundaries=[199])
     sharing.first_eviction("r", 100)
-    manager.cache_blocks(request, 128)
+    manager.cache_blocks(request, 128, replay_boundaries=[199])
     sharing.forget("r")
-    manager.cache_blocks(request, 192)
-    assert hashed == [64, 100, 192]
+    manager.cache_blocks(request, 192, replay_boundaries=[199])
+    # A prompt is taken up again before its last 32 tokens.
+    assert hashed == [(number, [199, 168]) for number in (64, 100, 192)]

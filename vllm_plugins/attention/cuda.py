@@ -56,6 +56,8 @@ class EvictionMetadata(FlashAttentionMetadata):
 class EvictionMetadataBuilder(FlashAttentionMetadataBuilder):
     """Compacts before it builds. Of layers that do not evict, vLLM's builder."""
 
+    supports_update_block_table = False  # a table that somebody else puts in is not compacted
+
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         state = builder_state(vllm_config, CUDAWorkerState)
@@ -291,7 +293,7 @@ class EvictionImpl(FlashAttentionImpl):
             return
         in_full = SCORED_IN_FULL if state.window is None else min(state.window, SCORED_IN_FULL)
         yield {**chunks, "window": in_full}
-        if metadata.max_query_len > SCORED_IN_FULL:
+        if state.warming_up or metadata.max_query_len > SCORED_IN_FULL:
             yield {**chunks, "skip": SCORED_IN_FULL, "stride": stride}
 
 
