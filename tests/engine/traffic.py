@@ -28,6 +28,28 @@ def forms_of(name):
     return ["block"] * (policy.select is not None) + ["token"] * (policy.tokens is not None)
 
 
+def families(rng, vocabulary, longest_shared, longest_own, longest_answer):
+    """Requests of every policy, or of none, that begin as others do: what each asks for by its
+    name, filled as they are made, and the ``make`` of ``random_traffic``."""
+    roots = [rng.integers(0, vocabulary, size=longest_shared).tolist() for _ in range(3)]
+    policies = ("dense", "h2o", "cab", "streaming", "random", "key_norm", "snapkv", "keydiff")
+    asked = {}
+
+    def make(place):
+        policy = policies[place % len(policies)]
+        extra = {"kv_policy": policy}
+        if policy != "dense":
+            extra["kv_sparsity"] = float(rng.choice([0.0, 0.5, 0.9]))
+            extra["kv_granularity"] = str(rng.choice(forms_of(policy)))
+        shared = roots[int(rng.integers(3))][: int(rng.integers(1, longest_shared))]
+        own = rng.integers(0, vocabulary, size=int(rng.integers(1, longest_own))).tolist()
+        max_tokens = int(rng.integers(1, longest_answer))
+        asked[f"r{place}"] = {"tokens": shared + own, "extra": extra, "max_tokens": max_tokens}
+        return asked[f"r{place}"]
+
+    return asked, make
+
+
 def random_traffic(llm, rng, number, make, outputs=None, after_step=lambda: None):
     """``number`` requests that come at random times, some of which are aborted; blocks are
     conserved after every step. Outputs by name of those that finished, which are all others.

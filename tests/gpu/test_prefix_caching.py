@@ -6,7 +6,7 @@ Answers are compared where batches have the same shapes: another one rounds othe
 import numpy as np
 import pytest
 
-from tests.engine.traffic import add, forms_of, random_traffic
+from tests.engine.traffic import add, families, random_traffic
 
 from .engines import NEEDS_GPU, check_idle, generate, records, tokens
 
@@ -112,22 +112,8 @@ def test_random_arrivals_with_shared_prefixes(engines):
     request says first is what it says alone, whatever others did to the same prefix."""
     llm = engines({"prefix_caching": True}, kv_cache_memory_bytes=20 << 20)
     rng = np.random.default_rng(12)
-    roots = [rng.integers(0, 512, size=1200).tolist() for _ in range(3)]
-    policies = ("dense", "h2o", "cab", "streaming", "random", "key_norm", "snapkv", "keydiff")
-    asked = {}
-
-    def request(place):
-        policy = policies[place % len(policies)]
-        extra = {"kv_policy": policy}
-        if policy != "dense":
-            extra["kv_sparsity"] = float(rng.choice([0.0, 0.5, 0.9]))
-            extra["kv_granularity"] = str(rng.choice(forms_of(policy)))
-        shared = roots[int(rng.integers(3))][: int(rng.integers(1, 1200))]
-        prompt = shared + rng.integers(0, 512, size=int(rng.integers(1, 300))).tolist()
-        asked[f"r{place}"] = (prompt, extra, int(rng.integers(1, 300)))
-        return asked[f"r{place}"]
-
-    outputs = random_traffic(llm, rng, 120, request)
+    asked, make = families(rng, 512, 1200, 300, 300)
+    outputs = random_traffic(llm, rng, 120, make)
     check_idle(llm)
     found = records(list(outputs.values()))
     assert len(found) > 60
@@ -137,10 +123,10 @@ def test_random_arrivals_with_shared_prefixes(engines):
     assert not any("policy_error" in record for record in found)
     alike = []
     for name, output in outputs.items():
-        prompt, extra, _ = asked[name]
-        if extra.get("kv_sparsity", 0.0) == 0.0:
+        request = asked[name]
+        if request["extra"].get("kv_sparsity", 0.0) == 0.0:
             assert llm.reset_prefix_cache()
-            (alone,) = generate(llm, [prompt], {"kv_policy": "dense"}, 1)
+            (alone,) = generate(llm, [request["tokens"]], {"kv_policy": "dense"}, 1)
             alike.append(tokens([alone])[0][0] == output.outputs[0].token_ids[0])
     assert len(alike) > 15
     # A foreign block in a prefix would leave 1 in 512 alike; rounding moves a few.
