@@ -1,4 +1,4 @@
-"""An engine in a process of its own: with several ranks, or beside another one."""
+"""Processes of tests: an engine in one of its own, and those that are left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import psutil
+
 from .conftest import ROOT
+
+
+def children() -> list[psutil.Process]:
+    """This process's, but for multiprocessing's tracker, which stays once an engine started it."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if not any("multiprocessing.resource_tracker" in part for part in process.cmdline())
+    ]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 # One process: tests step the engine and read the scheduler's state between steps.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -18,6 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # Processes that tests start run this checkout too, in whatever folder, whatever is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 TEST_DATA = "KV_EVICTION_TEST_DATA"
+YAML_TYPES = dict(yaml.SafeLoader.yaml_constructors)
+
+
+@pytest.fixture(autouse=True)
+def yaml_as_it_is():
+    """vLLM's structured output imports lm-format-enforcer, which has YAML read dates as texts."""
+    yield
+    yaml.SafeLoader.yaml_constructors.update(YAML_TYPES)
 
 
 def data_file(name: str) -> Path:

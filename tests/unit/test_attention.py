@@ -69,7 +69,8 @@ def test_a_sink_takes_its_share_of_each_softmax(soft_cap):
     torch.manual_seed(0)
     query, key, sinks = torch.randn(13, 6, 16), torch.randn(2, 24, 16), 2 + torch.randn(6)
     expected = reference(query, key, 21, 0.25, soft_cap, sinks=sinks)
-    options = {"seq_len": 21, "scale": 0.25, "soft_cap": soft_cap, "sinks": sinks}
+    options = {"places": last(13, 21), "weights": torch.ones(13), "scale": 0.25}
+    options |= {"soft_cap": soft_cap, "sinks": sinks}
     by_block = block_mass(query, key, block_size=BLOCK, **options)
     torch.testing.assert_close(by_block.double(), expected.sum(0), rtol=1e-5, atol=1e-5)
     assert by_block.sum() < 0.9 * 13 * 6

@@ -21,6 +21,8 @@ from harness.resources.eviction_summary import summary
 from harness.study.bench_study import BenchStudy
 from harness.sweep import bench as sweep
 
+from ..child import children
+
 ROOT = Path(__file__).parents[2]
 STUB = [sys.executable, "-m", "tests.unit.batch_stub"]
 ALL_SCORES = {"score_query_stride": 1, "score_layer_stride": 1}
@@ -317,7 +319,7 @@ def test_what_fails_is_kept_apart_and_tried_again(
     assert "Traceback" not in error
     if mode != "no_start":
         assert reason in (folder / "report.md").read_text()
-    assert not psutil.Process().children(recursive=True)
+    assert not children()
 
 
 def test_a_batch_that_never_ends(stubs, study, tmp_path):
@@ -325,7 +327,7 @@ def test_a_batch_that_never_ends(stubs, study, tmp_path):
     assert main(study(methods=["stock"], seeds=[0], engine=engine, batch_timeout_s=1)) == 1
     (failed,) = records(tmp_path / "out" / "demo" / "failed").values()
     assert "did not finish a batch within 1 s" in failed["reason"]
-    assert not psutil.Process().children(recursive=True)
+    assert not children()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -347,14 +349,14 @@ def test_interrupting_leaves_no_process_and_resumes(number, stubs, study, tmp_pa
         if line.startswith("stock_s0.0, seed 0"):
             break
     time.sleep(0.5)
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert children
+    its_own = psutil.Process(process.pid).children(recursive=True)
+    assert its_own
     process.send_signal(number)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "interrupted; finished runs are kept, the same command resumes" in error
     assert "Traceback" not in error
-    assert not any(child.is_running() for child in children)
+    assert not any(child.is_running() for child in its_own)
     assert main(study(methods=["stock"])) == 0
     assert len(records(tmp_path / "out" / "demo")) == 2
 

@@ -24,6 +24,8 @@ from harness.study.serving_specification import server_settings
 from harness.study.serving_study import ServingStudy
 from harness.sweep import serving as sweep
 
+from ..child import children
+
 STUB = [sys.executable, "-m", "tests.unit.serving_stub"]
 STUDY = {
     "methods": ["dense", "h2o"],
@@ -70,10 +72,6 @@ def records(tmp_path):
 def failures(tmp_path):
     paths = sorted((tmp_path / "out" / "demo" / "failed").glob("*_seed*.json"))
     return {path.stem: json.loads(path.read_text()) for path in paths}
-
-
-def children():
-    return psutil.Process().children(recursive=True)
 
 
 def test_a_sweep_reports_and_resumes(rendering_stub_servers, tmp_path, capsys):
