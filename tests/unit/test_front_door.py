@@ -21,6 +21,15 @@ def num_refused():
     return get_prometheus_registry().get_sample_value("vllm:kv_eviction_refused_requests_total")
 
 
+def test_refusals_are_counted_on_after_an_engines_start():
+    from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+
+    before = num_refused()
+    unregister_vllm_metrics()
+    refused_requests().inc()
+    assert num_refused() == before + 1
+
+
 def validate(extra_args, **settings):
     """As ``LLM``, the API server and ``run-batch`` do it: by the class that a name stands for."""
     from vllm import SamplingParams
