@@ -229,6 +229,11 @@ class EvictionConfig:
             return self.score
         return DEFAULT_SCORES[granularity] if self.score_queries == "all" else "sum"
 
+    @property
+    def prompt_stride(self) -> int:
+        """``score_prompt_stride`` where it applies: with a decay every query is scored."""
+        return 1 if self.score == "decay" else self.score_prompt_stride
+
     def most_blocks(
         self, settings: RequestSettings, num_tokens: int, block_size: int, in_flight_tokens: int
     ) -> int:

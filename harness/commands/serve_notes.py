@@ -71,8 +71,8 @@ def _scores(config: EvictionConfig, own: RequestSettings) -> str:
         if most == "all"
         else f"the last {most:,} queries of a chunk are scored"
     )
-    sampled = config.score_prompt_stride
-    whole = score == "decay" or own.window is not None or GRAPH in own.needs
+    sampled = config.prompt_stride
+    whole = own.window is not None or GRAPH in own.needs
     if sampled > 1 and not whole and (most == "all" or int(most) > SCORED_IN_FULL):
         queries += f" (before its last {SCORED_IN_FULL} one in {sampled})"
     stride, layers = config.score_query_stride, config.score_layer_stride

@@ -134,8 +134,8 @@ class EvictionMetadataBuilder(CPUAttentionMetadataBuilder):
                 sampled = places < seq_len - SCORED_IN_FULL
                 if own is not None or GRAPH in needs:
                     sampled[:] = False
-                counts = ~sampled | (places % state.prompt_stride == 0)
-                weights[sampled] *= state.prompt_stride
+                counts = ~sampled | (places % state.config.prompt_stride == 0)
+                weights[sampled] *= state.config.prompt_stride
             num_blocks = -(-seq_len // self.block_size)
             block_ids = built.block_table[i, :num_blocks].long()
             yield ScoredRow(

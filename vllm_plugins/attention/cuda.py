@@ -287,7 +287,7 @@ class EvictionImpl(FlashAttentionImpl):
         }
         yield {**common, "rows": (0, decode), "one_query": True}
         chunks = {**common, "rows": (decode, num_rows), "one_query": False}
-        stride = state.prompt_stride
+        stride = state.config.prompt_stride
         if stride == 1:
             yield chunks
             return

@@ -107,7 +107,6 @@ class WorkerState(ABC):
         self.config = config
         self.decay = 0.5 ** (1.0 / config.score_half_life) if config.score == "decay" else 1.0
         self.window = None if config.score_queries == "all" else int(config.score_queries)
-        self.prompt_stride = config.score_prompt_stride if self.decay == 1.0 else 1
         self.server_needs = config.needs() & platform().gathers
         self.group_of: dict[str, int] = {}
         self.first_layers: frozenset[str] = frozenset()
