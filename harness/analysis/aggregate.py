@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import combinations
 from typing import Any
 
-from ..records.specifications import DENSE
 from .estimate import Estimate
+from .pairs import by_key, is_dense, pair_name, pairs_of
 from .perplexity import after_eviction, first_affected, perplexity, total
 from .statistics import disjoint, estimate, holm, paired_test, ratio_estimate
 
@@ -53,8 +52,8 @@ def aggregate(
     machine that becomes slower or faster over a sweep changes both.
     """
     results: dict[str, Any] = {}
-    by_load = _by_key(loads)
-    for key, runs in _by_key(records).items():
+    by_load = by_key(loads)
+    for key, runs in by_key(records).items():
         entry: dict[str, Any] = {
             "method": runs[0]["method"],
             "sparsity": runs[0]["sparsity"],
@@ -67,7 +66,7 @@ def aggregate(
             entry[metric] = estimate([run.get(metric) for run in runs])
         entry["avg_memory_mib"] = estimate([_average_memory_mib(run) for run in runs])
         dense = [_dense_on_the_same(run, records) for run in runs]
-        if not _is_dense(runs[0]) and all(value is not None for value in dense):
+        if not is_dense(runs[0]) and all(value is not None for value in dense):
             entry["dense_after_eviction"] = estimate(dense)
         if key in by_load:
             entry["throughput"] = {
@@ -87,15 +86,10 @@ def significance(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     tested as share no token. Two results a pair: over all tokens, and over those after the first
     eviction. Each is a family of its own for Holm's correction: ``*_holm`` beside the p-values.
     """
-    by_key = _by_key(records)
-    evicting = [runs for runs in by_key.values() if not _is_dense(runs[0])]
-    dense = next((runs for runs in by_key.values() if _is_dense(runs[0])), None)
-    pairs = [(a, b) for a, b in combinations(evicting, 2) if _level(a[0]) == _level(b[0])]
-    if dense is not None:
-        pairs += [(dense, runs) for runs in evicting]
     # Runs may have failed, or be still to come: a pair without a common window is no pair yet.
+    pairs = pairs_of(records)
     pairs = [(a, b) for a, b in pairs if window_losses(a).keys() & window_losses(b).keys()]
-    tests = {_name(first, second): _compare(first, second) for first, second in pairs}
+    tests = {pair_name(first, second): _compare(first, second) for first, second in pairs}
     for part in TESTED:
         family = [test[part] for test in tests.values() if test[part] is not None]
         for name in ("paired_t_p", "wilcoxon_p"):
@@ -115,10 +109,6 @@ def independent(windows: Iterable[tuple[int, int]], length: int) -> list[tuple[i
     """Of windows (seed, place) of ``length`` tokens, those to test: no two share a token."""
     ordered = sorted(windows)
     return sorted(ordered[i] for i in disjoint([place for _, place in ordered], length))
-
-
-def _name(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> str:
-    return f"{first[0]['method']}_vs_{second[0]['method']}_{_level(second[0])}"
 
 
 def _compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, Any]:
@@ -150,7 +140,7 @@ def _earlier(a: int | None, b: int | None) -> int | None:
 
 def _dense_on_the_same(run: dict[str, Any], records: Iterable[dict[str, Any]]) -> float | None:
     for record in records:
-        if _is_dense(record) and record["seed"] == run["seed"]:
+        if is_dense(record) and record["seed"] == run["seed"]:
             starts = [first_affected(window) for window in run["windows"]]
             evicted = after_eviction(record["windows"], starts)
             return perplexity(evicted) if evicted else None
@@ -161,9 +151,9 @@ def _against_dense(
     runs: Sequence[dict[str, Any]], loads: Iterable[dict[str, Any]]
 ) -> Estimate | None:
     speed = "output_tokens_per_second"
-    dense = {load["seed"]: load[speed] for load in loads if _is_dense(load)}
+    dense = {load["seed"]: load[speed] for load in loads if is_dense(load)}
     pairs = [(run[speed], dense[run["seed"]]) for run in runs if run["seed"] in dense]
-    return ratio_estimate(pairs) if pairs and not _is_dense(runs[0]) else None
+    return ratio_estimate(pairs) if pairs and not is_dense(runs[0]) else None
 
 
 def _average_memory_mib(run: dict[str, Any]) -> float:
@@ -172,22 +162,6 @@ def _average_memory_mib(run: dict[str, Any]) -> float:
     return run["avg_cache_size"] * groups * run["engine"]["bytes_per_block"] / 2**20
 
 
-def _is_dense(record: dict[str, Any]) -> bool:
-    return record["method"] == DENSE
-
-
-def _level(record: dict[str, Any]) -> str:
-    """``s0.9`` or ``b256``: the key without the method."""
-    return record["key"].removeprefix(f"{record['method']}_")
-
-
 def _nll(window: dict[str, Any], start: int = 0) -> float:
     log_likelihood, count = total(window, start)
     return -log_likelihood / count
-
-
-def _by_key(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    grouped: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        grouped.setdefault(record["key"], []).append(record)
-    return grouped

@@ -6,6 +6,7 @@ NAMEs lie under ``results``, the last argument. Kinds:
 
 - ``table``: a folder of offline records, or a benchmark's record;
 - ``bench``: folders of bench records, one load after the other;
+- ``tasks``: the tasks of a folder of records;
 - ``throughput``: the throughput pass of a folder of records;
 - ``headline``: an experiment whose points are texts;
 - ``load``: records of loads, side by side;
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.aggregate import aggregate
+from ..analysis.task_aggregate import aggregate_tasks
 from ..errors import UsageError
 from ..records.files import read_json, write_text
 from ..records.former_names import load_in_todays_names
@@ -36,17 +38,19 @@ from ..records.stored import (
     read_experiment,
     read_load_records,
     read_records,
+    read_task_records,
 )
 from ..report.ablation import ablation_rows
 from ..report.agreement import agreement_table
 from ..report.experiment import point_name
-from ..report.lines import caption, provenance_line
+from ..report.lines import caption, provenance_line, task_caption
 from ..report.tables import markdown, markdown_table, throughput_rows
+from ..report.task_tables import free_rows, free_tasks, task_rows, tasks_of
 from .load_table import load_table
 from .scoring_tables import sampled_table, settings_table
 from .tables import batches_table, bench_table, headline_table
 
-_KINDS = "table|bench|throughput|headline|load|ablation|settings|sampled|agreement"
+_KINDS = "table|tasks|bench|throughput|headline|load|ablation|settings|sampled|agreement"
 _MARKED = re.compile(rf"(<!-- ({_KINDS}): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -73,6 +77,17 @@ def _table(path: Path) -> str:
     current = aggregate(records, read_load_records(path))
     told = f"{caption(records[0])}, {len({r['seed'] for r in records})} runs."
     return f"{told}\n{provenance_line(records[0])}\n\n{markdown_table(current)}"
+
+
+def _tasks(path: Path) -> str:
+    records = read_task_records(path)
+    if not records:
+        raise UsageError(f"{path} holds no record of a task; name the folder of a study with tasks")
+    results = aggregate_tasks(records)
+    told = f"{task_caption(records[0])}; {len({r['seed'] for r in records})} runs."
+    tables = [markdown(task_rows(results, effective=False))] if tasks_of(results) else []
+    tables += [markdown(free_rows(results, task)) for task in free_tasks(results)]
+    return "\n\n".join([f"{told}\n{provenance_line(records[0])}", *tables])
 
 
 def _throughput(path: Path) -> str:
@@ -116,6 +131,7 @@ def _below(folder: Path) -> list[dict[str, Any]]:
 
 _TABLES: dict[str, Callable[..., str]] = {
     "table": _table,
+    "tasks": _tasks,
     "bench": lambda *folders: batches_table(list(folders)),
     "throughput": _throughput,
     "headline": _headline,

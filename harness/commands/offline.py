@@ -13,6 +13,8 @@ from vllm_plugins.policies import policy_names
 
 from ..errors import UnwritableFile, UsageError
 from ..inputs.corpora import DOCUMENT_MODES
+from ..inputs.tasks.registry import TASKS
+from ..inputs.tasks.sample import QUESTIONS
 from ..study.settings import DTYPES, Study, check_folder_name, read_study
 from ..study.specification import PROTOCOLS
 from .eviction_flags import add_eviction_flags, eviction_settings
@@ -29,7 +31,7 @@ def add_parser(commands: Any) -> None:
     """
     offline = commands.add_parser(
         "offline",
-        help="perplexity, memory and speed of methods at sparsities",
+        help="perplexity, tasks, memory and speed of methods at sparsities",
         argument_default=argparse.SUPPRESS,
     )
 
@@ -87,6 +89,25 @@ def add_parser(commands: Any) -> None:
     add("--enforce-eager", "no CUDA graphs [on CPU]", action=argparse.BooleanOptionalAction)
     add("--dtype", "of weights and KV cache [float32 on CPU, else auto]", choices=DTYPES)
     add(
+        "--tasks",
+        f"questions on long texts to answer and score: {', '.join(TASKS)}, jsonl:FILE",
+        nargs="+",
+        metavar="TASK",
+    )
+    add("--task-samples", "questions of a task per run", **count)
+    add(
+        "--task-question",
+        "where a question stands: after the text, hidden from the evictions before it, or before "
+        "it too",
+        choices=QUESTIONS,
+    )
+    add("--task-output-tokens", "tokens of an answer whose task does not say", **tokens)
+    add(
+        "--perplexity",
+        "measure perplexity [where no tasks are named]",
+        action=argparse.BooleanOptionalAction,
+    )
+    add(
         "--throughput",
         "measure throughput too, in a pass of its own",
         action=argparse.BooleanOptionalAction,
@@ -105,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..records.output import RecordElsewhere
     from ..report.experiment import report_experiment
-    from ..report.tables import text_table
+    from ..report.terminal import text_table
     from ..sweep.offline import Sweep
 
     given = vars(arguments)

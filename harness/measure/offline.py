@@ -19,31 +19,13 @@ from ..analysis.perplexity import (
 )
 from ..inputs.windows import Window
 from ..records.head import record_head
-from ..records.machine import device_memory_mib, process_peak_memory_mib
 from ..records.provenance import SCHEMA_VERSION
 from ..resources.engine import Engine
 from ..resources.scored import NotFinite, ScoredWindow
 from ..study.specification import OfflineRun, Perplexity, Throughput
+from .foot import memory, run_foot
 
 Progress = Callable[[int], None]
-
-UNITS = {
-    "effective_sparsity": "share of a whole window's blocks that the budget lets go; at least "
-    "min_blocks stay, and blocks are whole",
-    "tokens_per_second": "tokens scored (log-probs on) per second, all windows in flight",
-    "peak_memory_mib": "MiB of KV blocks held at the peak, all requests in flight",
-    "process_peak_memory_mib": "MiB resident, whole process so far, pool reserved up front",
-    "device_memory_mib": "MiB in use on the GPU, pool reserved up front; null without a GPU",
-    "avg_cache_size": "KV blocks per window, mean over its steps and layer groups",
-    "peak_cache_size": "KV blocks per window, mean over layer groups",
-    "decision_seconds": "seconds the scheduler spent deciding, whole run",
-    "log_likelihoods": "nats, one sum per chunk of queries; query i predicts token i + 1",
-    "prefill_tokens_per_second": "prompt tokens per second, requests of one output token",
-    "output_tokens_per_second": "output tokens per second, prompts included in the time",
-    "decode_tokens_per_second": "output tokens after the first, per second that the load took "
-    "longer than its prompts alone",
-    "cache_trace": "blocks per window after so many tokens, first windows in flight",
-}
 
 
 def warm_up(engine: Engine, window: list[int]) -> None:
@@ -93,12 +75,12 @@ def measure_perplexity(
         "perplexity_after_eviction": perplexity(evicted) if evicted else None,
         **normalised(entries),
         "tokens_per_second": total_tokens / scored.seconds,
-        **_memory(engine, records),
+        **memory(engine, records),
         "avg_cache_size": float(np.mean([record["average_blocks"] for record in records])),
         "peak_cache_size": max(record["peak_blocks"] for record in records),
         "total_tokens": total_tokens,
         "runtime_seconds": scored.seconds,
-        **_foot(run, engine),
+        **run_foot(run, engine),
         "cache_trace": scored.trace,
         "windows": entries,
     }
@@ -121,11 +103,11 @@ def measure_throughput(
         "prefill_tokens_per_second": load.num_requests * load.prompt_tokens / prefill_seconds,
         "output_tokens_per_second": load.num_requests * load.output_tokens / seconds,
         "decode_tokens_per_second": decoded / decode_seconds if decode_seconds > 0 else None,
-        **_memory(engine, records),
+        **memory(engine, records),
         "runtime_seconds": prefill_seconds + seconds,
         "prefill_seconds": prefill_seconds,
         "load_seconds": seconds,
-        **_foot(run, engine),
+        **run_foot(run, engine),
     }
 
 
@@ -136,28 +118,3 @@ def _check_finite(start: int, result: ScoredWindow, min_context: int) -> None:
                 f"the log-prob of token {i} of the window at {start} is {value}, so the run has no "
                 f"perplexity; another --dtype may help"
             )
-
-
-def _memory(engine: Engine, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "peak_memory_mib": engine.peak_memory_mib(records),
-        "process_peak_memory_mib": process_peak_memory_mib(),
-        "device_memory_mib": device_memory_mib(engine.device),
-        "blocks_evicted": sum(record["blocks_evicted"] for record in records),
-        "decisions": sum(record["decisions"] for record in records),
-        "decision_seconds": sum(record["decision_seconds"] for record in records),
-        "preemptions": sum(record["preemptions"] for record in records),
-    }
-
-
-def _foot(run: OfflineRun, engine: Engine) -> dict[str, Any]:
-    return {
-        "units": UNITS,
-        "specification": run.to_dict(),
-        "engine": {
-            "dtype": engine.dtype,
-            "num_layers": engine.num_layers,
-            "num_blocks": engine.num_blocks,
-            "bytes_per_block": engine.bytes_per_block,
-        },
-    }

@@ -14,8 +14,9 @@ STOCK = "stock"
 """vLLM without the plugin."""
 PERPLEXITY, THROUGHPUT, SERVING = "perplexity", "throughput", "serving"
 BATCH, STEADY = "batch", "steady"
+TASK = "task"
 """Kinds of records."""
-VARIED = ("method", "policy", "args", "sparsity", "budget_tokens", "seed")
+VARIED = ("method", "policy", "args", "sparsity", "budget_tokens", "seed", "task")
 """What differs between the runs of one comparison."""
 
 

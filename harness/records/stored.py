@@ -10,7 +10,7 @@ from ..errors import UnreadableFile, UsageError
 from .files import read_json
 from .former_names import in_todays_names
 from .provenance import identity
-from .specifications import BATCH, SERVING, STEADY, comparison, order
+from .specifications import BATCH, SERVING, STEADY, TASK, comparison, order
 
 EXPERIMENT = "experiment.json"
 """The study, and where its time went."""
@@ -20,7 +20,8 @@ AGGREGATED = "aggregated_results.json"
 FAILED = "failed"
 """Folder of runs that failed."""
 PERPLEXITY_RECORDS, LOAD_RECORDS = "*_seed*.json", "*_load*.json"
-"""What records of perplexity runs and of throughput runs are called."""
+TASK_RECORDS = "*_task[0-9]*_*.json"
+"""What records of perplexity runs, of throughput runs and of tasks are called."""
 _OF_A_RECORD = (
     "schema_version",
     "key",
@@ -102,17 +103,26 @@ def study_kind(folder: Path) -> str | None:
     return None
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
+def read_records(folder: Path, needed: bool = True) -> list[dict[str, Any]]:
     """Perplexity records of a comparison, in the order of tables.
+
+    Args:
+        folder: of the comparison.
+        needed: none is an error.
 
     Raises:
         UsageError: no record, one that cannot be read, or records that must not be mixed.
 
     """
     records = _read(folder, PERPLEXITY_RECORDS)
-    if not records:
-        raise UsageError(f"{folder} holds no run record; name the folder of an experiment")
+    if not records and needed:
+        raise UsageError(no_records(folder))
     return records
+
+
+def no_records(folder: Path) -> str:
+    """What a user is told of a folder without a record."""
+    return f"{folder} holds no run record; name the folder of an experiment"
 
 
 def read_load_records(folder: Path) -> list[dict[str, Any]]:
@@ -123,6 +133,21 @@ def read_load_records(folder: Path) -> list[dict[str, Any]]:
 
     """
     return _read(folder, LOAD_RECORDS)
+
+
+def read_task_records(folder: Path) -> list[dict[str, Any]]:
+    """Records of a comparison's tasks, in the order of tables; none is no error.
+
+    Raises:
+        UsageError: one that cannot be read, or records that must not be mixed.
+
+    """
+    return [record for record in _read(folder, TASK_RECORDS) if record["kind"] == TASK]
+
+
+def has_records(folder: Path) -> bool:
+    """Whether a comparison's folder has anything to report: perplexity, or tasks."""
+    return any(any(folder.glob(pattern)) for pattern in (PERPLEXITY_RECORDS, TASK_RECORDS))
 
 
 def _read(folder: Path, pattern: str) -> list[dict[str, Any]]:

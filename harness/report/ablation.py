@@ -14,6 +14,27 @@ Point = tuple[str, dict[str, Any]]
 """What was varied, in words, and the point's ``aggregated_results.json``."""
 
 
+def with_metric(points: list[Point], metric: str) -> list[Point]:
+    """The points with those entries alone that have ``metric``; [] where a point has none."""
+    found = [
+        (name, {key: entry for key, entry in results.items() if entry.get(metric) is not None})
+        for name, results in points
+    ]
+    return found if all(results for _, results in found) else []
+
+
+def task_ablation_rows(points: list[Point]) -> list[Row]:
+    """Header and rows: the mean score over tasks of each method and sparsity at every point."""
+    keys = list(dict.fromkeys(key for _, results in points for key in results))
+    table: list[Row] = [("method", "sparsity", *(name for name, _ in points))]
+    for key in keys:
+        entry = next(results[key] for _, results in points if key in results)
+        cells = [spread(r[key]["task_score"]) if key in r else "-" for _, r in points]
+        sparsity = "-" if entry["method"] == "dense" else level(key, entry)
+        table.append((entry["method"], sparsity, *cells))
+    return table
+
+
 def ablation_rows(points: list[Point], effective: bool = True) -> list[Row]:
     """Header and rows: perplexity of each method and sparsity at every point.
 

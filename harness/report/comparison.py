@@ -8,12 +8,22 @@ from typing import Any
 
 from ..analysis.aggregate import aggregate, significance
 from ..analysis.curves import curves
+from ..analysis.task_aggregate import aggregate_tasks, task_significance
+from ..errors import UsageError
 from ..records.files import read_json, write_json
-from ..records.stored import AGGREGATED, FAILED, check_sources, read_load_records, read_records
+from ..records.stored import (
+    AGGREGATED,
+    FAILED,
+    check_sources,
+    no_records,
+    read_load_records,
+    read_records,
+    read_task_records,
+)
 from .cells import differs
 from .expectations import expectation_rows
 from .figures import draw
-from .lines import caption, machine_line
+from .lines import caption, machine_line, task_caption
 from .page import Figure, write_pages
 from .tables import (
     EFFECTIVE,
@@ -24,6 +34,8 @@ from .tables import (
     test_rows,
     throughput_rows,
 )
+from .task_figures import draw_tasks
+from .task_page import task_parts
 
 _TIMED_FIGURES = ("throughput",)
 TIMINGS = "## Speed and time"
@@ -45,15 +57,31 @@ def report_comparison(
         UsageError: no record, one that cannot be read, or records that must not be mixed.
 
     """
-    records, loads = read_records(folder), read_load_records(folder)
-    check_sources(folder, [records[0], *loads[:1]])
-    results, tests = aggregate(records, loads), significance(records)
-    extra = curves(records, results)
+    records, loads = read_records(folder, needed=False), read_load_records(folder)
+    asked = read_task_records(folder)
+    if not records and not asked:
+        raise UsageError(no_records(folder))
+    check_sources(folder, [*records[:1], *loads[:1], *asked[:1]])
+    task_results, task_tests = aggregate_tasks(asked), task_significance(asked)
+    drawn = draw_tasks(folder, task_results, task_caption(asked[0])) if asked else []
+    tasks = task_parts(asked, task_results, task_tests, drawn)
+    if asked:
+        write_json(folder / "task_significance.json", task_tests)
+    if records:
+        results, tests = aggregate(records, loads), significance(records)
+        extra = curves(records, results)
+        write_json(folder / "significance_tests.json", tests)
+        write_json(folder / "curves.json", extra)
+        figures = draw(folder, results, tests, extra, caption(records[0]))
+        parts = _page(title, folder, records, loads, results, tests, figures, sessions, tasks)
+    else:
+        results = {}
+        parts = _page_of_tasks(title, folder, asked[0], sessions, tasks)
+    results = {
+        key: {**task_results.get(key, {}), **results.get(key, {})}
+        for key in {**results, **task_results}
+    }
     write_json(folder / AGGREGATED, results)
-    write_json(folder / "significance_tests.json", tests)
-    write_json(folder / "curves.json", extra)
-    figures = draw(folder, results, tests, extra, caption(records[0]))
-    parts = _page(title, folder, records, loads, results, tests, figures, sessions)
     write_pages(folder, parts, shown)
     return results
 
@@ -102,6 +130,7 @@ def _page(
     tests: dict[str, Any],
     figures: list[tuple[str, str]],
     sessions: list[dict[str, Any]],
+    tasks: list[str | Figure],
 ) -> list[str | Figure]:
     first = records[0]
     seeds = sorted({record["seed"] for record in records})
@@ -135,9 +164,7 @@ def _page(
         )
     if len(table := normalised_rows(results)) > 1:
         parts += ["## Independent of the tokenizer", markdown(table)]
-    if failed := failures(folder):
-        lines = [f"- `{f['key']}` of seed {f['seed']}: {f['reason']}" for f in failed]
-        parts += ["## Failed runs", "\n".join(lines)]
+    parts += [*tasks, *_failed(folder)]
     parts += [TIMINGS, f"Measured {first['timestamp'][:10]}.", _scoring_line(results)]
     if loads:
         load = loads[0]["specification"]["load"]
@@ -155,6 +182,33 @@ def _page(
     if len(table := expectation_rows(results, caption(first))) > 1:
         parts += ["## Expected, published, measured", markdown(table, numbers=False)]
     return parts
+
+
+def _page_of_tasks(
+    title: str,
+    folder: Path,
+    first: dict[str, Any],
+    sessions: list[dict[str, Any]],
+    tasks: list[str | Figure],
+) -> list[str | Figure]:
+    """The page of a comparison that measured no perplexity."""
+    parts: list[str | Figure] = [
+        f"# {title}",
+        _text_line(first),
+        f"{machine_line(first)}; code {first.get('code', 'unknown')}.",
+        *tasks,
+        *_failed(folder),
+        TIMINGS,
+        f"Measured {first['timestamp'][:10]}.",
+    ]
+    if sessions:
+        parts += ["Where the time went, by session:", markdown(time_rows(sessions))]
+    return parts
+
+
+def _failed(folder: Path) -> list[str]:
+    lines = [f"- `{f['key']}` of seed {f['seed']}: {f['reason']}" for f in failures(folder)]
+    return ["## Failed runs", "\n".join(lines)] if lines else []
 
 
 def _left_out(tests: dict[str, Any]) -> str:

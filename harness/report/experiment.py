@@ -8,15 +8,17 @@ from typing import Any
 from ..errors import UsageError
 from ..records.stored import (
     EXPERIMENT,
-    PERPLEXITY_RECORDS,
     check_sources,
+    has_records,
+    no_records,
     read_experiment,
     read_records,
+    read_task_records,
 )
-from .ablation import ablation_rows, draw_ablation
+from .ablation import ablation_rows, draw_ablation, task_ablation_rows, with_metric
 from .cells import differs
 from .comparison import TIMINGS, failures, report_comparison, time_rows
-from .lines import caption, machine_line
+from .lines import caption, machine_line, task_caption
 from .page import Figure, write_pages
 from .tables import markdown
 
@@ -39,9 +41,9 @@ def report_experiment(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     experiment = read_experiment(path) if path.is_file() else alone
     sessions, points = experiment["sessions"], experiment["comparisons"]
     name = folder.resolve().name
-    there = [p for p in points if any((folder / p["folder"]).glob(PERPLEXITY_RECORDS))]
+    there = [p for p in points if has_records(folder / p["folder"])]
     if not there:
-        raise UsageError(f"{folder} holds no run record; name the folder of an experiment")
+        raise UsageError(no_records(folder))
     if there == points[:1] and not points[0]["varied"]:
         return [("", report_comparison(folder, name, sessions))]
     reported = []
@@ -72,30 +74,48 @@ def _overview(
     failed: list[str],
     sessions: list[dict[str, Any]],
 ) -> None:
-    firsts = [read_records(folder / point["folder"])[0] for point in points]
+    folders = [folder / point["folder"] for point in points]
+    firsts = [(read_records(f, needed=False) or read_task_records(f))[0] for f in folders]
     check_sources(folder, firsts)
     first = firsts[0]
+    told = caption(first) if "windows" in first else task_caption(first)
     varied = ", ".join(points[0]["varied"])
     values = [value for point in points for value in point["varied"].values()]
-    draw_ablation(
-        reported,
-        folder / "ablation",
-        f"{name}: {varied} varied; first: {caption(first)}",
-        ordered=len(points[0]["varied"]) == 1 and all(isinstance(v, int | float) for v in values),
-    )
+    scored, asked = with_metric(reported, "perplexity"), with_metric(reported, "task_score")
+    if scored:
+        draw_ablation(
+            scored,
+            folder / "ablation",
+            f"{name}: {varied} varied; first: {told}",
+            ordered=len(points[0]["varied"]) == 1
+            and all(isinstance(v, int | float) for v in values),
+        )
     links = [
         f"- [{text}]({point['folder']}/report.md)"
         for point, (text, _) in zip(points, reported, strict=True)
     ]
     parts: list[str | Figure] = [
         f"# {name}",
-        f"Varied: {varied}. First point: {caption(first)}.",
+        f"Varied: {varied}. First point: {told}.",
         f"{machine_line(first)}; code {first.get('code', 'unknown')}.",
-        "## Perplexity",
-        "Mean and standard deviation over runs; in brackets against dense at the same point"
-        f"{_AT if any(differs(e) for _, r in reported for e in r.values()) else ''}.",
-        markdown(ablation_rows(reported)),
-        Figure("ablation", "Perplexity at every point; bars from the lowest to the highest run."),
+    ]
+    if scored:
+        parts += [
+            "## Perplexity",
+            "Mean and standard deviation over runs; in brackets against dense at the same point"
+            f"{_AT if any(differs(e) for _, r in scored for e in r.values()) else ''}.",
+            markdown(ablation_rows(scored)),
+            Figure(
+                "ablation", "Perplexity at every point; bars from the lowest to the highest run."
+            ),
+        ]
+    if asked:
+        parts += [
+            "## Tasks",
+            "Mean score over tasks, 0 to 1; mean and standard deviation over runs.",
+            markdown(task_ablation_rows(asked)),
+        ]
+    parts += [
         "## Reports",
         "\n".join(links),
     ]

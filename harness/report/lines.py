@@ -5,18 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..inputs.tasks.sample import AFTER, BEFORE
+
 
 def caption(record: dict[str, Any]) -> str:
-    """What a table or figure was measured on, in a line."""
+    """What a table or figure of perplexity was measured on, in a line."""
+    engine = record["specification"]["engine"]
+    decode = ", forced decode" if engine.get("protocol") == "decode" else ""
+    windows = f"{len(record['windows'])} windows of {engine['context_length']} tokens a run{decode}"
+    return _caption(record, windows)
+
+
+def task_caption(record: dict[str, Any]) -> str:
+    """What a table or figure of tasks was measured on, in a line."""
+    run = record["specification"]
+    question = {AFTER: "after the text", BEFORE: "before and after the text"}[run["question"]]
+    return _caption(
+        record,
+        f"{run['num_samples']} samples of each task a run, requests of "
+        f"{run['engine']['context_length']} tokens with their answers, question {question}",
+    )
+
+
+def _caption(record: dict[str, Any], measured: str) -> str:
     run = record["specification"]
     engine = run["engine"]
     model = Path(engine["model"]).name or engine["model"]
-    windows = len(record["windows"])
-    decode = ", forced decode" if engine.get("protocol") == "decode" else ""
     return (
         f"{model} ({record['engine']['dtype']}), {run['dataset'].rsplit('/', 1)[-1]}, "
-        f"{windows} windows of {engine['context_length']} tokens a run{decode}, chunk "
-        f"{engine['prefill_chunk']}, block {engine['block_size']}, "
+        f"{measured}, chunk {engine['prefill_chunk']}, block {engine['block_size']}, "
         f"{engine['eviction']['layer_groups']} layer group(s), "
         f"score {engine['eviction']['score']}/{engine['eviction']['score_queries']}"
     )

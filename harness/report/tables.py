@@ -34,14 +34,14 @@ def result_rows(results: dict[str, Any], effective: bool = True) -> list[Row]:
     dense = next(
         (e["perplexity"]["mean"] for e in results.values() if e["method"] == "dense"), None
     )
-    table: list[Row] = [(*_head(effective), *_MEASURED)]
+    table: list[Row] = [(*head(effective), *_MEASURED)]
     for key, entry in results.items():
         ppl, after = entry["perplexity"]["mean"], entry["perplexity_after_eviction"]
         base = entry.get("dense_after_eviction")
         is_dense = entry["method"] == "dense"
         table.append(
             (
-                *_asked(key, entry, effective),
+                *asked(key, entry, effective),
                 spread(entry["perplexity"]),
                 "-" if is_dense or dense is None else change(ppl, dense),
                 "-" if after is None else spread(after),
@@ -58,7 +58,7 @@ def throughput_rows(results: dict[str, Any]) -> list[Row]:
     effective = any(map(differs, results.values()))
     table: list[Row] = [
         (
-            *_head(effective),
+            *head(effective),
             "prefill tok/s",
             "decode tok/s",
             "output tok/s",
@@ -75,7 +75,7 @@ def throughput_rows(results: dict[str, Any]) -> list[Row]:
         load = entry["throughput"]
         table.append(
             (
-                *_asked(key, entry, effective),
+                *asked(key, entry, effective),
                 spread(load["prefill_tokens_per_second"], 0),
                 spread(load["decode_tokens_per_second"], 0),
                 spread(load["output_tokens_per_second"], 0),
@@ -92,13 +92,13 @@ def throughput_rows(results: dict[str, Any]) -> list[Row]:
 def normalised_rows(results: dict[str, Any]) -> list[Row]:
     """Header and rows of the measures that do not depend on the tokenizer."""
     effective = any(map(differs, results.values()))
-    table: list[Row] = [(*_head(effective), "word perplexity", "byte perplexity", "bits/byte")]
+    table: list[Row] = [(*head(effective), "word perplexity", "byte perplexity", "bits/byte")]
     for key, entry in results.items():
         if entry.get("bits_per_byte") is None:
             continue
         table.append(
             (
-                *_asked(key, entry, effective),
+                *asked(key, entry, effective),
                 spread(entry["word_perplexity"]),
                 spread(entry["byte_perplexity"], 4),
                 spread(entry["bits_per_byte"], 4),
@@ -146,13 +146,6 @@ def test_rows(tests: dict[str, Any], part: str) -> list[Row]:
     return table
 
 
-def text_table(results: dict[str, Any]) -> str:
-    """The main table for a terminal, and that of the throughput pass if there was one."""
-    load = throughput_rows(results)
-    parts = [result_rows(results), *([load] if len(load) > 1 else [])]
-    return "\n\n".join(map(aligned, parts))
-
-
 def markdown_table(results: dict[str, Any]) -> str:
     """The main table for a README, by the sparsities that were asked for."""
     return markdown(result_rows(results, effective=False))
@@ -180,12 +173,13 @@ def markdown(table: Sequence[Row], numbers: bool = True) -> str:
     return "\n".join(lines)
 
 
-def _head(effective: bool) -> Row:
+def head(effective: bool) -> Row:
+    """The header of the cells that say what a row is."""
     return ("method", "sparsity", "effective") if effective else ("method", "sparsity")
 
 
-def _asked(key: str, entry: dict[str, Any], effective: bool) -> Row:
-    """The cells that say what a row is, as ``_head`` has them."""
+def asked(key: str, entry: dict[str, Any], effective: bool) -> Row:
+    """The cells that say what a row is, as ``head`` has them."""
     if entry["method"] == "dense":
         return (entry["method"], "-", "-") if effective else (entry["method"], "-")
     shown = (entry["method"], level(key, entry))

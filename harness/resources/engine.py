@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +11,9 @@ import numpy as np
 from vllm_plugins.refusals.engine import num_evicting_layers
 
 from ..study.specification import EngineSpecification
-from .scored import Scored, ScoredWindow, UnfaithfulRun
+from .outputs import answer_of, check_policy, own_log_probs, record_of
+from .scored import Answer, Scored, ScoredWindow, UnfaithfulRun
+from .waves import waves
 
 Progress = Callable[[int], None]
 MAX_TRACE_POINTS = 64
@@ -73,6 +74,47 @@ class Engine:
             self._verify(window, result.record, min_context)
         return scored
 
+    def answer(
+        self,
+        requests: Sequence[tuple[Sequence[int], int]],
+        settings: dict[str, Any],
+        progress: Progress = lambda finished: None,
+    ) -> tuple[float, list[Answer]]:
+        """Seconds to answer ``requests`` greedily, and the answers, in their order.
+
+        Requests run in waves of at most ``kv_pool_windows``, their prompts in chunks of
+        ``prefill_chunk`` tokens. An end-of-sequence token ends an answer.
+
+        Args:
+            requests: prompts and the most tokens of their answers.
+            settings: of every request.
+            progress: hears of each one that is answered.
+
+        Raises:
+            UnfaithfulRun: see ``score``.
+
+        """
+        from vllm import SamplingParams
+
+        def asked(prompt: Sequence[int], max_tokens: int) -> tuple[list[int], Any]:
+            params = SamplingParams(max_tokens=max_tokens, temperature=0.0, extra_args=settings)
+            return list(prompt), params
+
+        answers: dict[int, Answer] = {}
+        started = time.perf_counter()
+        steps = [self._prompt_steps(len(prompt)) for prompt, _ in requests]
+        for wave, needs_companion in waves(steps, self.specification.kv_pool_windows):
+            batch = [asked(*requests[i]) for i in wave]
+            companion = [asked(requests[wave[0]][0], 1)] if needs_companion else []
+            outputs = self._run([*batch, *companion], progress, num_counted=len(wave))
+            answers |= {i: answer_of(output) for i, output in zip(wave, outputs, strict=False)}
+        seconds = time.perf_counter() - started
+        for i, answer in answers.items():
+            made = len(answer.token_ids)
+            told = f"a prompt of {len(requests[i][0])} tokens answered with {made}"
+            self._check_steps(answer.record, steps[i] + made - 1, told)
+        return seconds, [answers[i] for i in range(len(requests))]
+
     def load(
         self,
         prompts: Sequence[list[int]],
@@ -99,9 +141,9 @@ class Engine:
         started = time.perf_counter()
         outputs = self._run([(prompt, params) for prompt in prompts], progress)
         seconds = time.perf_counter() - started
-        records = [_record(output) for output in outputs]
+        records = [record_of(output) for output in outputs]
         for output, record in zip(outputs, records, strict=True):
-            _check_policy(record)
+            check_policy(record)
             made = len(output.outputs[0].token_ids)
             if made != output_tokens:
                 raise UnfaithfulRun(f"a request made {made} tokens, not {output_tokens}")
@@ -184,47 +226,36 @@ class Engine:
 
     def _scored(self, window: list[int], output: Any) -> ScoredWindow:
         if self.specification.protocol == "decode":
-            values = _own(output.outputs[0].logprobs)
+            values = own_log_probs(output.outputs[0].logprobs)
             if list(output.outputs[0].token_ids) != window[len(output.prompt_token_ids) :]:
                 raise UnfaithfulRun("vLLM decoded other tokens than the window's")
             values = [0.0] * (len(output.prompt_token_ids) - 1) + values
         else:
-            values = _own(output.prompt_logprobs)[1:]  # nothing predicts the first token
+            values = own_log_probs(output.prompt_logprobs)[1:]  # nothing predicts the first token
         if len(values) != len(window) - 1:
             raise UnfaithfulRun(
                 f"vLLM gave {len(values)} log-probs for a window of {len(window)} tokens"
             )
-        return ScoredWindow(values, _record(output))
+        return ScoredWindow(values, record_of(output))
 
     def _verify(self, window: list[int], record: dict[str, Any], min_context: int) -> None:
-        _check_policy(record)
-        chunk = self.specification.prefill_chunk
         if self.specification.protocol == "decode":
             # The last forced token is never an input.
-            steps = -(-min_context // chunk) + len(window) - min_context - 1
+            steps = self._prompt_steps(min_context) + len(window) - min_context - 1
         else:
-            steps = -(-len(window) // chunk)
+            steps = self._prompt_steps(len(window))
+        self._check_steps(record, steps, f"a window of {len(window)} tokens")
+
+    def _prompt_steps(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.specification.prefill_chunk)
+
+    def _check_steps(self, record: dict[str, Any], steps: int, told: str) -> None:
+        check_policy(record)
         if record["num_steps"] != steps:
             raise UnfaithfulRun(
-                f"a window of {len(window)} tokens took {record['num_steps']} steps, not the "
-                f"{steps} that a chunk of {chunk} makes ({record['preemptions']} preemptions)"
+                f"{told} took {record['num_steps']} steps, not the {steps} that a chunk of "
+                f"{self.specification.prefill_chunk} makes ({record['preemptions']} preemptions)"
             )
-
-
-def _own(flat: Any) -> list[float]:
-    """Log-prob of each position's own token: the first entry of ``FlatLogprobs`` there."""
-    values = [*flat.logprobs, math.nan]  # a position without entries may lie at the end
-    return [values[start] for start in flat.start_indices]
-
-
-def _record(output: Any) -> dict[str, Any]:
-    return (output.kv_transfer_params or {}).get("kv_eviction", {})
-
-
-def _check_policy(record: dict[str, Any]) -> None:
-    for failure in ("policy_error", "refused_settings"):
-        if failure in record:
-            raise UnfaithfulRun(f"{failure}: {record[failure]}")
 
 
 def bytes_per_block(config: Any, specification: EngineSpecification) -> int:

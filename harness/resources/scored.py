@@ -26,6 +26,20 @@ class ScoredWindow:
     record: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One request as the engine answered it.
+
+    ``token_ids``: of the answer, the end-of-sequence token included. ``ended``: that token ended
+    it. ``record``: the plugin's counters for the request.
+    """
+
+    token_ids: list[int]
+    text: str
+    ended: bool
+    record: dict[str, Any]
+
+
 @dataclass
 class Scored:
     """A run's windows, the seconds they took, and the pool while the first ones ran.

@@ -15,12 +15,13 @@ from ..errors import UsageError
 from ..inputs.corpora import describe
 from ..inputs.models import fingerprint, recorded_name, resolve_model
 from ..inputs.text import Text
-from ..records.specifications import DENSE, STOCK
+from ..records.specifications import DENSE, PERPLEXITY, STOCK
 from .levels import check_levels, levels_for
 from .points import Comparison, comparisons_of
 from .run import Budget, Method, Run
 from .settings import Study, short_name
-from .specification import EngineSpecification, Load, OfflineRun, Perplexity, Throughput
+from .specification import Answers, EngineSpecification, Load, OfflineRun, Perplexity, Throughput
+from .tasks import tasks_of
 
 _EVICTION = (
     "granularity",
@@ -131,9 +132,14 @@ def _runs(
         model_path=path,
     )
     text = text_of(study.dataset, study.text_column, study.document_mode)
-    perplexity = Perplexity(text, study.num_samples, study.min_context)
+    measured: list[Perplexity | Answers] = [*tasks_of(study, text)]
+    if study.measures_perplexity:
+        measured.insert(0, Perplexity(text, study.num_samples, study.min_context))
     runs: list[OfflineRun] = [
-        Run(engine, method, budget, seed, perplexity) for seed in seeds for method, budget in levels
+        Run(engine, method, budget, seed, measurement)
+        for seed in seeds
+        for measurement in measured
+        for method, budget in levels
     ]
     check_levels(engine, runs)
     if study.throughput:
@@ -141,7 +147,7 @@ def _runs(
         runs += [
             replace(run, measurement=throughput)
             for run in runs
-            if run.seed in seeds[: study.load_runs]
+            if run.kind == PERPLEXITY and run.seed in seeds[: study.load_runs]
         ]
     return runs
 

@@ -13,13 +13,15 @@ from vllm_plugins.parsing import check_renamed
 from ..errors import UsageError
 from ..inputs.corpora import DEFAULT_DATASET, DOCUMENT_MODES, has_rows
 from ..inputs.models import DEFAULT_MODEL, recorded_name
+from ..inputs.tasks.sample import AFTER
 from .points import check_known
 from .specification import PROTOCOLS
+from .tasks import check_tasks, tasks_need
 
 _MAX_NAME_BYTES = 200
 """File systems allow 255; a partial file's name is longer than the file's."""
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-_NOT_VARIED = ("name", "vary")
+_NOT_VARIED = ("name", "vary", "tasks")
 _DEFAULTS = EvictionConfig()
 ALL_SCORES = {"score_query_stride": 1, "score_prompt_stride": 1, "score_layer_stride": 1}
 """The papers' score, every query and layer, whatever a server samples."""
@@ -50,6 +52,12 @@ class Study:
     enforce_eager: bool | None = None
     dtype: str | None = None
     """float32 on CPU (the reference's precision; many CPUs are slow in bfloat16), else auto."""
+    perplexity: bool | None = None
+    """None: where no tasks are named."""
+    tasks: tuple[str, ...] = ()
+    task_samples: int = 32
+    task_question: str = AFTER
+    task_output_tokens: int = 128
     throughput: bool = False
     load_runs: int | None = None
     load_requests: int | None = None
@@ -90,7 +98,7 @@ class Study:
             values["vary"] = {"dataset": datasets, **vary}
             if len(datasets) == 1:
                 values["dataset"], values["vary"] = datasets[0], vary
-        for name in ("methods", "sparsity", "budget_tokens", "seeds"):
+        for name in ("methods", "sparsity", "budget_tokens", "seeds", "tasks"):
             if values.get(name) is not None:
                 value = values[name]
                 values[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
@@ -112,6 +120,8 @@ class Study:
             "load_runs",
             "load_requests",
             "load_output_tokens",
+            "task_samples",
+            "task_output_tokens",
         ):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -124,6 +134,7 @@ class Study:
             raise UsageError(f"--dtype must be one of: {', '.join(DTYPES)}")
         if self.protocol not in PROTOCOLS:
             raise UsageError(f"--protocol must be one of: {', '.join(PROTOCOLS)}")
+        check_tasks(self)
         if not isinstance(self.policy_args, Mapping):
             raise UsageError('policy_args must be a mapping, like {"cab": {"local": 0.6}}')
         if not isinstance(self.vary, Mapping):
@@ -134,6 +145,11 @@ class Study:
                 raise UsageError(f"vary names {name!r}, which is no setting that can vary")
             if not isinstance(values, list) or not values:
                 raise UsageError(f"vary.{name} must be a list of values")
+
+    @property
+    def measures_perplexity(self) -> bool:
+        """As asked for; of itself where no tasks are named."""
+        return not self.tasks if self.perplexity is None else self.perplexity
 
     def without_effect(self) -> list[str]:
         """Settings that were given and change nothing, a sentence each."""
@@ -153,6 +169,7 @@ class Study:
             needed[name] = ("--granularity block", by_block)
         for name in ("load_runs", "load_requests", "load_output_tokens"):
             needed[name] = ("--throughput", self.throughput or "throughput" in self.vary)
+        needed |= tasks_need(self)
         return [
             f"--{name.replace('_', '-')} has no effect without {what}"
             for name, (what, there) in needed.items()
@@ -164,6 +181,7 @@ class Study:
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         values["model"] = recorded_name(self.model)
         values["dataset"] = short_name(self.dataset)
+        values["tasks"] = [short_name(name) for name in self.tasks]
         vary = dict(self.vary)
         if "dataset" in vary:
             vary["dataset"] = [short_name(name) for name in vary["dataset"]]

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from ..inputs.text import Text
-from ..records.specifications import PERPLEXITY, THROUGHPUT
+from ..records.specifications import PERPLEXITY, TASK, THROUGHPUT
+from .points import slug
 from .run import Run
 
 PROTOCOLS = ("chunked", "decode")
@@ -68,12 +69,11 @@ class _OfText:
     def key_suffix(self) -> str:
         return ""
 
-    def request_tokens(self, engine: EngineSpecification) -> int:
+    def request_tokens(self, engine: EngineSpecification) -> int | None:
         return engine.context_length
 
-    def _stored(
-        self, run: OfflineRun, num_samples: int, min_context: int, load: Load | None
-    ) -> dict[str, Any]:
+    def _stored(self, run: OfflineRun, **own: Any) -> dict[str, Any]:
+        """What all such runs are specified by, and what a measurement has of its ``own``."""
         engine, text = asdict(run.resource), asdict(self.text)
         for name in _NOT_RECORDED:
             engine.pop(name, None)
@@ -86,9 +86,7 @@ class _OfText:
             "seed": run.seed,
             "sparsity": run.budget.sparsity,
             "budget_tokens": run.budget.tokens,
-            "num_samples": num_samples,
-            "min_context": min_context,
-            "load": None if load is None else asdict(load),
+            **own,
         }
 
 
@@ -109,7 +107,9 @@ class Perplexity(_OfText):
         return f"_ctx{run.resource.context_length}_seed{run.seed}"
 
     def stored(self, run: OfflineRun) -> dict[str, Any]:
-        return self._stored(run, self.num_samples, self.min_context, None)
+        return self._stored(
+            run, num_samples=self.num_samples, min_context=self.min_context, load=None
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,45 @@ class Throughput(_OfText):
         return f"_ctx{run.resource.context_length}_load{run.seed}"
 
     def stored(self, run: OfflineRun) -> dict[str, Any]:
-        return self._stored(run, 0, 1, self.load)
+        return self._stored(run, num_samples=0, min_context=1, load=asdict(self.load))
 
 
-OfflineRun: TypeAlias = Run[EngineSpecification, Perplexity | Throughput]
+@dataclass(frozen=True)
+class Answers(_OfText):
+    """Answers of a task, and what they score."""
+
+    task: str
+    """Its name; ``jsonl:FILE`` without the folder."""
+    num_samples: int
+    question: str
+    """Where it stands: ``after`` the text, or ``before`` it too."""
+    output_tokens: int | None = None
+    """Of an answer; None: the task says."""
+    sha256: str | None = None
+    """Of a file's content."""
+    task_path: str = field(default="", compare=False)
+    """Where a file lies on this machine: no part of records and hashes."""
+
+    @property
+    def kind(self) -> str:
+        return TASK
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What is asked, as the specification has it under ``task``."""
+        return {"name": self.task, "output_tokens": self.output_tokens, "sha256": self.sha256}
+
+    def file_suffix(self, run: OfflineRun) -> str:
+        # A dash for each underscore: no name of a task makes a record look like another kind's.
+        return f"_ctx{run.resource.context_length}_task{run.seed}_{slug(self.task)}"
+
+    def request_tokens(self, engine: EngineSpecification) -> int | None:
+        return None if self.sha256 else engine.context_length
+
+    def stored(self, run: OfflineRun) -> dict[str, Any]:
+        return self._stored(
+            run, task=self.asked, num_samples=self.num_samples, question=self.question
+        )
+
+
+OfflineRun: TypeAlias = Run[EngineSpecification, Perplexity | Throughput | Answers]

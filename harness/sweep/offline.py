@@ -1,4 +1,4 @@
-"""Offline studies: perplexity and throughput on engines in this process."""
+"""Offline studies: perplexity, tasks and throughput on engines in this process."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ from typing import Any, ClassVar
 
 from ..errors import UsageError
 from ..measure.offline import measure_perplexity, measure_throughput, warm_up
+from ..measure.tasks import measure_task
 from ..records.provenance import SCHEMA_VERSION, provenance
-from ..records.specifications import PERPLEXITY, VARIED, comparison
-from ..records.stored import LOAD_RECORDS, PERPLEXITY_RECORDS, read_record
+from ..records.specifications import PERPLEXITY, TASK, VARIED, comparison
+from ..records.stored import LOAD_RECORDS, PERPLEXITY_RECORDS, TASK_RECORDS, read_record
 from ..resources.engine import Engine
 from ..resources.launch import device_type, preflight, running
 from ..resources.scored import NotFinite, UnfaithfulRun
 from ..study.plan import comparisons
 from ..study.settings import Study
-from ..study.specification import OfflineRun, Perplexity
+from ..study.specification import Answers, OfflineRun, Perplexity
 from .job import Job
 from .loop import Sweep as Loop
 from .resume import Records, changes
 from .texts import Texts
 
-MEASURING = ("harness.measure.offline", "harness.resources.launch", "harness.sweep.texts")
+MEASURING = (
+    "harness.measure.offline",
+    "harness.measure.tasks",
+    "harness.resources.launch",
+    "harness.sweep.texts",
+)
 """What a record depends on, beside the plugin."""
 
 
 class _Stored(Records):
-    patterns = (PERPLEXITY_RECORDS, LOAD_RECORDS)
+    patterns = (PERPLEXITY_RECORDS, LOAD_RECORDS, TASK_RECORDS)
 
     def read(self, path: Path) -> dict[str, Any]:
         return read_record(path)
@@ -107,6 +113,8 @@ class Sweep(Loop):
             windows = self.texts.windows(run)
             sizes = self.texts.sizes(run, windows)
             record = measure_perplexity(run, engine, windows, sizes, advance)
+        elif run.kind == TASK:
+            record = measure_task(run, engine, self.texts.samples(run), advance)
         else:
             record = measure_throughput(run, engine, self.texts.prompts(run), advance)
         return {**record, **self.texts.source(run), **self.source}
@@ -115,6 +123,8 @@ class Sweep(Loop):
         measurement = run.measurement
         if isinstance(measurement, Perplexity):
             return measurement.num_samples
+        if isinstance(measurement, Answers):
+            return len(self.texts.samples(run))
         return 2 * measurement.load.num_requests
 
     def healthy_after(self, error: Exception) -> bool:

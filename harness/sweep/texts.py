@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from ..inputs.corpora import load_documents, resolved_revision, resolved_split, skipped_note
+from ..inputs.tasks.haystack import Haystack
+from ..inputs.tasks.registry import Asked, draw_samples, read_samples
+from ..inputs.tasks.sample import Sample
 from ..inputs.text import Text
 from ..inputs.tokens import encode, load_tokenizer, scored_text
 from ..inputs.windows import Window, draw_prompts, draw_windows
-from ..study.specification import OfflineRun, Perplexity, Throughput
+from ..study.specification import Answers, OfflineRun, Perplexity, Throughput
 
 
 class Texts:
@@ -29,6 +33,8 @@ class Texts:
         self._runs = runs
         self._tokenizer = cache(load_tokenizer)
         self._source = cache(self._read_source)
+        self._haystack = cache(self._read_haystack)
+        self._samples = cache(self._draw_samples)
         self._skipped: dict[Text, int] = {}
         self._sizes: dict[tuple[int, ...], dict[str, int]] = {}
         self._documents: dict[tuple[str, Text], Future[list[list[int]]]] = {}
@@ -53,12 +59,14 @@ class Texts:
         """Draw what every run reads.
 
         Raises:
-            UsageError: a text is too short for a run.
+            UsageError: a text is too short for a run, or a task cannot be asked.
 
         """
         for run in self._runs:
             if isinstance(run.measurement, Perplexity):
                 self.windows(run)
+            elif isinstance(run.measurement, Answers):
+                self.samples(run)
             else:
                 self.prompts(run)
 
@@ -88,6 +96,12 @@ class Texts:
         load = run.measurement.load
         return draw_prompts(self._tokens(run), load.num_requests, load.prompt_tokens, run.seed)
 
+    def samples(self, run: OfflineRun) -> list[Sample]:
+        """What a run of a task asks; the same for all methods."""
+        assert isinstance(run.measurement, Answers)
+        engine = run.resource
+        return self._samples(engine.model_path, engine.context_length, run.measurement, run.seed)
+
     def source(self, run: OfflineRun) -> dict[str, Any]:
         """What the run's text was read from: hub commit and split, where it has them, and how
         many rows without text were left out."""
@@ -106,3 +120,21 @@ class Texts:
             "dataset_split": resolved_split(text),
             "dataset_skipped_rows": self._skipped[text],
         }
+
+    def _read_haystack(self, model_path: str, text: Text) -> Haystack:
+        return Haystack(self._tokenizer(model_path), self._documents[model_path, text].result())
+
+    def _draw_samples(
+        self, model_path: str, context_length: int, measurement: Answers, seed: int
+    ) -> list[Sample]:
+        tokenizer = self._tokenizer(model_path)
+        haystack = self._haystack(model_path, measurement.text)  # waits for the tokenizer's thread
+        asked = Asked(
+            measurement.num_samples,
+            context_length,
+            measurement.question,
+            measurement.output_tokens or 1,
+        )
+        if measurement.task_path:
+            return read_samples(Path(measurement.task_path), tokenizer, asked, seed)
+        return draw_samples(measurement.task, tokenizer, haystack, asked, seed)

@@ -14,7 +14,8 @@ from harness.records.specifications import order
 from harness.records.stored import read_records
 from harness.report import figures
 from harness.report.expectations import expectation_rows
-from harness.report.tables import markdown_table, text_table
+from harness.report.tables import markdown_table
+from harness.report.terminal import text_table
 
 from .records import experiment, record
 

@@ -21,7 +21,8 @@ from harness.report.expectations import expectation_rows
 from harness.report.experiment import report_experiment
 from harness.report.page import MADE_BY
 from harness.report.styles import styles
-from harness.report.tables import markdown_table, test_rows, text_table, throughput_rows
+from harness.report.tables import markdown_table, test_rows, throughput_rows
+from harness.report.terminal import text_table
 
 from .records import experiment, load_record, record
 
