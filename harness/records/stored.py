@@ -10,7 +10,16 @@ from ..errors import UnreadableFile, UsageError
 from .files import read_json
 from .former_names import in_todays_names
 from .provenance import identity
-from .specifications import BATCH, SERVING, STEADY, TASK, comparison, order
+from .specifications import (
+    BATCH,
+    PERPLEXITY,
+    SERVING,
+    STEADY,
+    TASK,
+    THROUGHPUT,
+    comparison,
+    order,
+)
 
 EXPERIMENT = "experiment.json"
 """The study, and where its time went."""
@@ -114,7 +123,7 @@ def read_records(folder: Path, needed: bool = True) -> list[dict[str, Any]]:
         UsageError: no record, one that cannot be read, or records that must not be mixed.
 
     """
-    records = _read(folder, PERPLEXITY_RECORDS)
+    records = _read(folder, PERPLEXITY_RECORDS, PERPLEXITY)
     if not records and needed:
         raise UsageError(no_records(folder))
     return records
@@ -132,7 +141,7 @@ def read_load_records(folder: Path) -> list[dict[str, Any]]:
         UsageError: one that cannot be read, or records that must not be mixed.
 
     """
-    return _read(folder, LOAD_RECORDS)
+    return _read(folder, LOAD_RECORDS, THROUGHPUT)
 
 
 def read_task_records(folder: Path) -> list[dict[str, Any]]:
@@ -142,7 +151,7 @@ def read_task_records(folder: Path) -> list[dict[str, Any]]:
         UsageError: one that cannot be read, or records that must not be mixed.
 
     """
-    return [record for record in _read(folder, TASK_RECORDS) if record["kind"] == TASK]
+    return _read(folder, TASK_RECORDS, TASK)
 
 
 def has_records(folder: Path) -> bool:
@@ -150,8 +159,10 @@ def has_records(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in (PERPLEXITY_RECORDS, TASK_RECORDS))
 
 
-def _read(folder: Path, pattern: str) -> list[dict[str, Any]]:
-    records = [read_record(path) for path in sorted(folder.glob(pattern))]
+def _read(folder: Path, pattern: str, kind: str) -> list[dict[str, Any]]:
+    found = map(read_record, sorted(folder.glob(pattern)))
+    # A method's name may look like the end of another kind's.
+    records = [record for record in found if record["kind"] == kind]
     check_comparable(folder, records)
     return sorted(records, key=order)
 

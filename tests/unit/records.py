@@ -94,6 +94,51 @@ def load_record(method, sparsity, seed, output):
     }
 
 
+def task_record(method, sparsity, seed, task, scores, token_ids=()):
+    """A record of a task: the score of each sample; or, None for all, the tokens of each."""
+    made = record(method, sparsity, seed, 0.0, None)
+    for name in ("windows", "cache_trace", "perplexity", "perplexity_after_eviction"):
+        del made[name]
+    made["specification"] |= {
+        "task": {"name": task, "output_tokens": None, "sha256": None},
+        "num_samples": len(scores or token_ids),
+        "question": "after",
+    }
+    samples = [{"place": place, "score": score} for place, score in enumerate(scores or ())]
+    samples += [{"place": i, "score": None, "token_ids": t} for i, t in enumerate(token_ids)]
+    return {
+        **made,
+        "kind": "task",
+        "task": task,
+        "score": sum(scores) / len(scores) if scores else None,
+        "ended_share": 0.5,
+        "mean_answer_tokens": 8.0,
+        "repetition": 0.25,
+        "samples": samples,
+    }
+
+
+def task_experiment():
+    """Two tasks with scores, of two seeds, and answers that are neither right nor wrong."""
+    made = []
+    for seed in (0, 1):
+        for method, sparsity, lost in (
+            ("dense", 0.0, 0),
+            ("h2o", 0.9, 3),
+            ("cab", 0.9, 1 + seed),
+            ("cab", 0.5, 0),
+        ):
+            right = [1.0] * (4 - lost) + [0.0] * lost
+            made += [
+                task_record(method, sparsity, seed, "niah_single", right),
+                task_record(method, sparsity, seed, "common_words", [0.5 * r for r in right]),
+                task_record(
+                    method, sparsity, seed, "long_generation", None, [[1, 2, 3, 4 + lost]] * 4
+                ),
+            ]
+    return made
+
+
 def experiment():
     """Records of two seeds: cab loses less than h2o."""
     return [
@@ -111,7 +156,7 @@ def experiment():
 class Characters:
     """A tokenizer of characters."""
 
-    def __call__(self, text, add_special_tokens):
+    def __call__(self, text, add_special_tokens=None):
         assert not add_special_tokens
         return type("Encoding", (), {"input_ids": [ord(c) for c in text]})
 
