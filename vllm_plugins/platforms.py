@@ -29,8 +29,6 @@ class Platform:
     """Further keywords of ``EngineArgs``."""
     gathers: frozenset[str]
     """Which of ``policies.NEEDS`` it can fill."""
-    beside_windows: bool
-    """Whether layers evict beside sliding-window ones: where that was tested on the engine."""
 
 
 _PLATFORMS = {
@@ -41,7 +39,6 @@ _PLATFORMS = {
         reads_block_size=lambda size: size % 32 == 0,
         engine_args={},
         gathers=NEEDS,
-        beside_windows=True,
     ),
     "cuda": Platform(
         worker="vllm_plugins.worker_cuda.EvictionCUDAWorker",
@@ -50,7 +47,6 @@ _PLATFORMS = {
         reads_block_size=lambda size: size in (16, 32, 64, 128),
         engine_args={"attention_backend": "CUSTOM"},
         gathers=NEEDS - {GRAPH},
-        beside_windows=False,
     ),
 }
 

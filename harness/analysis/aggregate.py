@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
+from ..inputs.windows import ALL_WINDOWS
 from .estimate import Estimate
 from .pairs import by_key, is_dense, pair_name, pairs_of
-from .perplexity import after_eviction, first_affected, perplexity, total
+from .perplexity import after_eviction, first_affected, last_quarter, perplexity, total
 from .statistics import disjoint, estimate, holm, paired_test, ratio_estimate
 
 METRICS = (
@@ -34,7 +37,9 @@ LOAD_METRICS = (
     "blocks_evicted",
     "decision_seconds",
 )
-TESTED = ("all_tokens", "after_eviction")
+TESTED = ("all_tokens", "after_eviction", "last_quarter")
+CLUSTER_WINDOWS = 8
+"""Windows that tile a text depend on their neighbours: so many adjacent ones are a cluster."""
 
 
 def aggregate(
@@ -64,6 +69,7 @@ def aggregate(
         }
         for metric in METRICS:
             entry[metric] = estimate([run.get(metric) for run in runs])
+        entry["perplexity_last_quarter"] = estimate(list(map(_last_quarter, runs)))
         entry["avg_memory_mib"] = estimate([_average_memory_mib(run) for run in runs])
         dense = [_dense_on_the_same(run, records) for run in runs]
         if not is_dense(runs[0]) and all(value is not None for value in dense):
@@ -89,7 +95,7 @@ def significance(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     # Runs may have failed, or be still to come: a pair without a common window is no pair yet.
     pairs = pairs_of(records)
     pairs = [(a, b) for a, b in pairs if window_losses(a).keys() & window_losses(b).keys()]
-    tests = {pair_name(first, second): _compare(first, second) for first, second in pairs}
+    tests = {pair_name(first, second): compare(first, second) for first, second in pairs}
     for part in TESTED:
         family = [test[part] for test in tests.values() if test[part] is not None]
         for name in ("paired_t_p", "wilcoxon_p"):
@@ -111,11 +117,13 @@ def independent(windows: Iterable[tuple[int, int]], length: int) -> list[tuple[i
     return sorted(ordered[i] for i in disjoint([place for _, place in ordered], length))
 
 
-def _compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, Any]:
+def compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, Any]:
+    """Two methods on the windows that both have: ``paired_test`` over all tokens, over those after
+    the first eviction of either, and over the last quarter of each window."""
     a, b = window_losses(first), window_losses(second)
     common = a.keys() & b.keys()
     shared = independent(common, first[0]["specification"]["engine"]["context_length"])
-    seeds = [seed for seed, _ in shared]
+    seeds = _clusters(shared, first[0])
     result: dict[str, Any] = {
         "test": "paired t-test and Wilcoxon signed-rank on mean NLL per window (nats per token), "
         "Holm-corrected over all comparisons of the file, over windows that share no token",
@@ -124,6 +132,7 @@ def _compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[
             [_nll(a[w]) for w in shared], [_nll(b[w]) for w in shared], seeds
         ),
         "after_eviction": None,
+        "last_quarter": None,
     }
     starts = [_earlier(first_affected(a[w]), first_affected(b[w])) for w in shared]
     known = [(w, s) for w, s in zip(shared, starts, strict=True) if s is not None]
@@ -131,7 +140,28 @@ def _compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[
         result["after_eviction"] = paired_test(
             [_nll(a[w], s) for w, s in known], [_nll(b[w], s) for w, s in known], seeds
         )
+    late = [(w, s) for w in shared if (s := last_quarter(a[w])) is not None]
+    if len(late) == len(shared) and all(s >= a[w].get("num_unscored", 0) for w, s in late):
+        result["last_quarter"] = paired_test(
+            [_nll(a[w], s) for w, s in late], [_nll(b[w], s) for w, s in late], seeds
+        )
     return result
+
+
+def _clusters(windows: list[tuple[int, int]], record: dict[str, Any]) -> list[int]:
+    """Which windows (seed, place) depend on each other: those of a seed, which chose them, or
+    neighbours where they tile the text."""
+    if record["specification"].get("num_samples") != ALL_WINDOWS:
+        return [seed for seed, _ in windows]
+    groups = np.array_split(np.arange(len(windows)), max(1, len(windows) // CLUSTER_WINDOWS))
+    return [number for number, group in enumerate(groups) for _ in group]
+
+
+def _last_quarter(run: dict[str, Any]) -> float | None:
+    starts = [s for window in run["windows"] if (s := last_quarter(window)) is not None]
+    if len(starts) < len(run["windows"]):
+        return None
+    return perplexity(map(total, run["windows"], starts))
 
 
 def _earlier(a: int | None, b: int | None) -> int | None:

@@ -65,6 +65,12 @@ def first_affected(window: Mapping[str, Any]) -> int | None:
     return None if start is None else -(-start // chunk) * chunk
 
 
+def last_quarter(window: Mapping[str, Any]) -> int | None:
+    """First query of a window's last quarter; None where that lies inside a sum."""
+    start = (window["num_predictions"] + 1) * 3 // 4
+    return None if start % window["predictions_per_entry"] else start
+
+
 def counts(window: Mapping[str, Any]) -> list[int]:
     """Scored predictions behind each sum of a window."""
     chunk, end = window["predictions_per_entry"], window["num_predictions"]

@@ -84,14 +84,17 @@ def paired_test(
     Args:
         first, second: mean negative log-likelihood per window, ``[n]`` each, paired; of windows
             that are independent, so share no token (``disjoint``).
-        clusters: seed of each window, ``[n]``; None: all of one seed.
+        clusters: seed of each window, or its group of neighbours, ``[n]``; None: all of one.
 
     Returns:
         - ``mean_difference_nats``: ``second - first``, nats per token; positive: ``first`` is
           better;
         - ``interval_95`` and what it was made by (``interval_method``), see ``interval``;
           ``interval_95_t``, Student's, which takes all windows as independent;
-        - ``paired_t_p``, ``wilcoxon_p``: two-sided paired t-test and Wilcoxon signed-rank;
+        - ``paired_t_p``, ``wilcoxon_p``: two-sided paired t-test and Wilcoxon signed-rank. The
+          latter is no test of the mean where differences are skewed;
+        - ``clustered_t_p``: two-sided t-test over the means of the clusters, for windows that
+          depend on their neighbours; ``paired_t_p`` where there is one cluster;
         - ``effect_size_dz``: Cohen's d of paired samples, mean over standard deviation;
         - ``minimal_detectable_difference``: the smallest difference that a paired t-test at 5%
           finds in 80% of samples of this size and spread, nats per token.
@@ -115,6 +118,7 @@ def paired_test(
         "interval_method": None,
         "interval_95_t": None,
         "paired_t_p": None,
+        "clustered_t_p": None,
         "wilcoxon_p": None,
         "effect_size_dz": None,
         "minimal_detectable_difference": None,
@@ -126,6 +130,7 @@ def paired_test(
     # Rounding leaves a spread of some 1e-17 where every difference is the same.
     if spread > 1e-12 * abs(difference).max():
         result["paired_t_p"] = float(stats.ttest_rel(b, a).pvalue)
+        result["clustered_t_p"] = _clustered_t(difference, groups) or result["paired_t_p"]
         result["effect_size_dz"] = float(difference.mean()) / spread
         quantiles = stats.t.ppf([0.5 + CONFIDENCE / 2, POWER], n - 1).sum()
         result["minimal_detectable_difference"] = float(quantiles * spread / math.sqrt(n))
@@ -133,6 +138,14 @@ def paired_test(
         low, high, method = interval(difference, groups)
         result["interval_95"], result["interval_method"] = [low, high], method
     return result
+
+
+def _clustered_t(difference: np.ndarray, clusters: np.ndarray) -> float | None:
+    names = np.unique(clusters)
+    if len(names) < 2:
+        return None
+    means = [difference[clusters == name].mean() for name in names]
+    return float(stats.ttest_1samp(means, 0.0).pvalue)
 
 
 def interval(difference: np.ndarray, clusters: np.ndarray) -> tuple[float, float, str]:

@@ -15,6 +15,7 @@ from ..errors import UnwritableFile, UsageError
 from ..inputs.corpora import DOCUMENT_MODES
 from ..inputs.tasks.registry import TASKS
 from ..inputs.tasks.sample import QUESTIONS
+from ..inputs.windows import ALL_WINDOWS
 from ..study.settings import DTYPES, Study, check_folder_name, read_study
 from ..study.specification import PROTOCOLS
 from .eviction_flags import add_eviction_flags, eviction_settings
@@ -63,7 +64,12 @@ def add_parser(commands: Any) -> None:
     )
     add("--context-length", "tokens per window", **tokens)
     add("--min-context", "first token of a window that is scored", **tokens)
-    add("--num-samples", "windows per run", **count)
+    add(
+        "--num-samples",
+        f"windows per run; {ALL_WINDOWS}: those that tile the text",
+        type=_windows,
+        metavar="N",
+    )
     add("--num-runs", "runs, on seeds 0, 1, ... [1]", **count)
     add("--seeds", "seeds of the runs", type=int, nargs="+", metavar="SEED")
     add(
@@ -172,6 +178,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n{varied}\n\n{text_table(results)}" if varied else f"\n{text_table(results)}")
     print(f"\nrecords, tables, figures: {folder}/report.md")
     return 1 if sweep.failures else 0
+
+
+def _windows(value: str) -> int | str:
+    return value if value == ALL_WINDOWS else int(value)
 
 
 def _study(arguments: argparse.Namespace) -> Study:

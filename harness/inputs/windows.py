@@ -11,6 +11,8 @@ from ..errors import UsageError
 
 Window = tuple[int, list[int]]
 """Index of the first token (counted over all documents) and the tokens."""
+ALL_WINDOWS = "all"
+"""In place of a number of windows: all that tile the text."""
 
 
 def draw_windows(
@@ -51,6 +53,28 @@ def draw_windows(
         for start in (gaps + np.arange(count) * context_length).tolist():
             windows.append((offset + start, list(document[start : start + context_length])))
         offset += len(document)
+    return windows
+
+
+def tile_windows(documents: Sequence[Sequence[int]], context_length: int) -> list[Window]:
+    """All windows of a text, one behind the other; what is left at a document's end is in none.
+
+    Args:
+        documents: tokens by document; one for a text that was joined.
+        context_length: tokens per window.
+
+    Raises:
+        UsageError: no document is as long as a window.
+
+    """
+    windows: list[Window] = []
+    offset = 0
+    for document in documents:
+        for start in range(0, len(document) - context_length + 1, context_length):
+            windows.append((offset + start, list(document[start : start + context_length])))
+        offset += len(document)
+    if not windows:
+        raise UsageError(_too_short(documents, np.zeros(len(documents)), 1, context_length))
     return windows
 
 

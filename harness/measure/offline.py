@@ -18,6 +18,7 @@ from ..analysis.perplexity import (
     total,
 )
 from ..inputs.windows import Window
+from ..records.common_fields import stored_once
 from ..records.head import record_head
 from ..records.provenance import SCHEMA_VERSION
 from ..resources.engine import Engine
@@ -26,6 +27,10 @@ from ..study.specification import OfflineRun, Perplexity, Throughput
 from .foot import memory, run_foot
 
 Progress = Callable[[int], None]
+
+
+DECODED_PER_SUM = 64
+"""Predictions behind one sum of a record, where tokens are decoded one by one."""
 
 
 def warm_up(engine: Engine, window: list[int]) -> None:
@@ -57,10 +62,12 @@ def measure_perplexity(
     for (start, _), result in zip(windows, scored.windows, strict=True):
         _check_finite(start, result, min_context)
     chunk = run.resource.prefill_chunk
+    if run.resource.protocol == "decode":
+        chunk = min(chunk, DECODED_PER_SUM)  # evictions come between any two tokens
     entries = [
         {
             "start": start,
-            "eviction": result.record,
+            "eviction": _rounded(result.record),
             **size,
             **by_chunk(result.log_likelihoods, chunk, min_context),
         }
@@ -82,7 +89,7 @@ def measure_perplexity(
         "runtime_seconds": scored.seconds,
         **run_foot(run, engine),
         "cache_trace": scored.trace,
-        "windows": entries,
+        **stored_once(entries),
     }
 
 
@@ -109,6 +116,13 @@ def measure_throughput(
         "load_seconds": seconds,
         **run_foot(run, engine),
     }
+
+
+def _rounded(record: dict[str, Any]) -> dict[str, Any]:
+    """A request's record, its time to the microsecond."""
+    if "decision_seconds" not in record:
+        return record
+    return {**record, "decision_seconds": round(record["decision_seconds"], 6)}
 
 
 def _check_finite(start: int, result: ScoredWindow, min_context: int) -> None:

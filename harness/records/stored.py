@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnreadableFile, UsageError
+from .common_fields import in_each
 from .files import read_json
 from .former_names import in_todays_names
 from .provenance import identity
@@ -56,7 +57,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UnreadableFile(
             f"{path} is no record of a run (no {lacking[0]}); delete it, or move it elsewhere"
         )
-    return in_todays_names(record)
+    return in_todays_names(in_each(record))
 
 
 def read_experiment(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,11 @@ TIMINGS = "## Speed and time"
 
 
 def report_comparison(
-    folder: Path, title: str, sessions: list[dict[str, Any]], shown: int = 1
+    folder: Path,
+    title: str,
+    sessions: list[dict[str, Any]],
+    shown: int = 1,
+    stated: Sequence[str | Figure] = (),
 ) -> dict[str, Any]:
     """Write everything that follows from the records of ``folder``; the aggregated results.
 
@@ -51,6 +55,7 @@ def report_comparison(
         folder: of the records.
         title: of the page.
         sessions: of the experiment, where its time is to be told.
+        stated: the section of the study's hypotheses.
         shown: so many figures stand in ``report.md`` (see ``write_pages``).
 
     Raises:
@@ -82,6 +87,8 @@ def report_comparison(
         for key in {**results, **task_results}
     }
     write_json(folder / AGGREGATED, results)
+    place = parts.index("## Differences") if "## Differences" in parts else len(parts)
+    parts[place:place] = stated
     write_pages(folder, parts, shown)
     return results
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..analysis.hypotheses import test_hypotheses
 from ..errors import UsageError
+from ..records.files import write_json
 from ..records.stored import (
     EXPERIMENT,
     check_sources,
@@ -15,9 +17,11 @@ from ..records.stored import (
     read_records,
     read_task_records,
 )
+from ..study.hypotheses import Hypothesis
 from .ablation import ablation_rows, draw_ablation, task_ablation_rows, with_metric
 from .cells import differs
 from .comparison import TIMINGS, failures, report_comparison, time_rows
+from .hypotheses import hypothesis_parts
 from .lines import caption, machine_line, task_caption
 from .page import Figure, write_pages
 from .tables import markdown
@@ -36,7 +40,11 @@ def report_experiment(folder: Path) -> list[tuple[str, dict[str, Any]]]:
             not be mixed.
 
     """
-    alone: dict[str, Any] = {"sessions": [], "comparisons": [{"varied": {}, "folder": "."}]}
+    alone: dict[str, Any] = {
+        "study": {},
+        "sessions": [],
+        "comparisons": [{"varied": {}, "folder": "."}],
+    }
     path = folder / EXPERIMENT
     experiment = read_experiment(path) if path.is_file() else alone
     sessions, points = experiment["sessions"], experiment["comparisons"]
@@ -45,7 +53,8 @@ def report_experiment(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     if not there:
         raise UsageError(no_records(folder))
     if there == points[:1] and not points[0]["varied"]:
-        return [("", report_comparison(folder, name, sessions))]
+        stated = _stated(folder, experiment, there)
+        return [("", report_comparison(folder, name, sessions, stated=stated))]
     reported = []
     for point in there:
         varied = point_name(point)
@@ -57,8 +66,22 @@ def report_experiment(folder: Path) -> list[tuple[str, dict[str, Any]]]:
         for point in points
         for f in failures(folder / point["folder"])
     ]
-    _overview(folder, name, there, reported, failed, sessions)
+    stated = _stated(folder, experiment, there)
+    _overview(folder, name, there, reported, failed, sessions, stated)
     return reported
+
+
+def _stated(
+    folder: Path, experiment: dict[str, Any], points: list[dict[str, Any]]
+) -> list[str | Figure]:
+    """The hypotheses of a study, tested over all its points."""
+    stated = [Hypothesis.parse(h) for h in experiment.get("study", {}).get("hypotheses", ())]
+    if not stated:
+        return []
+    records = [(point_name(p), read_records(folder / p["folder"], needed=False)) for p in points]
+    tested = test_hypotheses(stated, records)
+    write_json(folder / "hypotheses.json", tested)
+    return [*hypothesis_parts(tested)]
 
 
 def point_name(point: dict[str, Any]) -> str:
@@ -73,6 +96,7 @@ def _overview(
     reported: list[tuple[str, dict[str, Any]]],
     failed: list[str],
     sessions: list[dict[str, Any]],
+    stated: list[str | Figure],
 ) -> None:
     folders = [folder / point["folder"] for point in points]
     firsts = [(read_records(f, needed=False) or read_task_records(f))[0] for f in folders]
@@ -98,6 +122,7 @@ def _overview(
         f"# {name}",
         f"Varied: {varied}. First point: {told}.",
         f"{machine_line(first)}; code {first.get('code', 'unknown')}.",
+        *stated,
     ]
     if scored:
         parts += [

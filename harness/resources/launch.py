@@ -106,8 +106,12 @@ def running(specification: EngineSpecification) -> Iterator[Engine]:
     config = preflight(specification)
     from vllm import LLM
 
+    # The pool is given in bytes, so vLLM only asks whether so much of a GPU is free: let other
+    # engines be on it.
+    share = {"gpu_memory_utilization": 0.1} if config.device_config.device_type == "cuda" else {}
     llm = LLM(
         **_arguments(specification),
+        **share,
         hf_overrides=config.model_config.hf_overrides,
         kv_cache_memory_bytes=_pool_bytes(config, specification),
     )

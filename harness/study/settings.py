@@ -14,6 +14,8 @@ from ..errors import UsageError
 from ..inputs.corpora import DEFAULT_DATASET, DOCUMENT_MODES, has_rows
 from ..inputs.models import DEFAULT_MODEL, recorded_name
 from ..inputs.tasks.sample import AFTER
+from ..inputs.windows import ALL_WINDOWS
+from .hypotheses import check_hypotheses
 from .points import check_known
 from .specification import PROTOCOLS
 from .tasks import check_tasks, tasks_need
@@ -21,7 +23,7 @@ from .tasks import check_tasks, tasks_need
 _MAX_NAME_BYTES = 200
 """File systems allow 255; a partial file's name is longer than the file's."""
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-_NOT_VARIED = ("name", "vary", "tasks")
+_NOT_VARIED = ("name", "vary", "tasks", "hypotheses")
 _DEFAULTS = EvictionConfig()
 ALL_SCORES = {"score_query_stride": 1, "score_prompt_stride": 1, "score_layer_stride": 1}
 """The papers' score, every query and layer, whatever a server samples."""
@@ -41,7 +43,8 @@ class Study:
     document_mode: str = "concatenate"
     context_length: int = 1024
     min_context: int = 1
-    num_samples: int = 8
+    num_samples: int | str = 8
+    """Windows of a run; ``all``: those that tile the text."""
     num_runs: int | None = None
     seeds: tuple[int, ...] | None = None
     protocol: str = "chunked"
@@ -75,6 +78,8 @@ class Study:
     slack_tokens: int = _DEFAULTS.slack_tokens
     min_blocks: int = _DEFAULTS.min_blocks
     policy_args: dict[str, Any] = field(default_factory=dict)
+    hypotheses: tuple[Any, ...] = ()
+    """What is tested, stated before it is measured (``hypotheses.Hypothesis``)."""
     vary: dict[str, Any] = field(default_factory=dict)
     """Setting to values: each combination is a comparison with a folder of its own."""
 
@@ -98,7 +103,7 @@ class Study:
             values["vary"] = {"dataset": datasets, **vary}
             if len(datasets) == 1:
                 values["dataset"], values["vary"] = datasets[0], vary
-        for name in ("methods", "sparsity", "budget_tokens", "seeds", "tasks"):
+        for name in ("methods", "sparsity", "budget_tokens", "seeds", "tasks", "hypotheses"):
             if values.get(name) is not None:
                 value = values[name]
                 values[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
@@ -124,8 +129,17 @@ class Study:
             "task_output_tokens",
         ):
             value = getattr(self, name)
+            if name == "num_samples" and value == ALL_WINDOWS:
+                continue
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value!r}")
+        several = max(self.num_runs or 1, len(self.seeds or ()))
+        if self.num_samples == ALL_WINDOWS and self.measures_perplexity and several > 1:
+            raise UsageError(
+                f"--num-samples {ALL_WINDOWS} takes the windows that tile the text, the same for "
+                "every seed; give one seed, or a number of windows to draw"
+            )
+        check_hypotheses(self.hypotheses)
         if self.context_length < 2:
             raise UsageError("--context-length must be at least 2 tokens")
         if self.document_mode not in DOCUMENT_MODES:

@@ -94,8 +94,8 @@ class _OfText:
 class Perplexity(_OfText):
     """Log-probs of known windows."""
 
-    num_samples: int
-    """Windows."""
+    num_samples: int | str
+    """Windows; ``ALL_WINDOWS``: those that tile the text."""
     min_context: int = 1
     """First token of a window that is scored."""
 

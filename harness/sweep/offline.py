@@ -122,7 +122,7 @@ class Sweep(Loop):
     def size(self, run: OfflineRun) -> int:
         measurement = run.measurement
         if isinstance(measurement, Perplexity):
-            return measurement.num_samples
+            return len(self.texts.windows(run))
         if isinstance(measurement, Answers):
             return len(self.texts.samples(run))
         return 2 * measurement.load.num_requests

@@ -14,7 +14,7 @@ from ..inputs.tasks.registry import Asked, draw_samples, read_samples
 from ..inputs.tasks.sample import Sample
 from ..inputs.text import Text
 from ..inputs.tokens import encode, load_tokenizer, scored_text
-from ..inputs.windows import Window, draw_prompts, draw_windows
+from ..inputs.windows import ALL_WINDOWS, Window, draw_prompts, draw_windows, tile_windows
 from ..study.specification import Answers, OfflineRun, Perplexity, Throughput
 
 
@@ -73,9 +73,11 @@ class Texts:
     def windows(self, run: OfflineRun) -> list[Window]:
         """Windows of a perplexity run."""
         assert isinstance(run.measurement, Perplexity)
-        return draw_windows(
-            self._tokens(run), run.measurement.num_samples, run.resource.context_length, run.seed
-        )
+        number, length = run.measurement.num_samples, run.resource.context_length
+        if isinstance(number, str):
+            assert number == ALL_WINDOWS
+            return tile_windows(self._tokens(run), length)
+        return draw_windows(self._tokens(run), number, length, run.seed)
 
     def sizes(self, run: OfflineRun, windows: Sequence[Window]) -> list[dict[str, int]]:
         """``scored_text`` of each of a run's windows, decoded once for all methods."""

@@ -22,8 +22,6 @@ SENTENCES = {
     "windows_pool": "{model} has sliding-window layers beside those that evict, which needs vLLM's "
     "hybrid KV-cache manager; drop disable_hybrid_kv_cache_manager "
     "(--disable-hybrid-kv-cache-manager)",
-    "windows_untested": "{model} has sliding-window layers beside those that would evict, which is "
-    "not tested on CUDA yet; use a model with full attention in every layer, or a CPU",
     "page_sizes": "the model's sliding-window layers take more bytes a token than those that "
     "evict, so vLLM enlarges or pads the latter's blocks; use a model whose layers have KV heads "
     "of the same number and size",
@@ -117,10 +115,6 @@ def _model_obstacles(vllm_config: Any) -> list[tuple[bool, str]]:
         (
             window is not None and window < length and not hybrid_pool,
             SENTENCES["windows_pool"].format(model=name),
-        ),
-        (
-            window is not None and window < length and not platform().beside_windows,
-            SENTENCES["windows_untested"].format(model=name),
         ),
     ]
 
