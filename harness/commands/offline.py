@@ -71,6 +71,12 @@ def add_parser(commands: Any) -> None:
     )
     add("--output-dir", "where it goes [runs]", type=Path, metavar="DIR")
     add("--redo", "measure again what other code or settings measured", action="store_true")
+    add(
+        "--export-windows",
+        "write the windows' token ids there as JSON, and measure nothing",
+        type=Path,
+        metavar="FILE",
+    )
     add("--protocol", "prompts in chunks, or tokens forced one by one (CUDA)", choices=PROTOCOLS)
     add(
         "--prefill-chunk",
@@ -101,6 +107,8 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run what is missing of the study, then report it; 1: some runs failed, or a record could not
     be written."""
+    if "export_windows" in vars(arguments):
+        return _export(_study(arguments), arguments.export_windows)
     from tqdm import tqdm
 
     from ..records.output import RecordElsewhere
@@ -151,6 +159,17 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n{varied}\n\n{text_table(results)}" if varied else f"\n{text_table(results)}")
     print(f"\nrecords, tables, figures: {folder}/report.md")
     return 1 if sweep.failures else 0
+
+
+def _export(study: Study, path: Path) -> int:
+    from ..records.files import write_json
+    from ..sweep.exported import exported_windows
+
+    exported = exported_windows(study)
+    write_json(path, exported)
+    windows = sum(len(run["windows"]) for run in exported["runs"])
+    print(f"{windows} windows of {exported['context_length']} tokens: {path}")
+    return 0
 
 
 def _study(arguments: argparse.Namespace) -> Study:

@@ -17,7 +17,7 @@ from ..analysis.perplexity import (
     perplexity,
     total,
 )
-from ..inputs.windows import Window
+from ..inputs.windows import Window, tokens_sha256
 from ..records.head import record_head
 from ..records.machine import device_memory_mib, process_peak_memory_mib
 from ..records.provenance import SCHEMA_VERSION
@@ -100,6 +100,7 @@ def measure_perplexity(
         "runtime_seconds": scored.seconds,
         **_foot(run, engine),
         "cache_trace": scored.trace,
+        "tokens_sha256": tokens_sha256(window for _, window in windows),
         "windows": entries,
     }
 
