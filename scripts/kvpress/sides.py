@@ -13,7 +13,7 @@ from harness.analysis.perplexity import counts, perplexity, total
 from harness.analysis.statistics import paired_test
 from harness.errors import UsageError
 from harness.records.files import read_json
-from harness.records.stored import EXPERIMENT, read_experiment, read_records
+from harness.records.stored import EXPERIMENT, PERPLEXITY_RECORDS, read_experiment, read_records
 
 Record = dict[str, Any]
 Place = tuple[int, int]
@@ -129,6 +129,8 @@ def _read_ours(folder: Path) -> dict[int, list[Record]]:
         point["varied"]["prefill_chunk"]: read_records(folder / point["folder"])
         for point in points
         if "prefill_chunk" in point["varied"]
+        # A study that was interrupted lacks points.
+        and any((folder / point["folder"]).glob(PERPLEXITY_RECORDS))
     }
     if not found:
         raise UsageError(f"{folder} holds no study that varies prefill_chunk; measure it first")

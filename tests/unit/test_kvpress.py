@@ -200,9 +200,15 @@ def test_sides_that_do_not_match_are_refused(folder, scripts, capsys, side, chan
     assert reason in capsys.readouterr().err
 
 
+def test_a_study_that_was_interrupted_has_a_page_of_what_is_there(folder, scripts):
+    shutil.rmtree(folder / "ours" / "prefill-chunk=64")
+    assert scripts[0].main([str(folder)]) == 0
+    page = (folder / "report.md").read_text()
+    assert "decided once" in page
+    assert "decided every" not in page
+
+
 def test_a_study_that_never_decides_once_is_refused(folder, scripts, capsys):
     shutil.rmtree(folder / "ours" / "prefill-chunk=128")
-    file = folder / "ours" / "experiment.json"
-    write_json(file, {"comparisons": read_json(file)["comparisons"][1:]})
     assert scripts[0].main([str(folder)]) == 2
     assert "no point with --prefill-chunk 128" in capsys.readouterr().err
