@@ -49,15 +49,13 @@ def page(sides: Sides) -> str:
     parts = ["# kvpress beside this project", *_conditions(sides)]
     chunks = [chunk for chunk in sides.ours if chunk != sides.prompt]
     for kept in sides.budgets:
-        parts += [
-            f"## {kept} of {sides.prompt} tokens kept, decided once",
-            markdown(_once_rows(sides, kept)),
-        ]
+        tables = {f"{kept} of {sides.prompt} tokens kept, decided once": _once_rows(sides, kept)}
         for chunk in chunks:
-            parts += [
-                f"## A budget of {kept} tokens, decided every {chunk}",
-                markdown(_chunked_rows(sides, kept, chunk)),
-            ]
+            title = f"A budget of {kept} tokens, decided every {chunk}"
+            tables[title] = _chunked_rows(sides, kept, chunk)
+        for title, rows in tables.items():
+            if len(rows) > 1:
+                parts += [f"## {title}", markdown(rows)]
     return "\n\n".join([*parts, _MADE_BY]) + "\n"
 
 
