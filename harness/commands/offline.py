@@ -79,6 +79,12 @@ def add_parser(commands: Any) -> None:
     )
     add("--output-dir", "where it goes [runs]", type=Path, metavar="DIR")
     add("--redo", "measure again what other code or settings measured", action="store_true")
+    add(
+        "--export-windows",
+        "write the windows' token ids there as JSON, and measure nothing",
+        type=Path,
+        metavar="FILE",
+    )
     add("--protocol", "prompts in chunks, or tokens forced one by one (CUDA)", choices=PROTOCOLS)
     add(
         "--prefill-chunk",
@@ -128,6 +134,8 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run what is missing of the study, then report it; 1: some runs failed, or a record could not
     be written."""
+    if "export_windows" in vars(arguments):
+        return _export(_study(arguments), arguments.export_windows)
     from tqdm import tqdm
 
     from ..records.output import RecordElsewhere
@@ -182,6 +190,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _windows(value: str) -> int | str:
     return value if value == ALL_WINDOWS else int(value)
+
+
+def _export(study: Study, path: Path) -> int:
+    from ..records.files import write_json
+    from ..sweep.exported import exported_windows
+
+    exported = exported_windows(study)
+    write_json(path, exported)
+    windows = sum(len(run["windows"]) for run in exported["runs"])
+    print(f"{windows} windows of {exported['context_length']} tokens: {path}")
+    return 0
 
 
 def _study(arguments: argparse.Namespace) -> Study:

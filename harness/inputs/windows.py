@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -97,6 +99,16 @@ def _too_short(
         f"{context_length:,} tokens, and they hold {fitting.sum()} windows, not {num_samples}; "
         f"lower --num-samples or --context-length, or use --document-mode concatenate"
     )
+
+
+def tokens_sha256(windows: Iterable[Sequence[int]]) -> str:
+    """Of the tokens of windows, in their order: who has the same has read the same.
+
+    It is that of the JSON text ``[[1,2],[3,4]]`` without spaces, so that a program that knows
+    nothing of this one can compute it.
+    """
+    text = json.dumps([list(window) for window in windows], separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def draw_prompts(

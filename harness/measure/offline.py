@@ -17,7 +17,7 @@ from ..analysis.perplexity import (
     perplexity,
     total,
 )
-from ..inputs.windows import Window
+from ..inputs.windows import Window, tokens_sha256
 from ..records.common_fields import stored_once
 from ..records.head import record_head
 from ..records.provenance import SCHEMA_VERSION
@@ -89,6 +89,7 @@ def measure_perplexity(
         "runtime_seconds": scored.seconds,
         **run_foot(run, engine),
         "cache_trace": scored.trace,
+        "tokens_sha256": tokens_sha256(window for _, window in windows),
         **stored_once(entries),
     }
 
