@@ -13,7 +13,7 @@ from vllm_plugins.policies import policy_names
 
 from ..errors import UnwritableFile, UsageError
 from ..inputs.corpora import DOCUMENT_MODES
-from ..study.settings import DTYPES, Study, check_folder_name, read_study
+from ..study.settings import DTYPES, KV_CACHE_DTYPES, Study, check_folder_name, read_study
 from ..study.specification import PROTOCOLS
 from .eviction_flags import add_eviction_flags, eviction_settings
 from .interrupts import polite_ends
@@ -85,7 +85,12 @@ def add_parser(commands: Any) -> None:
         **count,
     )
     add("--enforce-eager", "no CUDA graphs [on CPU]", action=argparse.BooleanOptionalAction)
-    add("--dtype", "of weights and KV cache [float32 on CPU, else auto]", choices=DTYPES)
+    add("--dtype", "of weights and activations [float32 on CPU, else auto]", choices=DTYPES)
+    add(
+        "--kv-cache-dtype",
+        "of keys and values; fp8 on CUDA with FlashAttention 3",
+        choices=KV_CACHE_DTYPES,
+    )
     add(
         "--throughput",
         "measure throughput too, in a pass of its own",
