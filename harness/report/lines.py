@@ -13,8 +13,9 @@ def caption(record: dict[str, Any]) -> str:
     model = Path(engine["model"]).name or engine["model"]
     windows = len(record["windows"])
     decode = ", forced decode" if engine.get("protocol") == "decode" else ""
+    cache = f", cache {engine['kv_cache_dtype']}" if "kv_cache_dtype" in engine else ""
     return (
-        f"{model} ({record['engine']['dtype']}), {run['dataset'].rsplit('/', 1)[-1]}, "
+        f"{model} ({record['engine']['dtype']}{cache}), {run['dataset'].rsplit('/', 1)[-1]}, "
         f"{windows} windows of {engine['context_length']} tokens a run{decode}, chunk "
         f"{engine['prefill_chunk']}, block {engine['block_size']}, "
         f"{engine['eviction']['layer_groups']} layer group(s), "

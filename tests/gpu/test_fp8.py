@@ -197,6 +197,7 @@ def test_what_is_not_supported_is_refused(llama):
     for engine, sentence in (
         ({"kv_cache_dtype": "fp8_e5m2"}, 'fp8_e5m2, which is not tested .* or "fp8" on CUDA'),
         ({"kv_cache_dtype": "fp8_per_token_head"}, "kv_cache_dtype is fp8_per_token_head"),
+        ({**FP8, "dtype": "float16"}, 'use dtype="bfloat16"'),
         ({**FP8, "kv_cache_dtype_skip_layers": ["0"]}, "drop it .--kv-cache-dtype-skip-layers"),
     ):
         with pytest.raises(EvictionConfigError, match=sentence):

@@ -32,6 +32,9 @@ SENTENCES = {
     'use kv_cache_dtype="auto", the type of the model, or "fp8" on CUDA (--kv-cache-dtype)',
     "kv_cache_dtype_here": "kv_cache_dtype is {dtype}, which eviction reads on CUDA only; "
     'use kv_cache_dtype="auto", the type of the model (--kv-cache-dtype)',
+    "kv_cache_dtype_of_float16": "the model runs in float16, but over an fp8 cache "
+    'FlashAttention 3 answers in bfloat16 only; use dtype="bfloat16" (--dtype), or '
+    'kv_cache_dtype="auto" (--kv-cache-dtype)',
     "kv_cache_dtype_skip_layers": "kv_cache_dtype_skip_layers leaves layers whose blocks have "
     "another size than the others'; drop it (--kv-cache-dtype-skip-layers)",
     "connector": "the engine's KV connector is {connector}, so nothing would be evicted; "
@@ -139,6 +142,10 @@ def _engine_obstacles(vllm_config: Any, config: EvictionConfig) -> list[tuple[bo
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     return [
         (vllm_config.speculative_config is not None, SENTENCES["speculative"]),
+        (
+            cache.cache_dtype in platform().kv_cache_dtypes and str(model.dtype) == "torch.float16",
+            SENTENCES["kv_cache_dtype_of_float16"],
+        ),
         (
             cache.cache_dtype in FP8 and bool(cache.kv_cache_dtype_skip_layers),
             SENTENCES["kv_cache_dtype_skip_layers"],
