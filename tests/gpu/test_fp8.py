@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tests.engine.conftest import connector_of
-from vllm_plugins.attention import cuda
 from vllm_plugins.attention.quantised_cache import FLOAT8
 from vllm_plugins.attention.state import worker_state
 from vllm_plugins.attention.token_mass import token_mass
@@ -36,20 +35,26 @@ def stock(engines, prompts):
 def scaled(engines):
     """The engine with ``SCALES`` in every layer."""
     llm = engines({}, **FP8)
-    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-    for layer in layers:
-        for name, scale in SCALES.items():
-            getattr(layer, name).fill_(scale)
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    assert len(layers) == 6
+
+    def fill(scales):
+        with torch.inference_mode():  # as vLLM may have made them
+            for layer in layers.values():
+                for name, scale in scales.items():
+                    getattr(layer, name).fill_(scale)
+
+    fill(SCALES)
     yield llm
-    for layer in layers:
-        for name in SCALES:
-            getattr(layer, name).fill_(1.0)
+    fill(dict.fromkeys(SCALES, 1.0))
 
 
 @pytest.fixture
 def compared(monkeypatch):
     """Mass that chunks gave to tokens of a layer, and that of exact attention over the dequantised
     cache, float32 ``[num_kv_heads, tokens]`` each; a pair for every launch."""
+    from vllm_plugins.attention import cuda  # imports what CUDA builds alone have
+
     pairs, launch = [], cuda.add_token_mass
 
     def noted(queries, mass, peak, **options):
