@@ -14,6 +14,9 @@ from .parsing import EvictionConfigError
 from .policies import GRAPH, NEEDS
 from .request_settings import RequestSettings
 
+FP8 = frozenset({"fp8", "fp8_e4m3"})
+"""Two names of one type: what vLLM's FlashAttention takes on Hopper. It takes no e5m2."""
+
 
 @dataclass(frozen=True)
 class Platform:
@@ -29,6 +32,8 @@ class Platform:
     """Further keywords of ``EngineArgs``."""
     gathers: frozenset[str]
     """Which of ``policies.NEEDS`` it can fill."""
+    kv_cache_dtypes: frozenset[str]
+    """Which of vLLM's quantised caches its kernels read, by the names of ``kv_cache_dtype``."""
 
 
 _PLATFORMS = {
@@ -39,6 +44,7 @@ _PLATFORMS = {
         reads_block_size=lambda size: size % 32 == 0,
         engine_args={},
         gathers=NEEDS,
+        kv_cache_dtypes=frozenset(),
     ),
     "cuda": Platform(
         worker="vllm_plugins.worker_cuda.EvictionCUDAWorker",
@@ -47,6 +53,7 @@ _PLATFORMS = {
         reads_block_size=lambda size: size in (16, 32, 64, 128),
         engine_args={"attention_backend": "CUSTOM"},
         gathers=NEEDS - {GRAPH},
+        kv_cache_dtypes=FP8,
     ),
 }
 

@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from .attention.packing_cuda import CUDAPacker
+from .attention.quantised_cache import Scales
 from .attention.state import worker_state
 from .attention.state_cuda import CUDAWorkerState
 from .attention.token_scores import UNWRITTEN
@@ -77,7 +78,9 @@ class EvictionCUDAWorker(EvictionWorkerMixin, Worker):
 
     def new_packer(self) -> CUDAPacker:
         """For FlashAttention's caches."""
-        return CUDAPacker(**self.packer_arguments())
+        layers = self.vllm_config.compilation_config.static_forward_context
+        scales = {name: Scales.of(layers[name]) for name in self.eviction.group_of}
+        return CUDAPacker(**self.packer_arguments(), scales=scales)
 
     def _maybe_activate_jit_monitor(self) -> None:
         """The end of vLLM's warm-up: what is compiled from now on makes a request wait.

@@ -39,10 +39,19 @@ RATES = {
 PARAMETERS = 8.03e9
 IN_PRODUCTS = PARAMETERS - 128256 * 4096
 """All but the input embedding."""
-BYTES_PER_TOKEN = 32 * 2 * 8 * 128 * 2
+NUMBERS_PER_TOKEN = 32 * 2 * 8 * 128
+"""Of keys and values."""
+BYTES_PER_NUMBER = {"fp8": 1, "fp8_e4m3": 1}
+"""By ``kv_cache_dtype``; others are of 2. Attention in 8 bits has twice the FLOPs, too."""
 
 
-def seconds(load: Mapping[str, Any], pool_tokens: float, sparsity: float, gpu: str) -> float:
+def seconds(
+    load: Mapping[str, Any],
+    pool_tokens: float,
+    sparsity: float,
+    gpu: str,
+    kv_cache_dtype: str = "auto",
+) -> float:
     """Time of a batch at the roofline.
 
     Args:
@@ -50,19 +59,21 @@ def seconds(load: Mapping[str, Any], pool_tokens: float, sparsity: float, gpu: s
         pool_tokens: tokens that the KV pool holds.
         sparsity: share of the blocks that is evicted.
         gpu: of ``RATES``.
+        kv_cache_dtype: of the engine.
 
     """
     flops, bandwidth = RATES[gpu]
+    number = BYTES_PER_NUMBER.get(kv_cache_dtype, 2)
     num_requests = load["num_requests"]
     prompt, output = load["prompt_tokens"], load["output_tokens"]
-    attention = 4 * 32 * 32 * 128 * prompt * prompt / 2
+    attention = 4 * 32 * 32 * 128 * prompt * prompt / 2 * number / 2
     prefill = num_requests * (2 * PARAMETERS * prompt + attention) / flops
     live_end = (1 - sparsity) * (prompt + output)
     live_mean = (1 - sparsity) * (prompt + output / 2)
     together = max(1, min(num_requests, math.floor(pool_tokens / live_end)))
     steps = num_requests / together * output
     weights = 2 * PARAMETERS
-    step = (weights + together * live_mean * BYTES_PER_TOKEN) / bandwidth
+    step = (weights + together * live_mean * number * NUMBERS_PER_TOKEN) / bandwidth
     return prefill + steps * step
 
 
@@ -84,18 +95,20 @@ def steady_rows(
     return min(load["num_sequences"], pool_tokens / live), live
 
 
-def step_seconds(rows: float, live_tokens: float, gpu: str) -> float:
+def step_seconds(rows: float, live_tokens: float, gpu: str, kv_cache_dtype: str = "auto") -> float:
     """Time of a decode step at the roofline.
 
     Args:
         rows: sequences that get a token.
         live_tokens: of each.
         gpu: of ``RATES``.
+        kv_cache_dtype: of the engine.
 
     """
     flops, bandwidth = RATES[gpu]
+    per_token = NUMBERS_PER_TOKEN * BYTES_PER_NUMBER.get(kv_cache_dtype, 2)
     products = max(2 * IN_PRODUCTS / bandwidth, 2 * IN_PRODUCTS * rows / flops)
-    return products + rows * live_tokens * BYTES_PER_TOKEN / bandwidth
+    return products + rows * live_tokens * per_token / bandwidth
 
 
 def largest_ratio(record: Mapping[str, Any], stock: Mapping[str, Any]) -> float | None:
@@ -121,8 +134,8 @@ def largest_ratio(record: Mapping[str, Any], stock: Mapping[str, Any]) -> float 
     budget = record["budget_tokens"]
     sparsity = record["sparsity"] if budget is None else record["effective_sparsity"]
     base_load = stock["specification"]["load"]
-    base = seconds(base_load, stock["kv_cache_tokens"], 0.0, gpu)
-    ratio = base / seconds(load, record["kv_cache_tokens"], sparsity, gpu)
+    base = seconds(base_load, stock["kv_cache_tokens"], 0.0, gpu, _kv_cache_dtype(stock))
+    ratio = base / seconds(load, record["kv_cache_tokens"], sparsity, gpu, _kv_cache_dtype(record))
     return ratio * _output_tokens(load) / _output_tokens(base_load)
 
 
@@ -136,7 +149,11 @@ def _steady_step(record: Mapping[str, Any], gpu: str) -> tuple[float, float]:
     """Sequences of a step, and its seconds."""
     load, pool = record["specification"]["load"], record["kv_cache_tokens"]
     rows, live = steady_rows(load, pool, record["sparsity"], record["budget_tokens"])
-    return rows, step_seconds(rows, live, gpu)
+    return rows, step_seconds(rows, live, gpu, _kv_cache_dtype(record))
+
+
+def _kv_cache_dtype(record: Mapping[str, Any]) -> str:
+    return record["specification"]["engine"].get("arguments", {}).get("kv_cache_dtype", "auto")
 
 
 def _shares(record: Mapping[str, Any]) -> bool:

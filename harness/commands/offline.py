@@ -16,7 +16,7 @@ from ..inputs.corpora import DOCUMENT_MODES
 from ..inputs.tasks.registry import TASKS
 from ..inputs.tasks.sample import QUESTIONS
 from ..inputs.windows import ALL_WINDOWS
-from ..study.settings import DTYPES, Study, check_folder_name, read_study
+from ..study.settings import DTYPES, KV_CACHE_DTYPES, Study, check_folder_name, read_study
 from ..study.specification import PROTOCOLS
 from .eviction_flags import add_eviction_flags, eviction_settings
 from .interrupts import polite_ends
@@ -99,7 +99,12 @@ def add_parser(commands: Any) -> None:
         **count,
     )
     add("--enforce-eager", "no CUDA graphs [on CPU]", action=argparse.BooleanOptionalAction)
-    add("--dtype", "of weights and KV cache [float32 on CPU, else auto]", choices=DTYPES)
+    add("--dtype", "of weights and activations [float32 on CPU, else auto]", choices=DTYPES)
+    add(
+        "--kv-cache-dtype",
+        "of keys and values; fp8 on CUDA with FlashAttention 3",
+        choices=KV_CACHE_DTYPES,
+    )
     add(
         "--tasks",
         f"questions on long texts to answer and score: {', '.join(TASKS)}, jsonl:FILE",

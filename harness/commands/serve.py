@@ -162,7 +162,7 @@ def _vllm_flags(
     facts: dict[str, Any] | None,
 ) -> tuple[list[str], list[str]]:
     """All flags of ``vllm serve``, and what to tell the user of those chosen here."""
-    from vllm_plugins.refusals.engine import check_block_size
+    from vllm_plugins.refusals.engine import check_block_size, check_kv_cache_dtype
 
     from ..resources.chunk_flags import chunk_flags, max_model_len, pool_bytes
     from ..resources.cpu_pool import cpu_pool_bytes, names_memory
@@ -170,6 +170,7 @@ def _vllm_flags(
     from ..resources.serve_flags import eviction_flags
 
     check_block_size(arguments.block_size)
+    check_kv_cache_dtype(flags.get("--kv-cache-dtype") or "auto")
     processors = flags.take("--logits-processors")
     made = [*eviction_flags(arguments.block_size, settings, processors), *flags.flags]
     config = EvictionConfig.parse(settings)

@@ -31,8 +31,9 @@ def _caption(record: dict[str, Any], measured: str) -> str:
     run = record["specification"]
     engine = run["engine"]
     model = Path(engine["model"]).name or engine["model"]
+    cache = f", cache {engine['kv_cache_dtype']}" if "kv_cache_dtype" in engine else ""
     return (
-        f"{model} ({record['engine']['dtype']}), {run['dataset'].rsplit('/', 1)[-1]}, "
+        f"{model} ({record['engine']['dtype']}{cache}), {run['dataset'].rsplit('/', 1)[-1]}, "
         f"{measured}, chunk {engine['prefill_chunk']}, block {engine['block_size']}, "
         f"{engine['eviction']['layer_groups']} layer group(s), "
         f"score {engine['eviction']['score']}/{engine['eviction']['score_queries']}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_plugins.config import EvictionConfig
+from vllm_plugins.platforms import FP8
 
 from .chunk import LEAST, budget_tokens, choose_chunk, peak_blocks
 from .launch import device_type
@@ -120,17 +121,22 @@ def _pool_blocks(
 ) -> int | None:
     if facts is None or size is None:
         return None
-    stored = facts.get("dtype") or facts.get("torch_dtype")
-    dtype = flags.get("--dtype")
-    float32 = (stored if dtype in (None, "auto") else dtype) in ("float32", "float")
     return pool_blocks(
         size,
         facts,
         config,
         block_size,
-        dtype_bytes=4 if float32 else 2,
+        dtype_bytes=_kv_itemsize(flags, facts),
         ranks=_ranks(flags),
     )
+
+
+def _kv_itemsize(flags: Passthrough, facts: Mapping[str, Any]) -> int:
+    if flags.get("--kv-cache-dtype") in FP8:
+        return 1
+    stored = facts.get("dtype") or facts.get("torch_dtype")
+    dtype = flags.get("--dtype")
+    return 4 if (stored if dtype in (None, "auto") else dtype) in ("float32", "float") else 2
 
 
 def _ranks(flags: Passthrough) -> int:

@@ -266,4 +266,12 @@ def bytes_per_block(config: Any, specification: EngineSpecification) -> int:
     )
     layers //= specification.eviction["layer_groups"]
     width = 2 * model.get_num_kv_heads(parallel) * model.get_head_size()
-    return layers * width * specification.block_size * model.dtype.itemsize
+    return layers * width * specification.block_size * kv_itemsize(config)
+
+
+def kv_itemsize(config: Any) -> int:
+    """Bytes of a number of a key or a value in the cache."""
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+    dtype = config.cache_config.cache_dtype
+    return kv_cache_dtype_str_to_dtype(dtype, config.model_config).itemsize

@@ -21,7 +21,7 @@ from ..study.points import check_known
 from ..study.specification import EngineSpecification
 from .batch_engine import worker_arguments
 from .batch_worker import engine_arguments
-from .engine import Engine, bytes_per_block
+from .engine import Engine, bytes_per_block, kv_itemsize
 
 
 def device_type() -> str:
@@ -188,6 +188,7 @@ def _arguments(specification: EngineSpecification) -> dict[str, Any]:
     return {
         "model": specification.model_path,
         "dtype": specification.dtype,
+        "kv_cache_dtype": specification.kv_cache_dtype,
         "max_model_len": specification.context_length + 1,
         "max_num_seqs": specification.max_num_seqs,
         "max_num_batched_tokens": specification.max_num_batched_tokens,
@@ -213,6 +214,6 @@ def _pool_bytes(config: Any, specification: EngineSpecification) -> int:
     blocks = (specification.kv_pool_windows * per_window + 1) * groups
     # The worker takes the scores of tokens off what vLLM may spend.
     needs = EvictionConfig.parse(specification.eviction).needs() & TOKEN_NEEDS
-    model = config.model_config
-    scored = bytes_per_token(needs) / (2 * model.get_head_size() * model.dtype.itemsize)
+    per_head = 2 * config.model_config.get_head_size() * kv_itemsize(config)
+    scored = bytes_per_token(needs) / per_head
     return ceil((blocks + 1) * (1 + scored) * bytes_per_block(config, specification))

@@ -17,7 +17,8 @@ import yaml
 
 from vllm_plugins.config import EvictionConfig
 from vllm_plugins.parsing import EvictionConfigError, check_renamed
-from vllm_plugins.refusals.engine import SENTENCES
+from vllm_plugins.platforms import FP8
+from vllm_plugins.refusals.engine import PLAIN_CACHES, SENTENCES
 
 from ..errors import UsageError
 
@@ -46,7 +47,8 @@ _ABOVE_ONE = {
     "--decode-context-parallel-size": SENTENCES["context_parallel"],
     "--prefill-context-parallel-size": SENTENCES["context_parallel"],
 }
-_PLAIN_DTYPES = ("auto", "float16", "bfloat16")
+_KV_CACHE_DTYPES = ("auto", *PLAIN_CACHES, *FP8)
+"""Which of them the model and the platform allow is known later."""
 _REFUSED = (*_ALWAYS, *_ABOVE_ONE, "--kv-cache-dtype", "--disable-hybrid-kv-cache-manager")
 _SHORTEST = len("--kv-t")
 """A shorter beginning of a flag stands for too many of vLLM's to be one of ours."""
@@ -110,7 +112,7 @@ class Passthrough:
                 raise EvictionConfigError(_ALWAYS[name])
             if name in _ABOVE_ONE and value not in ("1", ""):
                 raise EvictionConfigError(_ABOVE_ONE[name])
-            if name == "--kv-cache-dtype" and value not in _PLAIN_DTYPES:
+            if name == "--kv-cache-dtype" and value not in _KV_CACHE_DTYPES:
                 raise EvictionConfigError(SENTENCES["kv_cache_dtype"].format(dtype=value))
             if name == "--disable-hybrid-kv-cache-manager" and config.layer_groups > 1:
                 groups = config.layer_groups

@@ -8,7 +8,7 @@ from typing import Any
 from vllm_plugins.config import EvictionConfig
 
 from ..records.specifications import BATCH
-from .run import Run
+from .run import Run, without_defaults
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class BatchEngineSpecification:
         values = asdict(self)
         for name in ("startup_timeout_s", "batch_timeout_s", "model_path"):
             del values[name]
-        return _without_defaults(values, {"prefix_caching": False})
+        return without_defaults(values, {"prefix_caching": False})
 
     @property
     def min_blocks(self) -> int:
@@ -108,7 +108,7 @@ class Batch:
         """As records and the engine's process have it; without sharing as in older records."""
         values = asdict(self)
         del values["study_load"]
-        return _without_defaults(values, {"shared_tokens": 0, "turns": 1, "turn_tokens": 0})
+        return without_defaults(values, {"shared_tokens": 0, "turns": 1, "turn_tokens": 0})
 
     def stored(self, run: Run[Any, Any]) -> dict[str, Any]:
         return stored_run(run, self.to_dict(), self.study_load)
@@ -135,8 +135,3 @@ def stored_run(
         "load": load,
         **({} if study_load is None else {"study_load": study_load}),
     }
-
-
-def _without_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A record without these settings is of their defaults."""
-    return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}

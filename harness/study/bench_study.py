@@ -30,7 +30,7 @@ from .settings import check_folder_name, read_study
 from .steady_load import SteadyLoad
 
 _OF_A_METHOD = ("sparsity", "budget_tokens", "seeds")
-_LAID_OVER = ("eviction", "load")
+_LAID_OVER = ("eviction", "engine", "load")
 """Mappings that a method may bring; they are laid over the study's."""
 _KINDS = {
     **dict.fromkeys(("methods", *_OF_A_METHOD), list),
@@ -57,8 +57,8 @@ class BenchStudy:
     model: str = DEFAULT_MODEL
     methods: tuple[Any, ...] = (STOCK, "h2o", "cab")
     """Names, or ``{policy: h2o, name: h2o-all, args: {}, sparsity: [0.9], budget_tokens: [1024],
-    seeds: [0], eviction: {score_query_stride: 1}, load: {prompt_tokens: 26}, start: 2,
-    prefix_caching: true}`` with some of these."""
+    seeds: [0], eviction: {score_query_stride: 1}, engine: {kv_cache_dtype: fp8},
+    load: {prompt_tokens: 26}, start: 2, prefix_caching: true}`` with some of these."""
     sparsity: tuple[float, ...] = (0.9,)
     budget_tokens: tuple[int, ...] = ()
     """Absolute budgets, beside the sparsities."""
@@ -73,7 +73,7 @@ class BenchStudy:
     eviction: dict[str, Any] = field(default_factory=dict)
     """Server-wide eviction settings; those of a method are laid over them."""
     engine: dict[str, Any] = field(default_factory=dict)
-    """Engine arguments of vLLM, names with underscores."""
+    """Engine arguments of vLLM, names with underscores; those of a method are laid over them."""
     environment: dict[str, str] = field(default_factory=dict)
     startup_timeout_s: float = 600.0
     batch_timeout_s: float = 3600.0
@@ -120,7 +120,7 @@ class BenchStudy:
                     **model,
                     block_size=self.block_size,
                     eviction=self._eviction(method.policy, brought),
-                    arguments=self.engine,
+                    arguments={**self.engine, **brought.get("engine", {})},
                     environment={name: str(value) for name, value in self.environment.items()},
                     start=brought.get("start", 1),
                     rounds=self.rounds,
@@ -156,10 +156,6 @@ class BenchStudy:
                 raise UsageError(f"{name} is {getattr(self, name):g}; give a number above 0")
         for name in ("eviction", "engine", "environment"):
             check_json(name, getattr(self, name))
-        if ours := [name for name in _OURS if name in self.engine]:
-            raise UsageError(
-                f"engine.{ours[0]} follows from other settings of a bench study; remove it"
-            )
         runs = self.runs()
         check_file_names(runs)
         for run in runs:
@@ -202,6 +198,10 @@ def _split(entry: Any) -> tuple[Any, dict[str, Any]]:
 def _check_run(run: BenchRun) -> None:
     """Refuse what the engine or the plugin would refuse, before one starts."""
     engine, load = run.resource, run.measurement
+    if ours := [name for name in _OURS if name in engine.arguments]:
+        raise UsageError(
+            f"engine.{ours[0]} follows from other settings of a bench study; remove it"
+        )
     longest = load.max_tokens
     length = engine.arguments.get("max_model_len")
     if type(length) is int and longest > length:

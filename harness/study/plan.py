@@ -129,6 +129,7 @@ def _runs(
         dtype=study.dtype or ("auto" if device == "cuda" else "float32"),
         protocol=study.protocol,
         eviction=eviction.to_dict(),
+        kv_cache_dtype=study.kv_cache_dtype,
         model_path=path,
     )
     text = text_of(study.dataset, study.text_column, study.document_mode)

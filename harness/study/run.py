@@ -158,3 +158,9 @@ class Run(Generic[ResourceT, MeasurementT]):
             self.resource.block_size,
             self.resource.min_blocks,
         )
+
+
+def without_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Settings as records have them: one that came later is left out where it has its default, so
+    that older records are of the same specification."""
+    return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_plugins.config import EvictionConfig
 from vllm_plugins.parsing import check_renamed
+from vllm_plugins.platforms import FP8
 
 from ..errors import UsageError
 from ..inputs.corpora import DEFAULT_DATASET, DOCUMENT_MODES, has_rows
@@ -23,6 +24,7 @@ from .tasks import check_tasks, tasks_need
 _MAX_NAME_BYTES = 200
 """File systems allow 255; a partial file's name is longer than the file's."""
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+KV_CACHE_DTYPES = ("auto", *sorted(FP8))
 _NOT_VARIED = ("name", "vary", "tasks", "hypotheses")
 _DEFAULTS = EvictionConfig()
 ALL_SCORES = {"score_query_stride": 1, "score_prompt_stride": 1, "score_layer_stride": 1}
@@ -55,6 +57,8 @@ class Study:
     enforce_eager: bool | None = None
     dtype: str | None = None
     """float32 on CPU (the reference's precision; many CPUs are slow in bfloat16), else auto."""
+    kv_cache_dtype: str = "auto"
+    """Of keys and values in the cache; auto: as ``dtype``."""
     perplexity: bool | None = None
     """None: where no tasks are named."""
     tasks: tuple[str, ...] = ()
@@ -146,6 +150,8 @@ class Study:
             raise UsageError(f"--document-mode must be one of: {', '.join(DOCUMENT_MODES)}")
         if self.dtype not in (None, *DTYPES):
             raise UsageError(f"--dtype must be one of: {', '.join(DTYPES)}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise UsageError(f"--kv-cache-dtype must be one of: {', '.join(KV_CACHE_DTYPES)}")
         if self.protocol not in PROTOCOLS:
             raise UsageError(f"--protocol must be one of: {', '.join(PROTOCOLS)}")
         check_tasks(self)

@@ -8,10 +8,9 @@ from typing import Any, TypeAlias
 from ..inputs.text import Text
 from ..records.specifications import PERPLEXITY, TASK, THROUGHPUT
 from .points import slug
-from .run import Run
+from .run import Run, without_defaults
 
 PROTOCOLS = ("chunked", "decode")
-_NOT_RECORDED = ("model_path", "dataset_path")
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,19 @@ class EngineSpecification:
     """The pool holds so many whole windows; as many are scored at a time."""
     enforce_eager: bool
     dtype: str = "float32"
-    """Of weights, activations and KV cache; ``auto`` is the checkpoint's own."""
+    """Of weights and activations; ``auto`` is the checkpoint's own."""
     protocol: str = "chunked"
     eviction: dict[str, Any] = field(default_factory=dict)
     """Server-wide fields of ``EvictionConfig``, complete."""
+    kv_cache_dtype: str = "auto"
+    """Of keys and values in the cache, in vLLM's words; ``auto`` is that of the activations."""
     model_path: str = field(default="", compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As records have it: what does not differ between machines, and as in older records."""
+        values = asdict(self)
+        del values["model_path"]
+        return without_defaults(values, {"kv_cache_dtype": "auto"})
 
     @property
     def max_num_batched_tokens(self) -> int:
@@ -74,13 +81,11 @@ class _OfText:
 
     def _stored(self, run: OfflineRun, **own: Any) -> dict[str, Any]:
         """What all such runs are specified by, and what a measurement has of its ``own``."""
-        engine, text = asdict(run.resource), asdict(self.text)
-        for name in _NOT_RECORDED:
-            engine.pop(name, None)
-            text.pop(name, None)
+        text = asdict(self.text)
+        text.pop("dataset_path", None)
         return {
             "dataset": self.text.dataset,
-            "engine": engine,
+            "engine": run.resource.to_dict(),
             "method": run.method.to_dict(),
             "text": text,
             "seed": run.seed,

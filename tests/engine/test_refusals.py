@@ -103,7 +103,8 @@ def test_a_plain_llama_is_accepted(tiny_llama):
             {},
             "remove the speculative configuration",
         ),
-        ({"kv_cache_dtype": "fp8"}, {}, 'use kv_cache_dtype="auto"'),
+        ({"kv_cache_dtype": "fp8"}, {}, 'on CUDA only; use kv_cache_dtype="auto"'),
+        ({"kv_cache_dtype": "fp8_e5m2"}, {}, 'use kv_cache_dtype="auto"'),
         ({"kv_cache_dtype": "int8_per_token_head"}, {}, "kv_cache_dtype is int8_per_token_head"),
         (
             {"kv_cache_dtype": "bfloat16", "dtype": "float32"},

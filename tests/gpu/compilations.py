@@ -17,10 +17,15 @@ from .engines import check_idle, generate, records, start
 
 
 def compiled_late(model: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Names of the kernels, and how many blocks each request lost."""
+    """Names of the kernels, and how many blocks each request lost.
+
+    ``settings``: of eviction, and under ``engine`` what else the engine is started with.
+    """
     from triton import knobs
 
-    llm = start({"policy": "h2o", "sparsity": 0.9, **settings}, model=model)
+    settings = dict(settings)
+    engine = settings.pop("engine", {})
+    llm = start({"policy": "h2o", "sparsity": 0.9, **settings}, model=model, **engine)
     compiled = []
     theirs = knobs.runtime.jit_post_compile_hook
 

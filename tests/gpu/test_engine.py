@@ -102,7 +102,7 @@ def test_what_is_not_supported_is_refused(llama):
 
     check(policy="h2o", sparsity=0.5)
     for engine, settings, sentence in (
-        ({"kv_cache_dtype": "fp8"}, {}, 'use kv_cache_dtype="auto"'),
+        ({"kv_cache_dtype": "fp8_e5m2"}, {}, 'use kv_cache_dtype="auto"'),
         ({"block_size": 48}, {}, "16, 32, 64 or 128"),
         ({"attention_backend": "FLASH_ATTN"}, {}, "pass attention_backend"),
         (

@@ -57,6 +57,28 @@ def test_decode_rows(heads, kv_heads, head_size, dtype):
     compare(mass_of(batch, one_query=True), expected_mass(batch))
 
 
+@pytest.mark.parametrize("scales", ["layer", "head"])
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+def test_a_quantised_cache(head_size, scales):
+    """Scores by block, and norms of keys, of 8-bit numbers with scales."""
+    shape = {"heads": 8, "kv_heads": 2, "head_size": head_size, "scales": scales}
+    batch = make_batch(MIXED, device="cuda", **shape)
+    compare(mass_of(batch), expected_mass(batch))
+    batch = make_batch([(1, 40), (0, 0), (1, 16), (1, 3001)], device="cuda", **shape)
+    compare(mass_of(batch, one_query=True), expected_mass(batch))
+    norm = torch.zeros(len(batch.kv_cache), dtype=torch.int64, device="cuda")
+    block = int(batch.block_table[0, 0])
+    slots = torch.arange(block * 16, block * 16 + 16, device="cuda")
+    add_key_norms(slots, batch.kv_cache, norm, batch.key_scale, batch.query_scale)
+    both = batch.kv_cache.view(torch.uint8)[block].view(torch.float8_e4m3fn).double()
+    keys, values = both.chunk(2, dim=-1)
+    of_keys, of_values = (s.double().view(-1, 1) for s in (batch.key_scale, batch.query_scale))
+    ratio = values.norm(dim=-1) * of_values / (keys.norm(dim=-1) * of_keys)
+    made = float(norm[block]) / 2**30
+    assert made == pytest.approx(float(ratio.sum()) / 16, rel=1e-4)
+    assert int((norm != 0).sum()) == 1
+
+
 @pytest.mark.parametrize(
     ("window", "decay", "decode_weight", "soft_cap"),
     [(32, 1.0, 1, 0.0), (None, 0.99, 8, 0.0), (5, 0.9, 1, 3.0)],
@@ -86,8 +108,8 @@ def test_block_scores():
     start_blocks(slots, 16, mass, queries, norm)
     for scores in (mass, queries, norm):
         assert scores.tolist() == [5, 0, 5, 0, 5, 5]
-    key = torch.randn(7, 3, 80, device="cuda").to(torch.bfloat16)
-    add_key_norms(slots, key, key, 16, norm)
+    key = torch.randn(6, 3, 16, 80, device="cuda").to(torch.bfloat16)
+    add_key_norms(slots, torch.cat((key, key), -1), norm)
     expected = torch.tensor([0, 2 * 3 / 16, 3 / 16, 3 / 16, 0, 3 / 16], dtype=torch.float64)
     untouched = torch.tensor([5, 0, 5, 0, 5, 5], dtype=torch.float64)
     torch.testing.assert_close(norm.double().cpu(), untouched + expected * 2**30, rtol=1e-6, atol=2)

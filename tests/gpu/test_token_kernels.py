@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from tests.kernels.token_cases import check_choice, check_pack, check_start, check_token_mass
+from tests.kernels.token_cases import (
+    check_choice,
+    check_pack,
+    check_pack_of_bytes,
+    check_start,
+    check_token_mass,
+)
 
 from .engines import NEEDS_GPU
 
@@ -30,6 +36,22 @@ def test_tokens_start_afresh():
 @pytest.mark.parametrize("policy", ["h2o", "cab", "streaming", "random"])
 def test_packing(policy):
     check_pack(policy, {}, "cuda")
+
+
+@pytest.mark.parametrize("scales", ["layer", "head"])
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+def test_a_quantised_cache(head_size, scales):
+    shape = {"heads": 8, "kv_heads": 2, "head_size": head_size, "scales": scales}
+    check_token_mass("cuda", unscored=[2], **shape)
+    rows = [(1, 40), (0, 0), (1, 16), (1, 3001)] + [(1, 500)] * 20
+    check_token_mass("cuda", rows=rows, one_query=True, **shape)
+
+
+@pytest.mark.parametrize(
+    ("policy", "parameters"), [("h2o", {}), ("h2o", {"value_weighted": True}), ("keydiff", {})]
+)
+def test_packing_a_quantised_cache(policy, parameters):
+    check_pack_of_bytes(policy, parameters, "cuda")
 
 
 @pytest.mark.parametrize("tied", [False, True])

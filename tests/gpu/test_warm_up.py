@@ -12,8 +12,14 @@ pytestmark = [*NEEDS_GPU, pytest.mark.usefixtures("no_engine")]
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"policy": "cab"}, {"granularity": "block", "score": "decay"}],
-    ids=["h2o", "cab", "blocks"],
+    [
+        {},
+        {"policy": "cab"},
+        {"granularity": "block", "score": "decay"},
+        {"policy": "cab", "engine": {"kv_cache_dtype": "fp8"}},
+        {"policy": "key_norm", "granularity": "block", "engine": {"kv_cache_dtype": "fp8"}},
+    ],
+    ids=["h2o", "cab", "blocks", "fp8", "fp8-key-norm"],
 )
 def test_no_kernel_is_compiled_after_the_start(settings, llama, tmp_path):
     output = tmp_path / "output.json"

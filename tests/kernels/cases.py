@@ -29,6 +29,8 @@ class Batch:
     scale: float
     soft_cap: float
     probabilities: list[torch.Tensor]  # a row: float64 [heads, queries, live tokens]
+    query_scale: torch.Tensor | None = None
+    key_scale: torch.Tensor | None = None
 
     @property
     def max_seq_len(self) -> int:
@@ -46,6 +48,8 @@ class Batch:
             self.flags,
             self.scale,
             self.soft_cap,
+            self.query_scale,
+            self.key_scale,
         )
 
 
@@ -61,15 +65,21 @@ def make_batch(
     soft_cap=0.0,
     seed=0,
     unscored=(),
+    scales=None,
 ) -> Batch:
-    """``rows``: (queries, live tokens) each; a row of (0, 0) is padding."""
+    """``rows``: (queries, live tokens) each; a row of (0, 0) is padding.
+
+    ``scales``: ``layer`` or ``head``; queries and cache are float8 then, with a scale of the layer,
+    or one of each KV head.
+    """
+    query_scale, key_scale = quantised(scales, kv_heads) if scales else (None, None)
+    dtype = torch.float8_e4m3fn if scales else dtype
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     width = max(-(-length // block_size) for _, length in rows) + 2
     num_blocks = sum(-(-length // block_size) for _, length in rows) + 3
-    cache = torch.randn(num_blocks, kv_heads, block_size, 2 * head_size, generator=generator).to(
-        dtype
-    )
+    cache = torch.randn(num_blocks, kv_heads, block_size, 2 * head_size, generator=generator)
+    cache = cache.to(dtype).float()
     num_tokens = sum(queries for queries, _ in rows)
     query = (2.0 * torch.randn(num_tokens, heads, head_size, generator=generator)).to(dtype)
     free = iter(rng.permutation(num_blocks - 1) + 1)
@@ -84,6 +94,9 @@ def make_batch(
         keys = keys[:, :length].double().repeat_interleave(heads // kv_heads, 0)
         own = query[start : start + queries].double().transpose(0, 1)
         logits = own @ keys.transpose(1, 2) * scale
+        if scales:
+            both = (query_scale * key_scale).double().expand(kv_heads)
+            logits *= both.repeat_interleave(heads // kv_heads)[:, None, None]
         if soft_cap:
             logits = soft_cap * torch.tanh(logits / soft_cap)
         place = torch.arange(length)[None, :]
@@ -99,7 +112,7 @@ def make_batch(
     flags = [0 if row in unscored else NEEDED | SCORED for row in range(len(rows))]
     return Batch(
         query.to(device),
-        cache.to(device),
+        cache.to(dtype).to(device),
         table.to(device),
         torch.tensor([length for _, length in rows], dtype=torch.int32, device=device),
         torch.tensor(starts, dtype=torch.int32, device=device),
@@ -108,7 +121,15 @@ def make_batch(
         scale,
         soft_cap,
         probabilities,
+        *(None if scale is None else scale.to(device) for scale in (query_scale, key_scale)),
     )
+
+
+def quantised(scales: str, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of queries and keys, of a layer or of each of its heads."""
+    if scales == "layer":
+        return torch.tensor(0.5), torch.tensor([1.25])  # vLLM has both shapes
+    return 0.5 + 0.5 * torch.arange(kv_heads), 1.5 - 0.5 * torch.arange(kv_heads)
 
 
 def add(batch: Batch, mass: torch.Tensor, rows=None, one_query=False, **options) -> torch.Tensor:

@@ -71,6 +71,27 @@ def test_decode_rows(dtype, programs):
     compare(mass, 9 * expected_mass(batch))
 
 
+@pytest.mark.parametrize("scales", ["layer", "head"])
+@pytest.mark.parametrize("soft_cap", [0.0, 3.0])
+def test_a_quantised_cache(scales, soft_cap):
+    """Queries and keys count what their scales say, a layer's or each head's own."""
+    for rows, options in ((MIXED, {}), ([(1, 40), (0, 0), (1, 301)], {"one_query": True})):
+        batch = make_batch(rows, scales=scales, soft_cap=soft_cap, heads=6, seed=2)
+        mass = torch.zeros(len(batch.kv_cache), dtype=torch.int64)
+        add(batch, mass, **options)
+        compare(mass, expected_mass(batch))
+
+
+def test_queries_of_16_bits_over_a_quantised_cache():
+    """As FlashAttention 4 has them at a head size of 512: nothing is known of their scale."""
+    batch = make_batch(MIXED, scales="head", heads=6)
+    quantised = batch.query.float() * batch.query_scale.repeat_interleave(3)[:, None]
+    batch.query, batch.query_scale = quantised.half(), None
+    mass = torch.zeros(len(batch.kv_cache), dtype=torch.int64)
+    add(batch, mass)
+    compare(mass, expected_mass(batch))
+
+
 def test_rows_outside_the_range_are_left_alone():
     batch = make_batch(MIXED, unscored=[0, 1, 2, 5, 6])
     mass = torch.zeros(len(batch.kv_cache), dtype=torch.int64)
@@ -89,11 +110,27 @@ def test_blocks_start_afresh_with_their_first_token():
 
 def test_key_norms():
     torch.manual_seed(0)
-    key, value = torch.randn(6, 3, 20), torch.randn(6, 3, 20)
+    cache = torch.randn(4, 3, 16, 40)
+    check_key_norms(cache, cache)
+
+
+@pytest.mark.parametrize("scales", ["layer", "head"])
+def test_key_norms_of_a_quantised_cache(scales):
+    torch.manual_seed(0)
+    cache = torch.randn(4, 3, 16, 40).to(torch.float8_e4m3fn)
+    of_values, of_keys = cases.quantised(scales, 3)
+    of_keys += 1.0
+    keys, values = cache.float().chunk(2, dim=-1)
+    seen = [n * scale.view(-1, 1, 1) for n, scale in ((keys, of_keys), (values, of_values))]
+    check_key_norms(cache, torch.cat(seen, -1), of_keys, of_values)
+
+
+def check_key_norms(cache, seen, *scales):
     norm = torch.zeros(4, dtype=torch.int64)
-    add_key_norms(torch.tensor([16, 17, 3, 63, -1]), key, value, 16, norm)
-    ratio = (value.norm(dim=-1) / key.norm(dim=-1)).sum(-1).double() / 16
-    expected = torch.stack((ratio[2], ratio[0] + ratio[1], ratio[2] * 0, ratio[3]))
+    add_key_norms(torch.tensor([16, 17, 3, 63, -1]), cache, norm, *scales)
+    key, value = seen.double().chunk(2, dim=-1)
+    ratio = (value.norm(dim=-1) / key.norm(dim=-1)).sum(1) / 16
+    expected = torch.stack((ratio[0, 3], ratio[1, :2].sum(), 0 * ratio[2, 0], ratio[3, 15]))
     torch.testing.assert_close(norm.double() / ONE, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -10,6 +10,7 @@ from .token_cases import (
     check_choice,
     check_isolation,
     check_pack,
+    check_pack_of_bytes,
     check_positions_alike,
     check_start,
     check_token_mass,
@@ -56,6 +57,28 @@ def test_windows_of_decodes():
     check_token_mass(
         rows=rows, one_query=True, options={"windows": [1, 32, 0, 1], "decode_weight": 8}
     )
+
+
+@pytest.mark.parametrize("scales", ["layer", "head"])
+def test_a_quantised_cache(scales):
+    check_token_mass(tile=SMALL, scales=scales, heads=6, unscored=[2])
+    rows = [(1, 40), (0, 0), (1, 301)]
+    check_token_mass(rows=rows, one_query=True, scales=scales, heads=6)
+
+
+@pytest.mark.parametrize("per", ["layer", "head"])
+@pytest.mark.parametrize(
+    ("policy", "parameters"),
+    [
+        ("h2o", {}),
+        ("h2o", {"value_weighted": True}),
+        ("h2o", {"value_weighted": True, "selection": "group"}),
+        ("key_norm", {}),
+        ("keydiff", {}),
+    ],
+)
+def test_packing_a_quantised_cache(policy, parameters, per):
+    check_pack_of_bytes(policy, parameters, per=per)
 
 
 def test_without_peak():

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from vllm_plugins.attention.packing_cuda import CUDAPacker
+from vllm_plugins.attention.quantised_cache import Scales
 from vllm_plugins.attention.token_choice import Batch, TokenCandidates, choose, moves
 from vllm_plugins.attention.token_scores import UNWRITTEN, TokenScores
 from vllm_plugins.kernels import TOKENS_NEEDED, TOKENS_SCORED, WINDOW_SHIFT
@@ -217,6 +218,54 @@ def check_pack(policy, parameters, device="cpu", seed=0, scoring="mean", packer=
     assert made.pack(packs) == {}
     for name, (pack,) in packs.items():
         check_request(scores, caches, before, pack, expected[name])
+
+
+def check_pack_of_bytes(policy, parameters, device="cpu", per="head"):
+    """Packing a quantised cache does what packing the numbers does that it stands for."""
+    scores, caches = random_state(2, device)
+    twin, _ = random_state(2, device)
+    generator = torch.Generator().manual_seed(3)
+    places = torch.stack([torch.randperm(400, generator=generator)[:272] for _ in range(6)])
+    ids = (torch.randperm(39, generator=generator) + 1).tolist()[:17]
+    packs = {}
+    for name, own in (("a", ids[:9]), ("b", ids[9:])):
+        args = get_policy(policy).resolve(parameters)
+        packs[name] = [Pack(0, own, 4, 6, 400, 11, policy, args)]
+    bytewise, plain, scales = {}, {}, {}
+    for layer, (name, cache) in enumerate(caches.items()):
+        for place, block in enumerate(ids):
+            at = places.view(3, 2, -1, 16)[layer, :, place].int()
+            scores.position[layer, block] = twin.position[layer, block] = at.to(device)
+        drawn = torch.randn(cache.shape, generator=generator).to(torch.float8_e4m3fn).to(device)
+        key, value = (
+            0.5 + torch.rand(2 if per == "head" else 1, generator=generator) for _ in "kv"
+        )
+        scales[name] = Scales(key.to(device), value.to(device), None)
+        bytewise[name] = drawn.view(torch.uint8)
+        keys, values = drawn.float().chunk(2, dim=-1)
+        plain[name] = torch.cat(
+            [
+                part * scale.to(device).view(-1, 1, 1)
+                for part, scale in ((keys, key), (values, value))
+            ],
+            -1,
+        )
+    options = {"groups": [list(caches)], "scoring": "mean", "sink_tokens": 4}
+    packer = CUDAPacker(kv_caches=bytewise, tokens=scores, scales=scales, **options)
+    before = scores.position.clone()
+    assert packer.pack(packs) == {}
+    assert CUDAPacker(kv_caches=plain, tokens=twin, **options).pack(packs) == {}
+    assert not torch.equal(scores.position, before)
+    for mine, theirs in zip(scores.arrays().values(), twin.arrays().values(), strict=True):
+        assert torch.equal(mine, theirs)
+    for layer, (name, cache) in enumerate(bytewise.items()):
+        for block in [block for (pack,) in packs.values() for block in pack.block_ids]:
+            keys, values = cache[block].view(torch.float8_e4m3fn).float().chunk(2, dim=-1)
+            scaled = [
+                part * scale.view(-1, 1, 1)
+                for part, scale in ((keys, scales[name].key), (values, scales[name].value))
+            ]
+            assert torch.equal(torch.cat(scaled, -1), plain[name][block]), layer
 
 
 def check_request(scores, caches, before, pack, expected):

@@ -71,16 +71,19 @@ def study(model, tmp_path):
     return arguments
 
 
-def bench_record(load, policy, sparsity):
+def bench_record(load, policy, sparsity, kv_cache_tokens=4096, **arguments):
     """What the roofline takes of a batch's record."""
     return {
         "kind": "batch",
         "policy": policy,
         "sparsity": sparsity,
         "budget_tokens": None,
-        "kv_cache_tokens": 4096,
+        "kv_cache_tokens": kv_cache_tokens,
         "hardware": {"gpu": "NVIDIA H100 80GB HBM3"},
-        "specification": {"engine": {"model": "llama-3.1-8b"}, "load": load},
+        "specification": {
+            "engine": {"model": "llama-3.1-8b", "arguments": arguments},
+            "load": load,
+        },
     }
 
 
@@ -264,6 +267,43 @@ def test_records_of_loads_that_share_have_no_roofline():
     ]
     assert bounds[0] is not None
     assert bounds[1:] == [None, None], "the formula computes every token"
+
+
+def test_the_roofline_knows_how_many_bytes_a_token_takes():
+    """Where memory moves all the time, half the bytes in the same pool are half the time."""
+    load = {"num_requests": 64, "prompt_tokens": 1, "output_tokens": 10**6}
+    stock = bench_record(load, "stock", 0.0)
+    tokens = {"kv_cache_tokens": 8192}
+    narrow = bench_record(load, "stock", 0.0, **tokens, kv_cache_dtype="fp8")
+    assert largest_ratio(stock, stock) == 1.0
+    assert largest_ratio(bench_record(load, "stock", 0.0, **tokens), stock) == pytest.approx(1.0)
+    long = {**load, "num_requests": 2, "output_tokens": 10**7}
+    ratio = largest_ratio(
+        bench_record(long, "stock", 0.0, kv_cache_dtype="fp8"), bench_record(long, "stock", 0.0)
+    )
+    assert ratio == pytest.approx(2.0, rel=0.05)
+    assert largest_ratio(narrow, stock) > 1.0
+
+
+def test_a_method_may_have_engine_arguments_of_its_own(stubs, study, tmp_path, capsys):
+    narrow = {"policy": "stock", "name": "stock-fp8", "engine": {"kv_cache_dtype": "fp8"}}
+    assert main(study(methods=["stock", narrow, "h2o"], seeds=[0])) == 0
+    assert stubs == ["stock_s0.0", "stock-fp8_s0.0", "h2o_s0.9"], "an engine each"
+    found = records(tmp_path / "out" / "demo")
+    arguments = {key: r["specification"]["engine"]["arguments"] for key, r in found.items()}
+    assert arguments == {
+        "stock_s0.0_seed0": {"max_model_len": 512},
+        "stock-fp8_s0.0_seed0": {"max_model_len": 512, "kv_cache_dtype": "fp8"},
+        "h2o_s0.9_seed0": {"max_model_len": 512},
+    }
+    capsys.readouterr()
+    for engine, sentence in (
+        ({"block_size": 16}, "engine.block_size follows from other settings"),
+        ({"max_model_len": 100}, "512 tokens at its end, more than engine.max_model_len 100"),
+        (3, "engine of method"),
+    ):
+        assert main(study(methods=["stock", {**narrow, "engine": engine}], seeds=[0])) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_a_steady_record_without_a_field_is_measured_again(stubs, study, tmp_path, capsys):
@@ -454,6 +494,7 @@ def test_the_committed_studies_are_valid(monkeypatch):
         "chat",
         "chat_gpu",
         "default",
+        "fp8",
         "granularity",
         "headline",
         "layer_groups",

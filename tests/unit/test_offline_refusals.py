@@ -113,6 +113,10 @@ def test_evicting_nothing_is_fine_where_nothing_else_was_asked(refused, monkeypa
     ("flags", "sentence"),
     [
         (
+            ["--kv-cache-dtype", "fp8"],
+            "kv_cache_dtype is fp8, which eviction reads on CUDA only; use kv_cache_dtype=",
+        ),
+        (
             ["--context-length", "33"],
             "--prefill-chunk 64 is longer than a window of --context-length 33",
         ),

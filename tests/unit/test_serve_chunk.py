@@ -71,6 +71,8 @@ def test_blocks_of_a_pool_follow_from_the_models_shape():
     assert pool_blocks(64 * 65536, {**facts, "head_dim": 64}, CONFIG, 32, **of) == 61 // 2
     assert pool_blocks(64 * 65536, facts, CONFIG, 32, dtype_bytes=4, ranks=2) == 121
     assert pool_blocks(64 * 65536, facts, streaming, 32, **of) == 62
+    # 64 bytes of keys and values, and the same 12.
+    assert pool_blocks(64 * 65536, facts, CONFIG, 32, dtype_bytes=1, ranks=1) == 214
     assert pool_blocks(64 * 65536, {}, CONFIG, 32, **of) is None
 
 

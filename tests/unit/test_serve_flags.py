@@ -41,7 +41,8 @@ def refused(folder, capsys, *flags, config=LLAMA):
     [
         (["--enable_dbo"], "dual batch overlap"),
         (["--enable-db"], "dual batch overlap"),
-        (["--kv-cache-dtype", "fp8"], "kv_cache_dtype is fp8"),
+        (["--kv-cache-dtype", "fp8"], "kv_cache_dtype is fp8, which eviction reads on CUDA only"),
+        (["--kv-cache-dtype", "fp8_e5m2"], "kv_cache_dtype is fp8_e5m2, which is not tested"),
         (["--kv-cache-dtype=int8_per_token_head"], "kv_cache_dtype is int8_per_token_head"),
         (["--kv-transfer-config", "{}"], "drop kv_transfer_config, MultiConnector"),
         (["--kv-transfer-config.kv_connector", "X"], "drop kv_transfer_config"),

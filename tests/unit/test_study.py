@@ -47,6 +47,18 @@ def test_runs_of_a_comparison(model):
     assert len({run.comparison for run in made}) == 1
 
 
+def test_the_type_of_a_cache_is_told_where_it_is_not_the_models(model):
+    """Records from before the setting are of the same specification."""
+    (plain,) = runs({"model": str(model), "methods": ["dense"]})
+    assert "kv_cache_dtype" not in plain.to_dict()["engine"]
+    (narrow,) = runs({"model": str(model), "methods": ["dense"], "kv_cache_dtype": "fp8"})
+    assert narrow.to_dict()["engine"]["kv_cache_dtype"] == "fp8"
+    assert narrow.comparison != plain.comparison
+    vary = {"kv_cache_dtype": ["auto", "fp8_e5m2"]}
+    with pytest.raises(UsageError, match="--kv-cache-dtype must be one of: auto, fp8, fp8_e4m3"):
+        points({"model": str(model), "methods": ["dense"], "vary": vary})
+
+
 def test_methods_with_parameters_and_budgets(model):
     bridges = {"policy": "cab", "args": {"bridge_definition": "forman"}}
     made = runs(

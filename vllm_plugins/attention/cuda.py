@@ -33,6 +33,7 @@ from ..kernels.token_mass import add_token_mass, start_tokens
 from ..policies import ATTENTION, KEY_NORM, TOKEN_MASS
 from ..request_settings import BLOCK
 from ..spec import EvictableSpec
+from .quantised_cache import Scales, numbers
 from .state import attention_state, builder_state
 from .state_cuda import CUDAWorkerState
 
@@ -159,11 +160,13 @@ class EvictionImpl(FlashAttentionImpl):
         state = self._state
         if state is None or not state.allocated or layer.layer_name not in state.group_of:
             return
-        block_size = kv_cache.shape[2]
         if layer.layer_name in state.first_layers and state.channels:
+            block_size = kv_cache.shape[2]
             start_blocks(slot_mapping, block_size, state.mass, state.num_queries, state.norm)
         if KEY_NORM in state.channels:
-            add_key_norms(slot_mapping, key, value, block_size, state.norm)
+            scales = Scales.of(layer)
+            of_keys, of_values = (scales.key, scales.value) if scales else (None, None)
+            add_key_norms(slot_mapping, numbers(kv_cache), state.norm, of_keys, of_values)
 
     def forward(
         self,
@@ -196,10 +199,11 @@ class EvictionImpl(FlashAttentionImpl):
                 output_scale,
                 output_block_scale,
             )
-        lse = self._attend(query, kv_cache, metadata, output)
+        scales, cache = Scales.of(layer), numbers(kv_cache)
+        lse = self._attend(query, cache, metadata, output, scales)
         queries = Queries(
             query,
-            kv_cache,
+            cache,
             lse,
             metadata.block_table,
             metadata.seq_lens,
@@ -207,6 +211,8 @@ class EvictionImpl(FlashAttentionImpl):
             state.flags,
             self.scale,
             self.logits_soft_cap,
+            query_scale=scales.query if scales else None,
+            key_scale=scales.key if scales else None,
         )
         if by_block:
             self._score_blocks(state, layer, queries, metadata)
@@ -220,10 +226,20 @@ class EvictionImpl(FlashAttentionImpl):
         kv_cache: torch.Tensor,
         metadata: FlashAttentionMetadata,
         output: torch.Tensor,
+        scales: Scales | None,
     ) -> torch.Tensor:
         """vLLM's call for plain causal decoders (``FlashAttentionImpl.forward``), which computes
         the log-sum-exp in any case but does not hand it on. float32 ``[num_heads, tokens]``. It
-        includes the model's sinks, where it has any (``finalize_aux`` in FlashAttention 3)."""
+        includes the model's sinks, where it has any (``finalize_aux`` in FlashAttention 3), and the
+        scales of a quantised cache."""
+        descale: dict[str, torch.Tensor | None] = {}
+        if scales is not None:
+            shape = (metadata.query_start_loc.shape[0] - 1, self.num_kv_heads)
+            descale = {
+                "q_descale": None if scales.query is None else scales.query.expand(shape),
+                "k_descale": scales.key.expand(shape),
+                "v_descale": scales.value.expand(shape),
+            }
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         num_tokens = metadata.num_actual_tokens
         _, lse = flash_attn_varlen_func(
@@ -245,6 +261,7 @@ class EvictionImpl(FlashAttentionImpl):
             num_splits=metadata.max_num_splits,
             s_aux=self.sinks,
             return_softmax_lse=True,
+            **descale,
         )
         return lse
 

@@ -57,10 +57,10 @@ class Packer(ABC):
 
     @abstractmethod
     def vectors(
-        self, kv_cache: torch.Tensor, block_ids: torch.Tensor, heads: slice
+        self, group: int, layer: int, block_ids: torch.Tensor, heads: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of blocks (int64 ``[requests, blocks]``), float32
-        ``[requests, heads, tokens, head_size]`` each."""
+        """Keys and values of blocks (int64 ``[requests, blocks]``) in a layer of a group, as
+        attention sees them; float32 ``[requests, heads, tokens, head_size]`` each."""
 
     def pack_fused(self, rule: TokenRule, batch: Batch, group: int) -> bool:
         """Pack in some faster way; False where there is none for this rule."""
@@ -137,7 +137,7 @@ class Packer(ABC):
                 batch.seeds,
                 self._streams[layers] + group * self._group_stride,
                 batch.num_candidates,
-                partial(self._vectors, self.caches[group][layers], batch.block_ids),
+                partial(self._vectors, group, layers.start, batch.block_ids),
             )
             try:
                 chosen = choose(rule, candidates, batch, self.sink_tokens, self.checks)
@@ -156,9 +156,9 @@ class Packer(ABC):
         return failure
 
     def _vectors(
-        self, caches: Sequence[torch.Tensor], block_ids: torch.Tensor, layer: int, heads: slice
+        self, group: int, first_layer: int, block_ids: torch.Tensor, layer: int, heads: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.vectors(caches[layer], block_ids, heads)
+        return self.vectors(group, first_layer + layer, block_ids, heads)
 
     def _slices(self, rule: TokenRule, batch: Batch, layers: int) -> Iterator[slice]:
         """Layers that are ranked together: all, unless they are too many tokens."""

@@ -18,9 +18,9 @@ class CPUPacker(Packer):
         self._layout = layout
 
     def vectors(
-        self, kv_cache: torch.Tensor, block_ids: torch.Tensor, heads: slice
+        self, group: int, layer: int, block_ids: torch.Tensor, heads: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        part = kv_cache[:, heads]
+        part = self.caches[group][layer][:, heads]
         keys, values = (
             self._layout.read(part, block_ids.flatten(), which)
             .float()

@@ -5,15 +5,17 @@ A ranking that the kernel does not know, a third party's say, is computed by tor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..kernels import choose
-from ..kernels.pack import cache_offsets, move_tokens
+from ..kernels.pack import cache_offsets, move_tokens, words
 from ..policies import TokenRule, by_mass, by_peak, by_position, by_score
 from ..policies.token_rules import Ranking
 from .packing import Packer
+from .quantised_cache import Scales, dequantised, numbers
 from .token_choice import Batch
 
 _FUSED: tuple[tuple[Ranking, int], ...] = (
@@ -24,13 +26,18 @@ _FUSED: tuple[tuple[Ranking, int], ...] = (
 
 
 class CUDAPacker(Packer):
-    """``Packer`` over FlashAttention's caches; everything is enqueued, nothing is waited for."""
+    """``Packer`` over FlashAttention's caches; everything is enqueued, nothing is waited for.
+
+    ``scales``: of each layer's cache, by its name; None where it is not quantised.
+    """
 
     checks = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._offsets = [cache_offsets(caches) for caches in self.caches]
+    def __init__(self, *, scales: Mapping[str, Scales | None] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._scales = [[(scales or {}).get(n) for n in names] for names in kwargs["groups"]]
+        self._words = [[words(cache) for cache in caches] for caches in self.caches]
+        self._offsets = [cache_offsets(caches) for caches in self._words]
 
     def pack_fused(self, rule: TokenRule, batch: Batch, group: int) -> bool:
         score = choose.MEAN if self.scoring == "mean" else choose.MASS
@@ -53,12 +60,15 @@ class CUDAPacker(Packer):
         return True
 
     def vectors(
-        self, kv_cache: torch.Tensor, block_ids: torch.Tensor, heads: slice
+        self, group: int, layer: int, block_ids: torch.Tensor, heads: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = self._scales[group][layer]
+        # Gathered as bytes, where they are bytes: torch indexes few types of 8-bit floats.
+        gathered = self.caches[group][layer][:, heads][block_ids]
         # requests, blocks, heads, tokens, 2 * head_size
-        both = kv_cache[:, heads][block_ids].float().transpose(1, 2).flatten(2, 3)
-        keys, values = both.chunk(2, dim=-1)
-        return keys, values
+        keys, values = numbers(gathered.transpose(1, 2).flatten(2, 3)).chunk(2, dim=-1)
+        of_keys, of_values = (scales.key, scales.value) if scales else (None, None)
+        return dequantised(keys, of_keys, heads), dequantised(values, of_values, heads)
 
     def move(
         self,
@@ -70,7 +80,7 @@ class CUDAPacker(Packer):
         count: torch.Tensor,
     ) -> None:
         move_tokens(
-            self.caches[group][0],
+            self._words[group][0],
             self._offsets[group],
             block_ids,
             source,

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
-from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from ..config import EvictionConfig
 from ..messages import EvictionPlan, ScoreReport
@@ -21,7 +20,7 @@ from ..parsing import EvictionConfigError
 from ..platforms import platform
 from ..policies import BLOCK_SCORES, TOKEN_NEEDS
 from ..prefix_sharing import Copy, Takeover
-from ..refusals.engine import SENTENCES, is_configured
+from ..refusals.engine import SENTENCES, check_kv_cache_dtype, is_configured
 from .token_scores import TokenScores
 from .upload import upload
 
@@ -76,14 +75,14 @@ def attention_state(impl: Any, kind: type[State]) -> State | None:
 
     Raises:
         EvictionConfigError: its attention is more than a softmax of scaled products, or its cache
-            is quantised (by the checkpoint, which no setting of the engine shows).
+            has a type that this platform's kernels do not read (the checkpoint's, which no setting
+            of the engine shows).
 
     """
     state = builder_state(get_current_vllm_config_or_none(), kind)
     if state is None:
         return None
-    if is_quantized_kv_cache(impl.kv_cache_dtype):
-        raise EvictionConfigError(SENTENCES["kv_cache_dtype"].format(dtype=impl.kv_cache_dtype))
+    check_kv_cache_dtype(impl.kv_cache_dtype)
     if impl.alibi_slopes is not None:
         raise EvictionConfigError(
             "the model uses ALiBi, which the scores do not know; use a model with rotary positions"

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import FRACTION_BITS, WINDOW_SHIFT
+from . import FRACTION_BITS, WINDOW_SHIFT, scale_stride
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _ONE = tl.constexpr(2.0**FRACTION_BITS)
@@ -29,7 +29,11 @@ def _probabilities(
 ):
     """``[N, M]``: attention of each query row to each key; keys stand first, so that the sum
     over queries runs along a row of the tensor core's result. ``lse`` in base 2."""
-    logits = tl.dot(keys, tl.trans(queries))
+    # Products of 8-bit numbers are exact in float16's tensor cores, which add up in float32; those
+    # of 8-bit operands would not add up as exactly.
+    if queries.dtype.is_fp8():
+        queries = queries.to(tl.float16)
+    logits = tl.dot(keys.to(queries.dtype), tl.trans(queries))
     if SOFT_CAP:
         # tanh by exp2, which saturates rather than overflows at both ends.
         squashed = 2.0 / (1.0 + tl.exp2(logits * (scale * (-2.0 / soft_cap)) * _LOG2E)) - 1.0
@@ -75,7 +79,16 @@ def _query_rows(
 
 
 @triton.jit(
-    do_not_specialize=["row_offset", "window", "decode_weight", "skip", "stride", "lse_head_stride"]
+    do_not_specialize=[
+        "row_offset",
+        "window",
+        "decode_weight",
+        "skip",
+        "stride",
+        "lse_head_stride",
+        "query_scale_stride",
+        "key_scale_stride",
+    ]
 )
 def _mass_kernel(
     query_ptr,
@@ -87,6 +100,8 @@ def _mass_kernel(
     flags_ptr,
     mass_ptr,
     peak_ptr,
+    query_scale_ptr,
+    key_scale_ptr,
     row_offset,
     window,
     decode_weight,
@@ -103,6 +118,8 @@ def _mass_kernel(
     cache_token_stride,
     table_stride,
     scores_block_stride,
+    query_scale_stride,
+    key_scale_stride,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
@@ -148,6 +165,10 @@ def _mass_kernel(
     weight = tl.where(num_queries == 1, decode_weight, stride).to(tl.float32)
     first_token = query_start + num_queries - seq_len + first_place
     first_head = kv_head * GROUP
+    if query_scale_ptr is not None:
+        scale *= tl.load(query_scale_ptr + kv_head * query_scale_stride)
+    if key_scale_ptr is not None:
+        scale *= tl.load(key_scale_ptr + kv_head * key_scale_stride)
     table_ptr += row * table_stride
     dim = tl.arange(0, HEAD_PADDED)
     key = tl.arange(0, N)
@@ -285,9 +306,10 @@ class Queries:
     """This step's queries over a paged cache, as every layer sees them.
 
     Attributes:
-        query: ``[num_tokens, num_heads, head_size]``.
+        query: ``[num_tokens, num_heads, head_size]``; float8 where vLLM quantises queries.
         kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, keys in the first
-            half of the last axis (``vllm/v1/attention/backends/flash_attn.py``).
+            half of the last axis (``vllm/v1/attention/backends/flash_attn.py``); float8 as such,
+            not as bytes.
         lse: float32 ``[num_heads, >= num_tokens]``, natural logarithm, as FlashAttention computed
             it over the very same keys: the sum over keys is exactly the attention that was paid,
             and nothing is normalised twice.
@@ -295,6 +317,8 @@ class Queries:
         query_start_loc: int32 ``[num_rows + 1]``.
         flags: int32 ``[num_rows]``; rows without the flag asked for are skipped.
         scale, soft_cap: of the logits; ``soft_cap`` 0 = off.
+        query_scale, key_scale: float32 of one element, or of one a KV head: what numbers of the
+            query and of the cache count; None: they are what they are.
 
     """
 
@@ -307,6 +331,8 @@ class Queries:
     flags: torch.Tensor
     scale: float
     soft_cap: float = 0.0
+    query_scale: torch.Tensor | None = None
+    key_scale: torch.Tensor | None = None
 
 
 def launch(
@@ -378,6 +404,8 @@ def launch(
         queries.flags,
         mass,
         mass if peak is None else peak,
+        queries.query_scale,
+        queries.key_scale,
         start,
         window if window is not None else 2**30,
         decode_weight,
@@ -394,6 +422,8 @@ def launch(
         kv_cache.stride(2),
         queries.block_table.stride(0),
         num_kv_heads * block_size,
+        scale_stride(queries.query_scale),
+        scale_stride(queries.key_scale),
         GROUP=group,
         HEAD_SIZE=head_size,
         HEAD_PADDED=triton.next_power_of_2(head_size),

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import FRACTION_BITS, NEEDED, SCORED
+from . import FRACTION_BITS, NEEDED, SCORED, scale_stride
 
 _ONE = tl.constexpr(2.0**FRACTION_BITS)
 _NEEDED = tl.constexpr(NEEDED)
@@ -53,16 +53,18 @@ def start_blocks(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_scale_stride", "value_scale_stride"])
 def _key_norm_kernel(
     slot_ptr,
-    key_ptr,
-    value_ptr,
+    cache_ptr,
     norm_ptr,
-    key_token_stride,
-    key_head_stride,
-    value_token_stride,
-    value_head_stride,
+    key_scale_ptr,
+    value_scale_ptr,
+    block_stride,
+    head_stride,
+    token_stride,
+    key_scale_stride,
+    value_scale_stride,
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_PADDED: tl.constexpr,
@@ -73,47 +75,59 @@ def _key_norm_kernel(
     slot = tl.load(slot_ptr + token)
     if slot < 0:
         return
-    head = tl.arange(0, HEADS_PADDED)[:, None]
-    dim = tl.arange(0, HEAD_PADDED)[None, :]
+    heads = tl.arange(0, HEADS_PADDED)
+    head, dim = heads[:, None], tl.arange(0, HEAD_PADDED)[None, :]
     real = (head < HEADS) & (dim < HEAD_SIZE)
-    key_at = key_ptr + token * key_token_stride + head * key_head_stride + dim
-    value_at = value_ptr + token * value_token_stride + head * value_head_stride + dim
+    at = cache_ptr + slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * token_stride
+    key_at = at + head * head_stride + dim
     key = tl.load(key_at, mask=real, other=0.0).to(tl.float32)
-    value = tl.load(value_at, mask=real, other=0.0).to(tl.float32)
+    value = tl.load(key_at + HEAD_SIZE, mask=real, other=0.0).to(tl.float32)
     key_norm = tl.sqrt(tl.sum(key * key, 1))
     value_norm = tl.sqrt(tl.sum(value * value, 1))
+    if key_scale_ptr is not None:
+        scale = key_scale_ptr + heads * key_scale_stride
+        key_norm *= tl.load(scale, mask=heads < HEADS, other=1.0)
+    if value_scale_ptr is not None:
+        scale = value_scale_ptr + heads * value_scale_stride
+        value_norm *= tl.load(scale, mask=heads < HEADS, other=1.0)
     ratio = tl.sum(value_norm / tl.maximum(key_norm, 1e-6), 0) / BLOCK_SIZE
     tl.atomic_add(norm_ptr + slot // BLOCK_SIZE, (ratio * _ONE).to(tl.int64))
 
 
 def add_key_norms(
     slot_mapping: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    block_size: int,
+    kv_cache: torch.Tensor,
     norm: torch.Tensor,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
-    """Add each new token's ``||v|| / ||k||``, summed over KV heads, over ``block_size``.
+    """Add each new token's ``||v|| / ||k||``, summed over KV heads, over the size of a block.
+
+    Launched after the tokens were written: a quantised cache has other norms than what went in,
+    and attention sees the cache.
 
     Args:
         slot_mapping: int64 ``[num_tokens]``; -1 = padding.
-        key, value: ``[>= num_tokens, num_kv_heads, head_size]``.
-        block_size: tokens per block.
+        kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``, float8 as such.
         norm: int64 ``[num_blocks]``, fixed point.
+        key_scale, value_scale: as ``attention_mass.Queries``.
 
     Reads the step's new keys and values once: nothing beside what attention reads.
 
     """
-    _, heads, head_size = key.shape
+    _, heads, block_size, width = kv_cache.shape
+    head_size = width // 2
     _key_norm_kernel[(len(slot_mapping),)](
         slot_mapping,
-        key,
-        value,
+        kv_cache,
         norm,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
+        key_scale,
+        value_scale,
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        kv_cache.stride(2),
+        scale_stride(key_scale),
+        scale_stride(value_scale),
         BLOCK_SIZE=block_size,
         HEADS=heads,
         HEADS_PADDED=triton.next_power_of_2(heads),

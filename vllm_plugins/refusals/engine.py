@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from ..config import EvictionConfig
 from ..parsing import EvictionConfigError
-from ..platforms import check_settings, platform
+from ..platforms import FP8, check_settings, platform
 from ..registration import CONNECTOR
 
 SENTENCES = {
@@ -26,7 +27,14 @@ SENTENCES = {
     "evict, so vLLM enlarges or pads the latter's blocks; use a model whose layers have KV heads "
     "of the same number and size",
     "kv_cache_dtype": "kv_cache_dtype is {dtype}, which is not tested with eviction; "
+    'use kv_cache_dtype="auto", the type of the model, or "fp8" on CUDA (--kv-cache-dtype)',
+    "kv_cache_dtype_here": "kv_cache_dtype is {dtype}, which eviction reads on CUDA only; "
     'use kv_cache_dtype="auto", the type of the model (--kv-cache-dtype)',
+    "kv_cache_dtype_of_float16": "the model runs in float16, but over an fp8 cache "
+    'FlashAttention 3 answers in bfloat16 only; use dtype="bfloat16" (--dtype), or '
+    'kv_cache_dtype="auto" (--kv-cache-dtype)',
+    "kv_cache_dtype_skip_layers": "kv_cache_dtype_skip_layers leaves layers whose blocks have "
+    "another size than the others'; drop it (--kv-cache-dtype-skip-layers)",
     "connector": "the engine's KV connector is {connector}, so nothing would be evicted; "
     "eviction needs that place for itself: drop kv_transfer_config, MultiConnector and "
     "kv_offloading_size (--kv-transfer-config, --kv-offloading-size)",
@@ -41,6 +49,8 @@ SENTENCES = {
     "drop disable_hybrid_kv_cache_manager (--disable-hybrid-kv-cache-manager) or layer_groups",
 }
 """Said by ``check_engine`` of a configuration, and by ``kv-eviction serve`` of flags alone."""
+PLAIN_CACHES = ("float16", "bfloat16")
+"""vLLM's names of caches that are not quantised, beside ``auto``."""
 
 
 def is_configured(vllm_config: Any) -> bool:
@@ -73,6 +83,8 @@ def check_engine(vllm_config: Any) -> None:
         if refused:
             raise EvictionConfigError(reason)
     cache = vllm_config.cache_config
+    of_model = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    check_kv_cache_dtype(cache.cache_dtype, (of_model,))
     if cache.block_size is not None:
         check_block_size(cache.block_size)
         config.check_budget(cache.block_size)
@@ -122,12 +134,15 @@ def _model_obstacles(vllm_config: Any) -> list[tuple[bool, str]]:
 def _engine_obstacles(vllm_config: Any, config: EvictionConfig) -> list[tuple[bool, str]]:
     model, cache = vllm_config.model_config, vllm_config.cache_config
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
-    dtype = cache.cache_dtype
     return [
         (vllm_config.speculative_config is not None, SENTENCES["speculative"]),
         (
-            dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
-            SENTENCES["kv_cache_dtype"].format(dtype=dtype),
+            cache.cache_dtype in platform().kv_cache_dtypes and str(model.dtype) == "torch.float16",
+            SENTENCES["kv_cache_dtype_of_float16"],
+        ),
+        (
+            cache.cache_dtype in FP8 and bool(cache.kv_cache_dtype_skip_layers),
+            SENTENCES["kv_cache_dtype_skip_layers"],
         ),
         (parallel.pipeline_parallel_size > 1, SENTENCES["pipeline"]),
         (
@@ -147,6 +162,20 @@ def _engine_obstacles(vllm_config: Any, config: EvictionConfig) -> list[tuple[bo
             "use a smaller block",
         ),
     ]
+
+
+def check_kv_cache_dtype(dtype: str, plain: Collection[str] = PLAIN_CACHES) -> None:
+    """Refuse a type of keys and values that this platform's kernels do not read.
+
+    Args:
+        dtype: a ``kv_cache_dtype`` of vLLM.
+        plain: those that are not quantised and may be the model's own.
+
+    """
+    if dtype == "auto" or dtype in plain or dtype in platform().kv_cache_dtypes:
+        return
+    name = "kv_cache_dtype_here" if dtype in FP8 else "kv_cache_dtype"
+    raise EvictionConfigError(SENTENCES[name].format(dtype=dtype))
 
 
 def num_evicting_layers(config: Any, num_layers: int, max_model_len: int | None) -> int:
