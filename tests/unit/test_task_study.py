@@ -138,6 +138,9 @@ def test_a_sweep_of_tasks_resumes_and_reports(engines, settings, tmp_path, monke
     engines.at_run = {3: UnfaithfulRun("took 9 steps")}
     first = run(settings, tmp_path / "e")
     assert (engines.started, first.session.runs_done) == (1, NUM_RUNS - 1)
+    report_experiment(tmp_path / "e")
+    page = (tmp_path / "e" / "report.md").read_text()
+    assert "- `dense_s0.0`, long_generation, of seed 0: took 9 steps" in page
     again = run(settings, tmp_path / "e")
     assert (again.session.runs_skipped, again.session.runs_done) == (NUM_RUNS - 1, 1)
     made = read_json(tmp_path / "e" / "h2o_s0.5_ctx1500_task1_niah-single.json")
