@@ -98,6 +98,13 @@ def failures(folder: Path) -> list[dict[str, Any]]:
     return [read_json(path) for path in sorted((folder / FAILED).glob("*.json"))]
 
 
+def failure_line(failed: dict[str, Any]) -> str:
+    """Which run failed, and why."""
+    task = failed["specification"].get("task")
+    name = f"`{failed['key']}`" + (f", {task['name']}," if task else "")
+    return f"{name} of seed {failed['seed']}: {failed['reason']}"
+
+
 def time_rows(sessions: list[dict[str, Any]]) -> list[Row]:
     """Header and rows: where each session's time went."""
     table: list[Row] = [
@@ -214,7 +221,7 @@ def _page_of_tasks(
 
 
 def _failed(folder: Path) -> list[str]:
-    lines = [f"- `{f['key']}` of seed {f['seed']}: {f['reason']}" for f in failures(folder)]
+    lines = [f"- {failure_line(failed)}" for failed in failures(folder)]
     return ["## Failed runs", "\n".join(lines)] if lines else []
 
 

@@ -20,7 +20,7 @@ from ..records.stored import (
 from ..study.hypotheses import Hypothesis
 from .ablation import ablation_rows, draw_ablation, task_ablation_rows, with_metric
 from .cells import differs
-from .comparison import TIMINGS, failures, report_comparison, time_rows
+from .comparison import TIMINGS, failure_line, failures, report_comparison, time_rows
 from .hypotheses import hypothesis_parts
 from .lines import caption, machine_line, task_caption
 from .page import Figure, write_pages
@@ -62,9 +62,9 @@ def report_experiment(folder: Path) -> list[tuple[str, dict[str, Any]]]:
         results = report_comparison(folder / point["folder"], f"{name}: {varied}", [], shown=0)
         reported.append((varied, results))
     failed = [
-        f"- {point_name(point)}: `{f['key']}` of seed {f['seed']}: {f['reason']}"
+        f"- {point_name(point)}: {failure_line(failed)}"
         for point in points
-        for f in failures(folder / point["folder"])
+        for failed in failures(folder / point["folder"])
     ]
     stated = _stated(folder, experiment, there)
     _overview(folder, name, there, reported, failed, sessions, stated)

@@ -51,13 +51,16 @@ def draw_tasks(folder: Path, results: dict[str, Any], caption: str) -> list[tupl
 def _panels(results: dict[str, Any], budgets: bool, axis: str) -> Any:
     tasks = tasks_of(results)
     shown = [*tasks, MEAN] if len(tasks) > 1 else tasks
-    columns = min(_COLUMNS, len(shown))
-    rows = -(-len(shown) // columns)
+    rows = -(-len(shown) // _COLUMNS)
+    columns = -(-len(shown) // rows)
     size = max(6.4, 2.9 * columns), 1.2 + 2.5 * rows
     shape = {"ncols": columns, "nrows": rows, "squeeze": False}
     figure, grid = new_figure(*size, **shape, sharex=True, sharey=True)
     panels = list(grid.flat)
     looks = styles([entry["method"] for entry in results.values()])
+    width = 1.1 * max(_places(results, budgets).values()) if budgets else 1.0
+    # A little apart, so that no bar hides another.
+    aside = {name: 0.01 * width * (i - len(looks) / 2) for i, name in enumerate(looks)}
     for axes, task in zip(panels, shown, strict=False):
         for method, points in _lines(results, task, budgets).items():
             look = looks[method]
@@ -66,7 +69,7 @@ def _panels(results: dict[str, Any], budgets: bool, axis: str) -> Any:
                 continue
             values = [value for _, value in points]
             axes.errorbar(
-                [place for place, _ in points],
+                [place + aside[method] for place, _ in points],
                 [value["mean"] for value in values],
                 yerr=[
                     [value["mean"] - value["min"] for value in values],
@@ -79,7 +82,7 @@ def _panels(results: dict[str, Any], budgets: bool, axis: str) -> Any:
                 **look,
             )
         axes.set_title(task, fontsize=9)
-        axes.set_ylim(-0.03, 1.03)
+        axes.set(xlim=(0, width), ylim=(-0.03, 1.03))
         axes.grid(alpha=0.3)
     for axes in panels[len(shown) :]:
         axes.set_axis_off()
@@ -92,17 +95,21 @@ def _panels(results: dict[str, Any], budgets: bool, axis: str) -> Any:
     return figure
 
 
+def _places(results: dict[str, Any], budgets: bool) -> dict[str, float]:
+    """Sparsity, or tokens, of the keys that have one."""
+    evicting = ((key, entry) for key, entry in results.items() if entry["method"] != DENSE)
+    placed = ((key, level_order(level(key, entry))) for key, entry in evicting)
+    return {key: place for key, (is_budget, place) in placed if is_budget == budgets}
+
+
 def _lines(
     results: dict[str, Any], task: str, budgets: bool
 ) -> dict[str, list[tuple[float, Estimate]]]:
     """Places and scores by method, in order of place; dense's place says nothing."""
+    places = _places(results, budgets)
     lines: dict[str, list[tuple[float, Estimate]]] = {}
     for key, entry in results.items():
         value = entry["task_score"] if task == MEAN else entry["tasks"].get(task)
-        if entry["method"] == DENSE:
-            is_budget, place = budgets, 0.0
-        else:
-            is_budget, place = level_order(level(key, entry))
-        if value is not None and is_budget == budgets:
-            lines.setdefault(entry["method"], []).append((place, value))
+        if value is not None and (key in places or entry["method"] == DENSE):
+            lines.setdefault(entry["method"], []).append((places.get(key, 0.0), value))
     return {method: sorted(points, key=lambda p: p[0]) for method, points in lines.items()}

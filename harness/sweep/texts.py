@@ -124,13 +124,15 @@ class Texts:
         }
 
     def _read_haystack(self, model_path: str, text: Text) -> Haystack:
-        return Haystack(self._tokenizer(model_path), self._documents[model_path, text].result())
+        # All texts first: a tokenizer must not be used by two threads.
+        documents = {key: future.result() for key, future in self._documents.items()}
+        return Haystack(self._tokenizer(model_path), documents[model_path, text])
 
     def _draw_samples(
         self, model_path: str, context_length: int, measurement: Answers, seed: int
     ) -> list[Sample]:
         tokenizer = self._tokenizer(model_path)
-        haystack = self._haystack(model_path, measurement.text)  # waits for the tokenizer's thread
+        haystack = self._haystack(model_path, measurement.text)
         asked = Asked(
             measurement.num_samples,
             context_length,

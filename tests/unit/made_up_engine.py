@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 import harness.sweep.offline as sweep_module
-from harness.resources.scored import Scored, ScoredWindow
+from harness.resources.scored import Answer, Scored, ScoredWindow
 from harness.study.settings import Study
 from harness.sweep.offline import Sweep
 
@@ -51,6 +52,19 @@ class MadeUpEngine:
             scored.windows.append(ScoredWindow(values.tolist(), record(harm)))
             progress(1)
         return scored
+
+    def answer(self, requests, settings, progress=lambda n: None):
+        self._trouble()
+        harm = {"dense": 0.0, "h2o": 0.2, "cab": 0.1}[settings["kv_policy"]]
+        answers = []
+        for prompt, max_tokens in requests:
+            found = re.findall(r"is: (\d{7})", "".join(map(chr, prompt)))
+            right = np.random.default_rng(list(prompt)).random() >= 4 * harm
+            text = " ".join(found) if right else "none"
+            tokens = [len(prompt) % 7] * max_tokens
+            answers.append(Answer(tokens, text, not right, record(harm)))
+            progress(1)
+        return 1.0, answers
 
     def load(self, prompts, output_tokens, settings, progress=lambda n: None):
         progress(len(prompts))

@@ -8,6 +8,7 @@ import pytest
 
 from harness.resources.engine import Engine
 from harness.resources.scored import UnfaithfulRun
+from harness.resources.waves import waves
 from harness.study.specification import EngineSpecification
 
 SPECIFICATION = EngineSpecification(
@@ -79,6 +80,71 @@ def test_the_number_of_steps_is_what_the_protocol_makes(protocol, min_context, s
 def test_a_policy_that_failed_makes_no_result(failure):
     with pytest.raises(UnfaithfulRun, match=f"{failure}: why"):
         engine()._verify(WINDOW, {**RECORD, failure: "why"}, 1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "size", "wanted"),
+    [
+        ([3, 3, 3, 3], 2, [([0, 1], False), ([2, 3], False)]),
+        ([3, 3, 3], 2, [([0, 1], False), ([2], True)]),
+        ([1, 5, 2, 5], 4, [([1, 3, 2, 0], False)]),
+        ([1, 5, 2, 4], 4, [([1, 3, 2], True), ([0], False)]),
+        ([4], 8, [([0], True)]),
+        ([1], 8, [([0], False)]),
+    ],
+)
+def test_two_requests_of_a_wave_have_its_longest_prompt(steps, size, wanted):
+    made = waves(steps, size)
+    assert made == wanted
+    for places, companion in made:
+        assert len(places) + companion <= size
+
+
+def answering(requests, num_steps):
+    """An engine that answers each prompt with its first token, up to the tokens asked for."""
+    made = engine()
+    made.specification = replace(SPECIFICATION, kv_pool_windows=2)
+    made.waves = []
+
+    def run(batch, progress, pool=None, num_counted=None):
+        made.waves.append(([len(prompt) for prompt, _ in batch], num_counted))
+        outputs = []
+        for prompt, params in batch:
+            made_up = output(
+                prompt,
+                token_ids=prompt[:1] * min(params.max_tokens, prompt[0]),
+                record={"num_steps": num_steps(len(prompt), params.max_tokens), "preemptions": 0},
+            )
+            made_up.outputs[0].text = str(prompt[0])
+            made_up.outputs[0].finish_reason = "stop" if prompt[0] < 3 else "length"
+            outputs.append(made_up)
+        return outputs
+
+    made._run = run
+    return made
+
+
+REQUESTS = [([1] * 5, 3), ([2] * 9, 2), ([3] * 5, 3)]
+
+
+def test_answers_come_in_the_order_of_their_requests():
+    made = answering(REQUESTS, lambda prompt, _: -(-prompt // 4) + {5: 2, 9: 1}[prompt])
+    made._check_steps = lambda record, steps, told: None
+    _, answers = made.answer(REQUESTS, {})
+    assert [answer.text for answer in answers] == ["1", "2", "3"]
+    assert [answer.token_ids for answer in answers] == [[1], [2, 2], [3, 3, 3]]
+    assert [answer.ended for answer in answers] == [True, True, False]
+    # The longest prompt has a companion, which nobody counts.
+    assert made.waves == [([9, 9], 1), ([5, 5], 2)]
+
+
+def test_an_answer_in_other_steps_than_its_chunks_make_is_refused():
+    requests = [([3] * 5, 3), ([3] * 5, 3)]
+    answering(requests, lambda prompt, made: 2 + 2).answer(requests, {})
+    with pytest.raises(
+        UnfaithfulRun, match="a prompt of 5 tokens answered with 3 took 3 steps, not the 4"
+    ):
+        answering(requests, lambda prompt, made: 1 + 2).answer(requests, {})
 
 
 def test_a_trace_is_coarse():

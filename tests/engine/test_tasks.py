@@ -1,0 +1,69 @@
+"""Tasks on a real engine and model, as a user asks for them."""
+
+import json
+import os
+
+import pytest
+
+from .conftest import offline
+
+DRAWN = 8
+
+
+@pytest.fixture(scope="module")
+def folder(smollm2, canterbury, no_engine_of_the_process, tmp_path_factory):
+    """Needles in the embedded text, and a file of prompts of very different lengths."""
+    made = tmp_path_factory.mktemp("tasks")
+    filler = " ".join(canterbury[10_000:14_000].split()[:-1])
+    rows = [
+        {"prompt": "The capital of France is", "answers": ["Paris"], "max_tokens": 8},
+        {"prompt": f"{filler} The capital of France is", "answers": ["Paris"], "max_tokens": 2},
+        {"prompt": "Two and two is", "answers": ["zzz"], "metric": "f1", "max_tokens": 4},
+    ]
+    (made / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = offline(
+        made,
+        *("--tasks", "niah_single", f"jsonl:{made}/mine.jsonl"),
+        *("--methods", "dense", "h2o", "streaming", "--sparsity", "0.5"),
+        *("--context-length", "1024", "--task-samples", str(DRAWN)),
+        env=dict(os.environ),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "niah_single" in done.stdout
+    return made / "e"
+
+
+@pytest.fixture(scope="module")
+def no_engine_of_the_process(engine_slot):
+    engine_slot.leave()
+
+
+def record(folder, key, task):
+    return json.loads((folder / f"{key}_ctx1024_task0_{task}.json").read_text())
+
+
+def test_dense_finds_the_needle(folder):
+    assert record(folder, "dense_s0.0", "niah-single")["score"] >= 0.75
+
+
+@pytest.mark.parametrize("key", ["h2o_s0.5", "streaming_s0.5"])
+def test_evicting_takes_the_steps_of_the_chunk_and_half_the_memory(folder, key):
+    dense, made = (record(folder, k, "niah-single") for k in ("dense_s0.0", key))
+    assert made["peak_memory_mib"] < 0.65 * dense["peak_memory_mib"]
+    for sample, other in zip(made["samples"], dense["samples"], strict=True):
+        steps = -(-sample["prompt_tokens"] // 64) + sample["answer_tokens"] - 1
+        assert sample["eviction"]["num_steps"] == steps
+        assert sample["eviction"]["blocks_evicted"] > 0
+        assert sample["expected"] == other["expected"]
+    assert made["score"] <= dense["score"]
+
+
+def test_prompts_of_different_lengths_keep_to_the_chunk(folder):
+    made = record(folder, "h2o_s0.5", "jsonl-mine.jsonl")
+    short, long, other = made["samples"]
+    assert long["prompt_tokens"] > 700
+    assert short["eviction"]["num_steps"] == short["answer_tokens"]
+    assert long["eviction"]["num_steps"] == -(-long["prompt_tokens"] // 64) + 1
+    assert long["eviction"]["blocks_evicted"] > 0
+    assert record(folder, "dense_s0.0", "jsonl-mine.jsonl")["samples"][0]["score"] == 1.0
+    assert (other["metric"], other["score"]) == ("f1", 0.0)
