@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vllm_plugins.request_settings import GRANULARITIES
+
 from ..inputs.tasks.sample import AFTER, BEFORE
 
 
@@ -20,11 +22,13 @@ def task_caption(record: dict[str, Any]) -> str:
     """What a table or figure of tasks was measured on, in a line."""
     run = record["specification"]
     question = {AFTER: "after the text", BEFORE: "before and after the text"}[run["question"]]
-    return _caption(
-        record,
-        f"{run['num_samples']} samples of each task a run, requests of "
-        f"{run['engine']['context_length']} tokens with their answers, question {question}",
+    samples = (
+        f"{run['num_samples']} samples of each task a run, requests of at most "
+        f"{run['engine']['context_length']} tokens with their answers, question {question}"
     )
+    granularity = run["engine"]["eviction"].get("granularity")
+    shown = f", granularity {granularity}" if granularity in GRANULARITIES else ""
+    return _caption(record, samples) + shown
 
 
 def _caption(record: dict[str, Any], measured: str) -> str:
