@@ -18,7 +18,7 @@ Point: TypeAlias = tuple[str, Sequence[Mapping[str, Any]]]
 """What was varied, in words (a text), and the records of that comparison."""
 
 
-def test_hypotheses(hypotheses: Iterable[Hypothesis], points: Sequence[Point]) -> list[dict]:
+def judge(hypotheses: Iterable[Hypothesis], points: Sequence[Point]) -> list[dict]:
     """Every hypothesis at every point and level that measured it.
 
     The measure is the loss over the tokens predicted after the first eviction of either side. A

@@ -67,7 +67,7 @@ def measure_perplexity(
     entries = [
         {
             "start": start,
-            "eviction": _rounded(result.record),
+            "eviction": result.record,
             **size,
             **by_chunk(result.log_likelihoods, chunk, min_context),
         }
@@ -117,13 +117,6 @@ def measure_throughput(
         "load_seconds": seconds,
         **run_foot(run, engine),
     }
-
-
-def _rounded(record: dict[str, Any]) -> dict[str, Any]:
-    """A request's record, its time to the microsecond."""
-    if "decision_seconds" not in record:
-        return record
-    return {**record, "decision_seconds": round(record["decision_seconds"], 6)}
 
 
 def _check_finite(start: int, result: ScoredWindow, min_context: int) -> None:

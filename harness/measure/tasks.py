@@ -8,6 +8,7 @@ from typing import Any
 
 from ..analysis.task_scores import repetition, score
 from ..inputs.tasks.sample import Sample
+from ..records.common_fields import SAMPLES, stored_once
 from ..records.head import record_head
 from ..records.provenance import SCHEMA_VERSION
 from ..resources.engine import Engine
@@ -47,7 +48,7 @@ def measure_task(
         "total_tokens": sum(e["prompt_tokens"] + e["answer_tokens"] for e in entries),
         "runtime_seconds": seconds,
         **run_foot(run, engine),
-        "samples": entries,
+        **stored_once(entries, SAMPLES),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..analysis.hypotheses import test_hypotheses
+from ..analysis.hypotheses import judge
 from ..errors import UsageError
 from ..records.files import write_json
 from ..records.stored import (
@@ -79,7 +79,7 @@ def _stated(
     if not stated:
         return []
     records = [(point_name(p), read_records(folder / p["folder"], needed=False)) for p in points]
-    tested = test_hypotheses(stated, records)
+    tested = judge(stated, records)
     write_json(folder / "hypotheses.json", tested)
     return [*hypothesis_parts(tested)]
 

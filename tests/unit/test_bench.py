@@ -491,6 +491,7 @@ def test_the_committed_studies_are_valid(monkeypatch):
     paths = sorted((ROOT / "scripts" / "studies" / "bench").glob("*.yaml"))
     studies = {path.stem: BenchStudy.read(path) for path in paths}
     assert set(studies) == {
+        "as_served",
         "chat",
         "chat_gpu",
         "default",

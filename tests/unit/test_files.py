@@ -11,6 +11,7 @@ from harness.bench import decisions, kernels
 from harness.cli import main
 from harness.errors import UnreadableFile, UnwritableFile, UsageError
 from harness.inputs import models, packages
+from harness.records.common_fields import in_each, stored_once
 from harness.records.files import read_json, replacing, write_json, write_text
 
 
@@ -97,3 +98,19 @@ def test_a_benchmark_finds_out_first_that_it_cannot_write(benchmark, tmp_path, m
         benchmark.main()
     assert ended.value.code == 2
     assert f"cannot write to {tmp_path}/file/a.json: " in capsys.readouterr().err
+
+
+def test_what_all_windows_share_is_stored_once():
+    windows = [
+        {"start": n, "eviction": {"policy": "h2o", "decisions": n, "decision_seconds": 0.12345678}}
+        for n in range(3)
+    ]
+    stored = stored_once(windows)
+    assert stored["every_window"] == {"eviction": {"policy": "h2o", "decision_seconds": 0.123457}}
+    assert [w["eviction"] for w in stored["windows"]] == [{"decisions": n} for n in range(3)]
+    read = in_each({"key": "a", **stored, **stored_once(windows, "samples")})
+    for name in ("windows", "samples"):
+        assert [w["start"] for w in read[name]] == [0, 1, 2]
+        assert read[name][2]["eviction"] == {**windows[2]["eviction"], "decision_seconds": 0.123457}
+    assert read.keys() == {"key", "windows", "samples"}
+    assert in_each({"windows": windows}) == {"windows": windows}

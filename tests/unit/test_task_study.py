@@ -6,6 +6,7 @@ import pytest
 
 from harness.errors import UsageError
 from harness.records.files import read_json
+from harness.records.stored import read_record
 from harness.report.experiment import report_experiment
 from harness.resources.scored import UnfaithfulRun
 from harness.study.plan import comparisons
@@ -143,7 +144,7 @@ def test_a_sweep_of_tasks_resumes_and_reports(engines, settings, tmp_path, monke
     assert "- `dense_s0.0`, long_generation, of seed 0: took 9 steps" in page
     again = run(settings, tmp_path / "e")
     assert (again.session.runs_skipped, again.session.runs_done) == (NUM_RUNS - 1, 1)
-    made = read_json(tmp_path / "e" / "h2o_s0.5_ctx1500_task1_niah-single.json")
+    made = read_record(tmp_path / "e" / "h2o_s0.5_ctx1500_task1_niah-single.json")
     assert (made["kind"], made["task"]) == ("task", "niah_single")
     scores = [sample["score"] for sample in made["samples"]]
     assert made["score"] == pytest.approx(sum(scores) / 6)
