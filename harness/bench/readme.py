@@ -8,7 +8,10 @@ NAMEs lie under ``results``, the last argument. Kinds:
 - ``bench``: folders of bench records, one load after the other;
 - ``tasks``: the tasks of a folder of records;
 - ``throughput``: the throughput pass of a folder of records;
-- ``headline``: an experiment whose points are texts;
+- ``headline``: an experiment whose points are texts, whole windows;
+- ``costs``: the same under eviction, and the methods to show;
+- ``hypotheses``: a study that states some;
+- ``task-means``: a folder of records of tasks, and the methods to show;
 - ``load``: records of loads, side by side;
 - ``ablation``: the folder of a study that varies something;
 - ``settings``: folders of records below one, a row for each way of scoring;
@@ -37,6 +40,7 @@ from ..records.stored import (
     PERPLEXITY_RECORDS,
     read_experiment,
     read_load_records,
+    read_record,
     read_records,
     read_task_records,
 )
@@ -47,10 +51,14 @@ from ..report.lines import caption, provenance_line, task_caption
 from ..report.tables import markdown, markdown_table, throughput_rows
 from ..report.task_tables import free_rows, free_tasks, task_rows, tasks_of
 from .load_table import load_table
+from .protocol_tables import costs_table, hypotheses_table, task_means_table
 from .scoring_tables import sampled_table, settings_table
 from .tables import batches_table, bench_table, headline_table
 
-_KINDS = "table|tasks|bench|throughput|headline|load|ablation|settings|sampled|agreement"
+_KINDS = (
+    "table|tasks|bench|throughput|headline|costs|hypotheses|task-means|load|ablation|settings|"
+    "sampled|agreement"
+)
 _MARKED = re.compile(rf"(<!-- ({_KINDS}): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -126,7 +134,7 @@ def _ablation(folder: Path) -> str:
 def _below(folder: Path) -> list[dict[str, Any]]:
     """Records of all folders below, failed runs aside."""
     paths = sorted(folder.rglob(PERPLEXITY_RECORDS))
-    return [read_json(path) for path in paths if path.parent.name != FAILED]
+    return [read_record(path) for path in paths if path.parent.name != FAILED]
 
 
 _TABLES: dict[str, Callable[..., str]] = {
@@ -135,6 +143,9 @@ _TABLES: dict[str, Callable[..., str]] = {
     "bench": lambda *folders: batches_table(list(folders)),
     "throughput": _throughput,
     "headline": _headline,
+    "costs": lambda folder, *methods: costs_table(folder, *(m.name for m in methods)),
+    "hypotheses": hypotheses_table,
+    "task-means": lambda folder, *methods: task_means_table(folder, *(m.name for m in methods)),
     "load": lambda *paths: load_table([load_in_todays_names(read_json(path)) for path in paths]),
     "ablation": _ablation,
     "settings": lambda folder: settings_table(_below(folder)),

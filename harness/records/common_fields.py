@@ -6,26 +6,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 WINDOWS, SAMPLES = "windows", "samples"
-_SECONDS = "decision_seconds"
+_EVICTION = "eviction"
+_OF_THE_RUN = ("decision_seconds",)
+"""Told for the whole run; of a single request they say nothing."""
 
 
 def stored_once(entries: Sequence[Mapping[str, Any]], name: str = WINDOWS) -> dict[str, Any]:
-    """``entries`` under ``name``, and each field of their ``eviction`` that is the same in all.
+    """``entries`` under ``name``, and each field that is the same in all, also of their
+    ``eviction``, under ``every_window`` (``every_sample``).
 
-    The latter is under ``every_window`` (``every_sample``). Seconds are told to the microsecond. A
-    record is a third smaller so, and can be committed.
+    A record is half as large so, and can be committed.
     """
-    evictions = [_rounded(entry["eviction"]) for entry in entries]
-    common = {
-        key: value
-        for key, value in evictions[0].items()
-        if all(key in other and other[key] == value for other in evictions)
-    }
-    own = [
-        {**entry, "eviction": {k: v for k, v in eviction.items() if k not in common}}
-        for entry, eviction in zip(entries, evictions, strict=True)
+    evictions = [
+        {k: v for k, v in entry[_EVICTION].items() if k not in _OF_THE_RUN} for entry in entries
     ]
-    return {_every(name): {"eviction": common}, name: own}
+    plain = [{k: v for k, v in entry.items() if k != _EVICTION} for entry in entries]
+    shared, shared_eviction = _common(plain), _common(evictions)
+    own = [
+        {**_without(entry, shared), _EVICTION: _without(eviction, shared_eviction)}
+        for entry, eviction in zip(plain, evictions, strict=True)
+    ]
+    return {_every(name): {**shared, _EVICTION: shared_eviction}, name: own}
 
 
 def in_each(record: dict[str, Any]) -> dict[str, Any]:
@@ -33,15 +34,27 @@ def in_each(record: dict[str, Any]) -> dict[str, Any]:
     made = dict(record)
     for name in (WINDOWS, SAMPLES):
         if _every(name) in record:
-            common = made.pop(_every(name))["eviction"]
-            made[name] = [{**e, "eviction": {**common, **e["eviction"]}} for e in record[name]]
+            shared = made.pop(_every(name))
+            made[name] = [
+                {**shared, **entry, _EVICTION: {**shared[_EVICTION], **entry[_EVICTION]}}
+                for entry in record[name]
+            ]
     return made
+
+
+def _common(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if len(entries) < 2:
+        return {}
+    return {
+        key: value
+        for key, value in entries[0].items()
+        if all(key in other and other[key] == value for other in entries)
+    }
+
+
+def _without(entry: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in entry.items() if k not in shared}
 
 
 def _every(name: str) -> str:
     return f"every_{name.removesuffix('s')}"
-
-
-def _rounded(eviction: Mapping[str, Any]) -> dict[str, Any]:
-    rounded = {_SECONDS: round(eviction[_SECONDS], 6)} if _SECONDS in eviction else {}
-    return {**eviction, **rounded}

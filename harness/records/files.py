@@ -13,17 +13,20 @@ from typing import Any, NoReturn
 from ..errors import UnreadableFile, UnwritableFile
 
 _NUMBERS = re.compile(r"\[[-+.\deE,\s]+\]")
+_SMALL = re.compile(r'\{\n\s+"\w+": [-+.\deE]+\s+\}')
+"""An object of one number."""
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write atomically (see ``replacing``). Lists of numbers take one line.
+    """Write atomically (see ``replacing``). Lists of numbers, and objects of one, take one line.
 
     Raises:
         ValueError: a number is not finite. ``UnwritableFile``: see ``replacing``.
 
     """
     text = json.dumps(value, indent=1, allow_nan=False)
-    write_text(path, _NUMBERS.sub(_on_one_line, text) + "\n")
+    text = _SMALL.sub(_on_one_line, _NUMBERS.sub(_on_one_line, text))
+    write_text(path, text + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

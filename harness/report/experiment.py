@@ -20,6 +20,7 @@ from ..records.stored import (
 from ..study.hypotheses import Hypothesis
 from .ablation import ablation_rows, draw_ablation, task_ablation_rows, with_metric
 from .cells import differs
+from .change_figure import draw_changes, is_for
 from .comparison import TIMINGS, failure_line, failures, report_comparison, time_rows
 from .hypotheses import hypothesis_parts
 from .lines import caption, machine_line, task_caption
@@ -106,14 +107,14 @@ def _overview(
     varied = ", ".join(points[0]["varied"])
     values = [value for point in points for value in point["varied"].values()]
     scored, asked = with_metric(reported, "perplexity"), with_metric(reported, "task_score")
-    if scored:
-        draw_ablation(
-            scored,
-            folder / "ablation",
-            f"{name}: {varied} varied; first: {told}",
-            ordered=len(points[0]["varied"]) == 1
-            and all(isinstance(v, int | float) for v in values),
-        )
+    shown = f"{name}: {varied} varied; first: {told}"
+    ordered = len(points[0]["varied"]) == 1 and all(isinstance(v, int | float) for v in values)
+    told_by = "Perplexity at every point; bars from the lowest to the highest run."
+    if scored and is_for(scored) and not ordered:
+        draw_changes(scored, folder / "ablation", shown)
+        told_by = "What each method costs against dense, over whole windows."
+    elif scored:
+        draw_ablation(scored, folder / "ablation", shown, ordered)
     links = [
         f"- [{text}]({point['folder']}/report.md)"
         for point, (text, _) in zip(points, reported, strict=True)
@@ -130,9 +131,7 @@ def _overview(
             "Mean and standard deviation over runs; in brackets against dense at the same point"
             f"{_AT if any(differs(e) for _, r in scored for e in r.values()) else ''}.",
             markdown(ablation_rows(scored)),
-            Figure(
-                "ablation", "Perplexity at every point; bars from the lowest to the highest run."
-            ),
+            Figure("ablation", told_by),
         ]
     if asked:
         parts += [

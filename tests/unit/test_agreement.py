@@ -9,7 +9,8 @@ from harness.analysis.perplexity import perplexity, total
 from harness.bench.readme import fill, main
 from harness.bench.scoring_tables import sampled_table
 from harness.errors import UsageError
-from harness.records.files import read_json, write_json
+from harness.records.files import write_json
+from harness.records.stored import read_record
 from harness.report.agreement import agreement_table
 
 from .records import experiment
@@ -126,7 +127,7 @@ def test_a_refusal_is_one_sentence_and_leaves_the_readme_alone(
 
 def test_records_say_under_either_name_how_scores_were_sampled():
     folder = Path(__file__).resolve().parents[2] / "results" / "sampled-scores"
-    records = [read_json(path) for path in sorted(folder.rglob("*_seed*.json"))]
+    records = [read_record(path) for path in sorted(folder.rglob("*_seed*.json"))]
     table = sampled_table(records)
     for record in records:
         eviction = record["specification"]["engine"]["eviction"]

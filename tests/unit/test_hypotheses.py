@@ -10,6 +10,7 @@ from harness.analysis.perplexity import last_quarter
 from harness.errors import UsageError
 from harness.inputs.windows import ALL_WINDOWS, tile_windows
 from harness.records.files import read_json, write_json
+from harness.report.change_figure import draw_changes, is_for
 from harness.report.experiment import report_experiment
 from harness.study.hypotheses import Hypothesis
 from harness.study.settings import Study
@@ -138,3 +139,16 @@ def test_the_last_quarter_is_told_where_no_sum_spans_its_start():
     run = {**run, "windows": [{**run["windows"][0], **window, "predictions_per_entry": 4}]}
     quarter = aggregate([run])["dense_s0.0"]["perplexity_last_quarter"]
     assert quarter["mean"] == pytest.approx(math.exp(2.0))
+
+
+def test_many_methods_are_drawn_as_rows(tmp_path):
+    methods = [f"policy-{n}" for n in range(9)]
+    few, many = (
+        [(text, aggregate(runs(dict.fromkeys(methods[:n], 0.1)))) for text in ("prose", "code")]
+        for n in (3, 9)
+    )
+    assert not is_for(few)
+    assert is_for(many)
+    draw_changes(many, tmp_path / "changes", "made up")
+    drawn = (tmp_path / "changes.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in (*methods, "prose", "code"))

@@ -1,0 +1,133 @@
+"""Tables of README.md and results/README.md over the studies of ``results/PROTOCOL.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..analysis.aggregate import significance
+from ..analysis.hypotheses import judge
+from ..analysis.task_aggregate import aggregate_tasks
+from ..errors import UsageError
+from ..records.specifications import DENSE
+from ..records.stored import EXPERIMENT, read_experiment, read_records, read_task_records
+from ..report.cells import level_order, level_shown
+from ..report.lines import provenance_line, task_caption
+from ..report.tables import Row, markdown
+from ..study.hypotheses import Hypothesis
+
+_NEEDLES = "niah_"
+
+
+def costs_table(folder: Path, *methods: str) -> str:
+    """Change of perplexity against dense under eviction, by text and sparsity.
+
+    Args:
+        folder: of an experiment whose points are texts.
+        methods: rows, in their order.
+
+    """
+    points = _points(folder)
+    tests = [(_short(name), significance(records)) for name, records in points]
+    levels = _levels(points)
+    table: list[Row] = [
+        ("method", *(f"{text}, {level[1:]}" for level in levels for text, _ in tests))
+    ]
+    for method in methods:
+        cells = [
+            _change(test[f"{DENSE}_vs_{method}_{level}"]["after_eviction"])
+            for level in levels
+            for _, test in tests
+        ]
+        table.append((method, *cells))
+    first = points[0][1][0]
+    engine = first["specification"]["engine"]
+    counts = ", ".join(
+        f"{len(records[0]['windows'])} of {_short(name)}" for name, records in points
+    )
+    return (
+        "Change of perplexity against dense over the tokens predicted after the first eviction, "
+        "with its 95% interval over clusters of windows, by text and sparsity. All windows of "
+        f"{engine['context_length']} tokens that tile a text: {counts}. Chunks of "
+        f"{engine['prefill_chunk']} tokens, blocks of {engine['block_size']}.\n"
+        f"{engine['model']}, {provenance_line(first)}\n\n{markdown(table)}"
+    )
+
+
+def hypotheses_table(folder: Path) -> str:
+    """Every hypothesis of a study and level, a column for each text."""
+    points = _points(folder)
+    stated = read_experiment(folder / EXPERIMENT)["study"]["hypotheses"]
+    tested = judge([Hypothesis.parse(h) for h in stated], points)
+    names = list(dict.fromkeys(row["point"] for row in tested))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for row in tested:
+        cell = f"{100 * row['change']:+.1f}% {row['verdict']}"
+        rows.setdefault((row["hypothesis"], row["level"]), {})[row["point"]] = cell
+    table: list[Row] = [
+        ("hypothesis", "sparsity", *(_short(name) or "perplexity" for name in names))
+    ]
+    table += [
+        (told, level_shown(level), *(cells.get(name, "-") for name in names))
+        for (told, level), cells in rows.items()
+    ]
+    first = points[0][1][0]
+    model = first["specification"]["engine"]["model"]
+    return f"{model}, {provenance_line(first)}\n\n{markdown(table)}"
+
+
+def task_means_table(folder: Path, *methods: str) -> str:
+    """Mean score of the needles, and of all tasks, by method and sparsity.
+
+    Raises:
+        UsageError: the folder holds no record of a task.
+
+    """
+    records = read_task_records(folder)
+    if not records:
+        raise UsageError(
+            f"{folder} holds no record of a task; name the folder of a study with tasks"
+        )
+    results = aggregate_tasks(records)
+    levels = sorted(
+        {key.removeprefix(f"{e['method']}_") for key, e in results.items() if e["method"] != DENSE},
+        key=lambda level: level_order(level_shown(level)),
+    )
+    heads = [
+        f"{what}, {level_shown(level)}" for level in levels for what in ("needles", "all tasks")
+    ]
+    table: list[Row] = [("method", *heads)]
+    for method in methods:
+        keys = [f"{method}_{'s0.0' if method == DENSE else level}" for level in levels]
+        cells = [cell for key in keys for cell in _means(results[key])]
+        table.append((method, *cells))
+    told = f"Scores from 0 to 1. {task_caption(records[0])}."
+    return f"{told}\n{provenance_line(records[0])}\n\n{markdown(table)}"
+
+
+def _means(entry: dict[str, Any]) -> list[str]:
+    needles = [e["mean"] for task, e in entry["tasks"].items() if task.startswith(_NEEDLES)]
+    return [f"{np.mean(needles):.2f}", f"{entry['task_score']['mean']:.2f}"]
+
+
+def _points(folder: Path) -> list[tuple[str, list[dict[str, Any]]]]:
+    points = read_experiment(folder / EXPERIMENT)["comparisons"]
+    named = [(" ".join(map(str, p["varied"].values())), folder / p["folder"]) for p in points]
+    return [(name, read_records(path)) for name, path in named]
+
+
+def _levels(points: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[str]:
+    records = points[0][1]
+    return sorted({r["level"] for r in records if r["method"] != DENSE})
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("text:")
+
+
+def _change(result: dict[str, Any]) -> str:
+    value, low, high = 100 * np.expm1([result["mean_difference_nats"], *result["interval_95"]])
+    return f"{value:+.1f}% [{low:+.1f}, {high:+.1f}]"
