@@ -123,45 +123,49 @@ def compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[s
     a, b = window_losses(first), window_losses(second)
     common = a.keys() & b.keys()
     shared = independent(common, first[0]["specification"]["engine"]["context_length"])
-    seeds = _clusters(shared, first[0])
+    tiled = first[0]["specification"].get("num_samples") == ALL_WINDOWS
+    clusters = _neighbours(len(shared)) if tiled else [seed for seed, _ in shared]
+
+    def tested(starts: Iterable[int]) -> dict[str, Any]:
+        places = list(zip(shared, starts, strict=True))
+        theirs, ours = ([_nll(of[w], s) for w, s in places] for of in (a, b))
+        return paired_test(theirs, ours, clusters, neighbours=tiled)
+
     result: dict[str, Any] = {
         "test": "paired t-test and Wilcoxon signed-rank on mean NLL per window (nats per token), "
         "Holm-corrected over all comparisons of the file, over windows that share no token",
         "num_windows_left_out": len(common) - len(shared),
-        "all_tokens": paired_test(
-            [_nll(a[w]) for w in shared], [_nll(b[w]) for w in shared], seeds
-        ),
+        "all_tokens": tested([0] * len(shared)),
         "after_eviction": None,
         "last_quarter": None,
     }
     starts = [_earlier(first_affected(a[w]), first_affected(b[w])) for w in shared]
-    known = [(w, s) for w, s in zip(shared, starts, strict=True) if s is not None]
-    if len(known) == len(shared) and all(total(a[w], s)[1] for w, s in known):
-        result["after_eviction"] = paired_test(
-            [_nll(a[w], s) for w, s in known], [_nll(b[w], s) for w, s in known], seeds
-        )
-    late = [(w, s) for w in shared if (s := last_quarter(a[w])) is not None]
-    if len(late) == len(shared) and all(s >= a[w].get("num_unscored", 0) for w, s in late):
-        result["last_quarter"] = paired_test(
-            [_nll(a[w], s) for w, s in late], [_nll(b[w], s) for w, s in late], seeds
-        )
+    known = [start for start in starts if start is not None]
+    if len(known) == len(shared) and all(map(lambda w, s: total(a[w], s)[1], shared, known)):
+        result["after_eviction"] = tested(known)
+    late = [s for w in shared if (s := _scored_last_quarter(a[w])) is not None]
+    if len(late) == len(shared):
+        result["last_quarter"] = tested(late)
     return result
 
 
-def _clusters(windows: list[tuple[int, int]], record: dict[str, Any]) -> list[int]:
-    """Which windows (seed, place) depend on each other: those of a seed, which chose them, or
-    neighbours where they tile the text."""
-    if record["specification"].get("num_samples") != ALL_WINDOWS:
-        return [seed for seed, _ in windows]
-    groups = np.array_split(np.arange(len(windows)), max(1, len(windows) // CLUSTER_WINDOWS))
-    return [number for number, group in enumerate(groups) for _ in group]
+def _neighbours(num_windows: int) -> list[int]:
+    """Of windows in the order of the text that they tile, which ones are a cluster."""
+    number = max(1, num_windows // CLUSTER_WINDOWS)
+    groups = np.array_split(np.arange(num_windows), number)
+    return [cluster for cluster, group in enumerate(groups) for _ in group]
 
 
 def _last_quarter(run: dict[str, Any]) -> float | None:
-    starts = [s for window in run["windows"] if (s := last_quarter(window)) is not None]
-    if len(starts) < len(run["windows"]):
-        return None
-    return perplexity(map(total, run["windows"], starts))
+    starts = [_scored_last_quarter(window) for window in run["windows"]]
+    known = [start for start in starts if start is not None]
+    return perplexity(map(total, run["windows"], known)) if len(known) == len(starts) else None
+
+
+def _scored_last_quarter(window: dict[str, Any]) -> int | None:
+    """Where it begins; None where it is told by no sum, or not scored as a whole."""
+    start = last_quarter(window)
+    return None if start is None or start < window.get("num_unscored", 0) else start
 
 
 def _earlier(a: int | None, b: int | None) -> int | None:

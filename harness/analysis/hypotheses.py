@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ..study.hypotheses import Hypothesis
-from .aggregate import compare
+from .aggregate import compare, window_losses
 from .pairs import Runs, by_key, is_dense
 from .statistics import holm
 
@@ -38,7 +38,12 @@ def judge(hypotheses: Iterable[Hypothesis], points: Sequence[Point]) -> list[dic
     for hypothesis in hypotheses:
         for point, records in points:
             groups = by_key(records)  # type: ignore[arg-type]
-            pairs = _pairs(hypothesis, groups)
+            # Of an interrupted study two methods may have no window in common yet.
+            pairs = [
+                (base, judged, limit)
+                for base, judged, limit in _pairs(hypothesis, groups)
+                if window_losses(base).keys() & window_losses(judged).keys()
+            ]
             rows += [_tested(hypothesis, point, *pair) for pair in pairs]
     differences = [row for row in rows if row["limit"] is None]
     adjusted = holm([row["p"] for row in differences])

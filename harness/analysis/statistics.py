@@ -77,7 +77,10 @@ def disjoint(starts: Sequence[int], length: int) -> list[int]:
 
 
 def paired_test(
-    first: Sequence[float], second: Sequence[float], clusters: Sequence[int] | None = None
+    first: Sequence[float],
+    second: Sequence[float],
+    clusters: Sequence[int] | None = None,
+    neighbours: bool = False,
 ) -> dict[str, Any]:
     """Whether two methods differ on the same windows.
 
@@ -85,6 +88,8 @@ def paired_test(
         first, second: mean negative log-likelihood per window, ``[n]`` each, paired; of windows
             that are independent, so share no token (``disjoint``).
         clusters: seed of each window, or its group of neighbours, ``[n]``; None: all of one.
+        neighbours: clusters are groups of windows that depend on each other, so that a single one
+            allows no test.
 
     Returns:
         - ``mean_difference_nats``: ``second - first``, nats per token; positive: ``first`` is
@@ -94,7 +99,7 @@ def paired_test(
         - ``paired_t_p``, ``wilcoxon_p``: two-sided paired t-test and Wilcoxon signed-rank. The
           latter is no test of the mean where differences are skewed;
         - ``clustered_t_p``: two-sided t-test over the means of the clusters, for windows that
-          depend on their neighbours; ``paired_t_p`` where there is one cluster;
+          depend on their neighbours; ``paired_t_p`` where all are of one seed;
         - ``effect_size_dz``: Cohen's d of paired samples, mean over standard deviation;
         - ``minimal_detectable_difference``: the smallest difference that a paired t-test at 5%
           finds in 80% of samples of this size and spread, nats per token.
@@ -130,22 +135,37 @@ def paired_test(
     # Rounding leaves a spread of some 1e-17 where every difference is the same.
     if spread > 1e-12 * abs(difference).max():
         result["paired_t_p"] = float(stats.ttest_rel(b, a).pvalue)
-        result["clustered_t_p"] = _clustered_t(difference, groups) or result["paired_t_p"]
+        result["clustered_t_p"] = result["paired_t_p"]
+        if neighbours or result["num_seeds"] > 1:
+            result["clustered_t_p"] = _clustered_t(difference, groups)
         result["effect_size_dz"] = float(difference.mean()) / spread
         quantiles = stats.t.ppf([0.5 + CONFIDENCE / 2, POWER], n - 1).sum()
         result["minimal_detectable_difference"] = float(quantiles * spread / math.sqrt(n))
         result["interval_95_t"] = list(mean_interval(difference)[1:])
-        low, high, method = interval(difference, groups)
+        if neighbours and result["num_seeds"] < MIN_UNITS:
+            low, high, method = _over_clusters(difference, groups)
+        else:
+            low, high, method = interval(difference, groups)
         result["interval_95"], result["interval_method"] = [low, high], method
     return result
 
 
+def _cluster_means(difference: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    return np.array([difference[clusters == name].mean() for name in np.unique(clusters)])
+
+
 def _clustered_t(difference: np.ndarray, clusters: np.ndarray) -> float | None:
-    names = np.unique(clusters)
-    if len(names) < 2:
+    """None: a single cluster, or no spread between them."""
+    means = _cluster_means(difference, clusters)
+    if len(means) < 2 or means.std(ddof=1) <= 1e-12 * abs(means).max():
         return None
-    means = [difference[clusters == name].mean() for name in names]
     return float(stats.ttest_1samp(means, 0.0).pvalue)
+
+
+def _over_clusters(difference: np.ndarray, clusters: np.ndarray) -> tuple[float, float, str]:
+    """Student's t over the means of few clusters, of which a bootstrap knows too little."""
+    _, low, high = mean_interval(_cluster_means(difference, clusters))
+    return low, high, "Student's t over clusters"
 
 
 def interval(difference: np.ndarray, clusters: np.ndarray) -> tuple[float, float, str]:

@@ -65,7 +65,8 @@ def hypotheses_table(folder: Path) -> str:
     names = list(dict.fromkeys(row["point"] for row in tested))
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for row in tested:
-        cell = f"{100 * row['change']:+.1f}% {row['verdict']}"
+        change = "-" if row["change"] is None else f"{100 * row['change']:+.1f}%"
+        cell = f"{change} {row['verdict']}"
         rows.setdefault((row["hypothesis"], row["level"]), {})[row["point"]] = cell
     table: list[Row] = [
         ("hypothesis", "sparsity", *(_short(name) or "perplexity" for name in names))
@@ -128,6 +129,8 @@ def _short(name: str) -> str:
     return name.removeprefix("text:")
 
 
-def _change(result: dict[str, Any]) -> str:
+def _change(result: dict[str, Any] | None) -> str:
+    if result is None or result["interval_95"] is None:
+        return "-"
     value, low, high = 100 * np.expm1([result["mean_difference_nats"], *result["interval_95"]])
     return f"{value:+.1f}% [{low:+.1f}, {high:+.1f}]"

@@ -7,6 +7,7 @@ from typing import Any
 
 WINDOWS, SAMPLES = "windows", "samples"
 _EVICTION = "eviction"
+_MISSING = object()
 _OF_THE_RUN = ("decision_seconds",)
 """Told for the whole run; of a single request they say nothing."""
 
@@ -48,7 +49,8 @@ def _common(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         key: value
         for key, value in entries[0].items()
-        if all(key in other and other[key] == value for other in entries)
+        # 1 and True and 1.0 are equal, and are not the same.
+        if all(repr(other.get(key, _MISSING)) == repr(value) for other in entries)
     }
 
 

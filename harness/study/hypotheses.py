@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,16 +32,19 @@ class Hypothesis:
         """
         names = set(value) if isinstance(value, Mapping) else set()
         if names == {"better", "worse"} and all(isinstance(v, str) for v in value.values()):
-            return cls(**value)
-        if names == {"method", "at_most"} and isinstance(value["at_most"], Mapping):
-            numbers = [*value["at_most"], *value["at_most"].values()]
-            try:
-                pairs = {float(k): float(v) for k, v in value["at_most"].items()}
-            except (TypeError, ValueError):
-                pairs = {}
-            if numbers and len(pairs) == len(value["at_most"]):
-                return cls(method=str(value["method"]), at_most=pairs)
+            if value["better"] != value["worse"]:
+                return cls(**value)
+        elif names == {"method", "at_most"} and isinstance(value["method"], str):
+            limits = value["at_most"] if isinstance(value["at_most"], Mapping) else {}
+            pairs = {_share(k): _share(v) for k, v in limits.items() if not isinstance(v, str)}
+            if limits and len(pairs) == len(limits) and None not in (*pairs, *pairs.values()):
+                return cls(method=value["method"], at_most=pairs)  # type: ignore[arg-type]
         raise UsageError(f"hypothesis {value!r} cannot be read; give one {_EXAMPLE}")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Those that it speaks of."""
+        return (self.method,) if self.method else (self.better, self.worse)
 
 
 def check_hypotheses(values: Iterable[Any]) -> None:
@@ -52,3 +56,23 @@ def check_hypotheses(values: Iterable[Any]) -> None:
     """
     for value in values:
         Hypothesis.parse(value)
+
+
+def untestable(values: Iterable[Any], methods: Iterable[str]) -> list[str]:
+    """A sentence for each hypothesis about what is not among a study's methods."""
+    known = set(methods)
+    return [
+        f"hypothesis {value!r} is not tested, as {name} is no method of the study"
+        for value in values
+        for name in Hypothesis.parse(value).methods
+        if name not in known
+    ]
+
+
+def _share(number: Any) -> float | None:
+    """A sparsity or a limit; of a stored study, whose keys are texts, also as text."""
+    try:
+        value = math.nan if isinstance(number, bool) else float(number)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) and value >= 0 else None

@@ -16,7 +16,7 @@ from ..inputs.corpora import DEFAULT_DATASET, DOCUMENT_MODES, has_rows
 from ..inputs.models import DEFAULT_MODEL, recorded_name
 from ..inputs.tasks.sample import AFTER
 from ..inputs.windows import ALL_WINDOWS
-from .hypotheses import check_hypotheses
+from .hypotheses import check_hypotheses, untestable
 from .points import check_known
 from .specification import PROTOCOLS
 from .tasks import check_tasks, tasks_need
@@ -190,7 +190,8 @@ class Study:
         for name in ("load_runs", "load_requests", "load_output_tokens"):
             needed[name] = ("--throughput", self.throughput or "throughput" in self.vary)
         needed |= tasks_need(self)
-        return [
+        named = [m.get("name", m["policy"]) if isinstance(m, Mapping) else m for m in self.methods]
+        return untestable(self.hypotheses, named) + [
             f"--{name.replace('_', '-')} has no effect without {what}"
             for name, (what, there) in needed.items()
             if name in given and not there

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import re
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from harness.records.stored import read_record
 from harness.study.settings import ALL_SCORES  # as the tests' references have it
 
 from ..conftest import ROOT
@@ -148,7 +148,7 @@ def evaluation(smollm2, canterbury, readme_policy, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {
-        method: json.loads(path.read_text())
+        method: read_record(path)
         for method in methods
         for path in (folder / "e").glob(f"{method}_*_seed0.json")
     }
@@ -158,7 +158,7 @@ def evaluation(smollm2, canterbury, readme_policy, tmp_path_factory):
 def wiki_windows(smollm2, wiki_test):
     """Every 25th window of the committed evaluation: its records, and the tokens of each."""
     folder = ROOT / "results" / "full-evaluation" / "dataset=text-wiki.test.raw"
-    record = json.loads((folder / "dense_s0_ctx2048_seed0.json").read_text())
+    record = read_record(folder / "dense_s0_ctx2048_seed0.json")
     windows = record["windows"][::25]
     assert len(windows) == 2
     return windows, windows_of(smollm2, wiki_test, [window["start"] for window in windows], 2048)

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from harness.cli import main
+from harness.records.stored import read_record
 
 from .conftest import HARNESS, OFFLINE, SWEEP, TINY, offline
 
@@ -32,7 +33,7 @@ def test_every_file_is_there(experiment):
 
 def test_a_record_says_everything_about_its_run(experiment):
     folder, _ = experiment
-    record = json.loads((folder / "h2o_s0.6_ctx320_seed1.json").read_text())
+    record = read_record(folder / "h2o_s0.6_ctx320_seed1.json")
     for key in (
         "perplexity",
         "tokens_per_second",

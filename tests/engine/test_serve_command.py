@@ -11,6 +11,7 @@ import urllib.request
 
 import pytest
 
+from harness.records.stored import read_record
 from harness.resources.server import free_port, serving
 
 from .conftest import windows_of
@@ -82,7 +83,7 @@ def test_scoring_by_echo_measures_eviction_as_offline_does(
     server, experiment, small_text, small_llama
 ):
     """As lm-eval asks: token ids, echoed with their log-probs, one token made."""
-    record = json.loads((experiment[0] / "h2o_s0.6_ctx320_seed0.json").read_text())
+    record = read_record(experiment[0] / "h2o_s0.6_ctx320_seed0.json")
     windows = record["windows"][:2]
     prompts = windows_of(small_llama, small_text, [window["start"] for window in windows], 320)
     for window, prompt in zip(windows, prompts, strict=True):

@@ -5,6 +5,8 @@ import os
 
 import pytest
 
+from harness.records.stored import read_record
+
 from .conftest import offline
 
 DRAWN = 8
@@ -39,7 +41,7 @@ def no_engine_of_the_process(engine_slot):
 
 
 def record(folder, key, task):
-    return json.loads((folder / f"{key}_ctx1024_task0_{task}.json").read_text())
+    return read_record(folder / f"{key}_ctx1024_task0_{task}.json")
 
 
 def test_dense_finds_the_needle(folder):

@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from harness.analysis.aggregate import CLUSTER_WINDOWS, aggregate, compare
 from harness.analysis.hypotheses import ALPHA, CONFIRMED, OPEN, REFUTED, judge
 from harness.analysis.perplexity import last_quarter
+from harness.analysis.statistics import paired_test
 from harness.errors import UsageError
 from harness.inputs.windows import ALL_WINDOWS, tile_windows
 from harness.records.files import read_json, write_json
@@ -75,6 +77,10 @@ def test_what_was_not_measured_is_no_row():
         {"method": "h2o", "at_most": 0.1},
         {"method": "h2o", "at_most": {"half": 0.1}},
         {"method": "h2o", "at_most": {}},
+        {"method": 3, "at_most": {0.5: 0.1}},
+        {"method": "h2o", "at_most": {0.5: float("nan")}},
+        {"method": "h2o", "at_most": {0.5: True}},
+        {"better": "h2o", "worse": "h2o"},
     ],
 )
 def test_what_is_no_hypothesis_is_refused(wrong):
@@ -85,12 +91,14 @@ def test_what_is_no_hypothesis_is_refused(wrong):
 def test_a_report_begins_with_them(tmp_path):
     for run in runs({"h2o": 0.1, "cab": 0.3}):
         write_json(tmp_path / f"{run['key']}_ctx20_seed{run['seed']}.json", run)
-    study = {"hypotheses": [{"better": "h2o", "worse": "cab"}]}
+    cost = {"method": "h2o", "at_most": {0.5: 0.2}}
+    study = Study.parse({"hypotheses": [{"better": "h2o", "worse": "cab"}, cost]}).to_dict()
     point = {"varied": {}, "folder": "."}
     write_json(tmp_path / "experiment.json", {"study": study, "comparisons": [point]})
     report_experiment(tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert "| h2o beats cab | - | 0.5 | -" in page
+    assert "| h2o costs at most 20% | - | 0.5 | +" in page
     assert page.index("## Hypotheses") < page.index("## Differences")
     assert read_json(tmp_path / "hypotheses.json")[0]["verdict"] == CONFIRMED
 
@@ -152,3 +160,31 @@ def test_many_methods_are_drawn_as_rows(tmp_path):
     draw_changes(many, tmp_path / "changes", "made up")
     drawn = (tmp_path / "changes.svg").read_text()
     assert all(f"<!-- {name} -->" in drawn for name in (*methods, "prose", "code"))
+
+
+def test_one_cluster_allows_no_test_and_few_an_interval_of_their_means():
+    rng = np.random.default_rng(0)
+    base, worse = rng.normal(2, 0.1, 15), rng.normal(2.3, 0.1, 15)
+    one = paired_test(base, worse, [0] * 15, neighbours=True)
+    assert one["clustered_t_p"] is None
+    assert one["paired_t_p"] < 1e-3
+    two = paired_test(base, worse, [0] * 8 + [1] * 7, neighbours=True)
+    assert two["interval_method"] == "Student's t over clusters"
+    assert two["interval_95"][0] < two["mean_difference_nats"] < two["interval_95"][1]
+    # Equal and opposite neighbours: no spread between the clusters, so no p to spoil a family with.
+    flat = paired_test([0.0] * 16, [1.0, -1.0] * 8, [0] * 8 + [1] * 8, neighbours=True)
+    assert flat["clustered_t_p"] is None
+
+
+def test_methods_without_a_common_window_are_no_row():
+    made = [run for run in runs({"h2o": 0.1}) if run["method"] != "dense" and run["seed"] == 0]
+    made += [run for run in runs({"cab": 0.1}) if run["method"] != "dense" and run["seed"] == 1]
+    assert judged([{"better": "h2o", "worse": "cab"}], text=made) == []
+
+
+def test_a_hypothesis_about_no_method_of_the_study_says_so():
+    study = Study.parse({"hypotheses": [{"better": "h2o", "worse": "streming"}]})
+    assert study.without_effect() == [
+        "hypothesis {'better': 'h2o', 'worse': 'streming'} is not tested, as streming is no method "
+        "of the study"
+    ]
