@@ -5,7 +5,6 @@ import json
 import pytest
 
 from harness.errors import UsageError
-from harness.records.files import read_json
 from harness.records.stored import read_record
 from harness.report.experiment import report_experiment
 from harness.resources.scored import UnfaithfulRun
@@ -154,7 +153,7 @@ def test_a_sweep_of_tasks_resumes_and_reports(engines, settings, tmp_path, monke
         assert 0.98 * 1468 <= sample["prompt_tokens"] <= 1468
         assert sample["eviction"]["blocks_evicted"] == 2
         assert "token_ids" not in sample
-    free = read_json(tmp_path / "e" / "h2o_s0.5_ctx1500_task1_long-generation.json")
+    free = read_record(tmp_path / "e" / "h2o_s0.5_ctx1500_task1_long-generation.json")
     assert free["score"] is None
     assert len(free["samples"][0]["token_ids"]) == 64
     ((_, results),) = report_experiment(tmp_path / "e")
@@ -168,7 +167,7 @@ def test_a_task_may_be_added_but_not_another_question(engines, settings, mine, t
     more = {**settings, "tasks": [*settings["tasks"], f"jsonl:{mine}"]}
     added = run(more, tmp_path / "e")
     assert (added.session.runs_skipped, added.session.runs_done) == (NUM_RUNS, 4)
-    record = read_json(tmp_path / "e" / "h2o_s0.5_ctx1500_task0_jsonl-my-seed0.jsonl.json")
+    record = read_record(tmp_path / "e" / "h2o_s0.5_ctx1500_task0_jsonl-my-seed0.jsonl.json")
     assert record["effective_sparsity"] is None, "prompts differ in length"
     assert len(record["samples"]) == 6
     assert record["samples"][0]["metric"] == "contains"
