@@ -92,9 +92,7 @@ def significance(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     tested as share no token. Two results a pair: over all tokens, and over those after the first
     eviction. Each is a family of its own for Holm's correction: ``*_holm`` beside the p-values.
     """
-    # Runs may have failed, or be still to come: a pair without a common window is no pair yet.
-    pairs = pairs_of(records)
-    pairs = [(a, b) for a, b in pairs if window_losses(a).keys() & window_losses(b).keys()]
+    pairs = [(a, b) for a, b in pairs_of(records) if share_windows(a, b)]
     tests = {pair_name(first, second): compare(first, second) for first, second in pairs}
     for part in TESTED:
         family = [test[part] for test in tests.values() if test[part] is not None]
@@ -109,6 +107,12 @@ def significance(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def window_losses(runs: Iterable[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:
     """Windows of a method's runs by (seed, place)."""
     return {(run["seed"], window["start"]): window for run in runs for window in run["windows"]}
+
+
+def share_windows(first: Iterable[dict[str, Any]], second: Iterable[dict[str, Any]]) -> bool:
+    """Whether two methods can be compared. Runs may have failed, or be still to come: a pair
+    without a common window is no pair yet."""
+    return bool(window_losses(first).keys() & window_losses(second).keys())
 
 
 def independent(windows: Iterable[tuple[int, int]], length: int) -> list[tuple[int, int]]:

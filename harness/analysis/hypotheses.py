@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ..study.hypotheses import Hypothesis
-from .aggregate import compare, window_losses
-from .pairs import Runs, by_key, is_dense
+from .aggregate import compare, share_windows
+from .pairs import Runs, by_key, dense_of, level_of
 from .statistics import holm
 
 ALPHA = 0.01
 """Of a difference, after Holm's correction over the whole family."""
 CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "open"
-Point: TypeAlias = tuple[str, Sequence[Mapping[str, Any]]]
+Point: TypeAlias = tuple[str, Sequence[dict[str, Any]]]
 """What was varied, in words (a text), and the records of that comparison."""
 
 
@@ -37,14 +37,11 @@ def judge(hypotheses: Iterable[Hypothesis], points: Sequence[Point]) -> list[dic
     rows: list[dict[str, Any]] = []
     for hypothesis in hypotheses:
         for point, records in points:
-            groups = by_key(records)  # type: ignore[arg-type]
-            # Of an interrupted study two methods may have no window in common yet.
-            pairs = [
-                (base, judged, limit)
-                for base, judged, limit in _pairs(hypothesis, groups)
-                if window_losses(base).keys() & window_losses(judged).keys()
+            rows += [
+                _tested(hypothesis, point, base, judged, limit)
+                for base, judged, limit in _pairs(hypothesis, by_key(records))
+                if share_windows(base, judged)
             ]
-            rows += [_tested(hypothesis, point, *pair) for pair in pairs]
     differences = [row for row in rows if row["limit"] is None]
     adjusted = holm([row["p"] for row in differences])
     for row, value in zip(differences, adjusted, strict=True):
@@ -68,17 +65,12 @@ def _pairs(
             for worse in named.get(hypothesis.worse, ())
             if level_of(better[0]) == level_of(worse[0])
         ]
-    dense = next((runs for runs in groups.values() if is_dense(runs[0])), None)
+    dense = dense_of(groups.values())
     return [
         (dense, runs, hypothesis.at_most[runs[0]["sparsity"]])
         for runs in named.get(hypothesis.method, ())
         if dense is not None and runs[0]["sparsity"] in hypothesis.at_most
     ]
-
-
-def level_of(record: Mapping[str, Any]) -> str:
-    """``s0.9`` or ``b256``: the key without the method."""
-    return str(record["key"]).removeprefix(f"{record['method']}_")
 
 
 def _tested(

@@ -89,7 +89,7 @@ def paired_test(
             that are independent, so share no token (``disjoint``).
         clusters: seed of each window, or its group of neighbours, ``[n]``; None: all of one.
         neighbours: clusters are groups of windows that depend on each other, so that a single one
-            allows no test.
+            allows no test and no interval.
 
     Returns:
         - ``mean_difference_nats``: ``second - first``, nats per token; positive: ``first`` is
@@ -142,10 +142,12 @@ def paired_test(
         quantiles = stats.t.ppf([0.5 + CONFIDENCE / 2, POWER], n - 1).sum()
         result["minimal_detectable_difference"] = float(quantiles * spread / math.sqrt(n))
         result["interval_95_t"] = list(mean_interval(difference)[1:])
-        if neighbours and result["num_seeds"] < MIN_UNITS:
+        if not neighbours or result["num_seeds"] >= MIN_UNITS:
+            low, high, method = interval(difference, groups)
+        elif result["num_seeds"] > 1:
             low, high, method = _over_clusters(difference, groups)
         else:
-            low, high, method = interval(difference, groups)
+            return result
         result["interval_95"], result["interval_method"] = [low, high], method
     return result
 

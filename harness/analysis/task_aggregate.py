@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from ..inputs.tasks.registry import TASKS
 from .estimate import Estimate
-from .pairs import Runs, by_key, is_dense, pair_name, pairs_of
+from .pairs import Runs, by_key, dense_of, is_dense, pair_name, pairs_of
 from .statistics import estimate, holm, paired_test
 from .stratified import stratified_test
 from .task_scores import same_beginning, unigram_f1
@@ -34,7 +34,7 @@ def aggregate_tasks(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     names = task_names(records)
     scored = [n for n in names if any(_is(r, n) and r["score"] is not None for r in records)]
-    dense = next((runs for runs in by_key(records).values() if is_dense(runs[0])), None)
+    dense = dense_of(by_key(records).values())
     results: dict[str, Any] = {}
     for key, runs in by_key(records).items():
         seeds = sorted({run["seed"] for run in runs})

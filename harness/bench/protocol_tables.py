@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 
 from ..analysis.aggregate import significance
-from ..analysis.hypotheses import judge
 from ..analysis.task_aggregate import aggregate_tasks
 from ..errors import UsageError
 from ..records.specifications import DENSE
 from ..records.stored import EXPERIMENT, read_experiment, read_records, read_task_records
 from ..report.cells import level_order, level_shown
+from ..report.experiment import point_name, tested_hypotheses
 from ..report.lines import provenance_line, task_caption
 from ..report.tables import Row, markdown
-from ..study.hypotheses import Hypothesis
 
 _NEEDLES = "niah_"
 
@@ -59,9 +58,7 @@ def costs_table(folder: Path, *methods: str) -> str:
 
 def hypotheses_table(folder: Path) -> str:
     """Every hypothesis of a study and level, a column for each text."""
-    points = _points(folder)
-    stated = read_experiment(folder / EXPERIMENT)["study"]["hypotheses"]
-    tested = judge([Hypothesis.parse(h) for h in stated], points)
+    tested = tested_hypotheses(folder)
     names = list(dict.fromkeys(row["point"] for row in tested))
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for row in tested:
@@ -75,7 +72,7 @@ def hypotheses_table(folder: Path) -> str:
         (told, level_shown(level), *(cells.get(name, "-") for name in names))
         for (told, level), cells in rows.items()
     ]
-    first = points[0][1][0]
+    first = _points(folder)[0][1][0]
     model = first["specification"]["engine"]["model"]
     return f"{model}, {provenance_line(first)}\n\n{markdown(table)}"
 
@@ -87,11 +84,7 @@ def task_means_table(folder: Path, *methods: str) -> str:
         UsageError: the folder holds no record of a task.
 
     """
-    records = read_task_records(folder)
-    if not records:
-        raise UsageError(
-            f"{folder} holds no record of a task; name the folder of a study with tasks"
-        )
+    records = task_records(folder)
     results = aggregate_tasks(records)
     levels = sorted(
         {key.removeprefix(f"{e['method']}_") for key, e in results.items() if e["method"] != DENSE},
@@ -109,6 +102,21 @@ def task_means_table(folder: Path, *methods: str) -> str:
     return f"{told}\n{provenance_line(records[0])}\n\n{markdown(table)}"
 
 
+def task_records(folder: Path) -> list[dict[str, Any]]:
+    """Those of a folder.
+
+    Raises:
+        UsageError: it holds none.
+
+    """
+    records = read_task_records(folder)
+    if not records:
+        raise UsageError(
+            f"{folder} holds no record of a task; name the folder of a study with tasks"
+        )
+    return records
+
+
 def _means(entry: dict[str, Any]) -> list[str]:
     needles = [e["mean"] for task, e in entry["tasks"].items() if task.startswith(_NEEDLES)]
     return [f"{np.mean(needles):.2f}", f"{entry['task_score']['mean']:.2f}"]
@@ -116,8 +124,7 @@ def _means(entry: dict[str, Any]) -> list[str]:
 
 def _points(folder: Path) -> list[tuple[str, list[dict[str, Any]]]]:
     points = read_experiment(folder / EXPERIMENT)["comparisons"]
-    named = [(" ".join(map(str, p["varied"].values())), folder / p["folder"]) for p in points]
-    return [(name, read_records(path)) for name, path in named]
+    return [(point_name(p), read_records(folder / p["folder"])) for p in points]
 
 
 def _levels(points: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[str]:
@@ -126,7 +133,8 @@ def _levels(points: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[str]:
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("text:")
+    """A point whose text varies, by that alone."""
+    return name.removeprefix("dataset ").removeprefix("text:")
 
 
 def _change(result: dict[str, Any] | None) -> str:

@@ -8,8 +8,7 @@ NAMEs lie under ``results``, the last argument. Kinds:
 - ``bench``: folders of bench records, one load after the other;
 - ``tasks``: the tasks of a folder of records;
 - ``throughput``: the throughput pass of a folder of records;
-- ``headline``: an experiment whose points are texts, whole windows;
-- ``costs``: the same under eviction, and the methods to show;
+- ``costs``: an experiment whose points are texts, and the methods to show;
 - ``hypotheses``: a study that states some;
 - ``task-means``: a folder of records of tasks, and the methods to show;
 - ``load``: records of loads, side by side;
@@ -42,7 +41,6 @@ from ..records.stored import (
     read_load_records,
     read_record,
     read_records,
-    read_task_records,
 )
 from ..report.ablation import ablation_rows
 from ..report.agreement import agreement_table
@@ -51,12 +49,12 @@ from ..report.lines import caption, provenance_line, task_caption
 from ..report.tables import markdown, markdown_table, throughput_rows
 from ..report.task_tables import free_rows, free_tasks, task_rows, tasks_of
 from .load_table import load_table
-from .protocol_tables import costs_table, hypotheses_table, task_means_table
+from .protocol_tables import costs_table, hypotheses_table, task_means_table, task_records
 from .scoring_tables import sampled_table, settings_table
-from .tables import batches_table, bench_table, headline_table
+from .tables import batches_table, bench_table
 
 _KINDS = (
-    "table|tasks|bench|throughput|headline|costs|hypotheses|task-means|load|ablation|settings|"
+    "table|tasks|bench|throughput|costs|hypotheses|task-means|load|ablation|settings|"
     "sampled|agreement"
 )
 _MARKED = re.compile(rf"(<!-- ({_KINDS}): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -88,9 +86,7 @@ def _table(path: Path) -> str:
 
 
 def _tasks(path: Path) -> str:
-    records = read_task_records(path)
-    if not records:
-        raise UsageError(f"{path} holds no record of a task; name the folder of a study with tasks")
+    records = task_records(path)
     results = aggregate_tasks(records)
     told = f"{task_caption(records[0])}; {len({r['seed'] for r in records})} runs."
     tables = [markdown(task_rows(results, effective=False))] if tasks_of(results) else []
@@ -110,11 +106,6 @@ def _throughput(path: Path) -> str:
     )
     rows = throughput_rows(aggregate(records, loads))
     return f"{told}\n{provenance_line(loads[0])}\n\n{markdown(rows)}"
-
-
-def _headline(folder: Path) -> str:
-    points = read_experiment(folder / EXPERIMENT)["comparisons"]
-    return headline_table([read_records(folder / point["folder"]) for point in points])
 
 
 def _ablation(folder: Path) -> str:
@@ -142,7 +133,6 @@ _TABLES: dict[str, Callable[..., str]] = {
     "tasks": _tasks,
     "bench": lambda *folders: batches_table(list(folders)),
     "throughput": _throughput,
-    "headline": _headline,
     "costs": lambda folder, *methods: costs_table(folder, *(m.name for m in methods)),
     "hypotheses": hypotheses_table,
     "task-means": lambda folder, *methods: task_means_table(folder, *(m.name for m in methods)),

@@ -32,7 +32,10 @@ def measure_task(
     assert isinstance(run.measurement, Answers)
     requests = [(sample.prompt, sample.max_tokens) for sample in samples]
     seconds, answers = engine.answer(requests, run.settings, progress)
-    entries = [_entry(*pair) for pair in enumerate(zip(samples, answers, strict=True))]
+    entries = [
+        {"place": place, **_entry(sample, answer)}
+        for place, (sample, answer) in enumerate(zip(samples, answers, strict=True))
+    ]
     records = [answer.record for answer in answers]
     scores = [entry["score"] for entry in entries if entry["score"] is not None]
     return {
@@ -52,11 +55,9 @@ def measure_task(
     }
 
 
-def _entry(place: int, pair: tuple[Sample, Answer]) -> dict[str, Any]:
-    sample, answer = pair
+def _entry(sample: Sample, answer: Answer) -> dict[str, Any]:
     asked = sample.metric is not None
     entry: dict[str, Any] = {
-        "place": place,
         "score": score(sample.metric, answer.text, sample.expected) if sample.metric else None,
         "metric": sample.metric,
         "expected": list(sample.expected),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,7 @@ def with_metric(points: list[Point], metric: str) -> list[Point]:
 
 def task_ablation_rows(points: list[Point]) -> list[Row]:
     """Header and rows: the mean score over tasks of each method and sparsity at every point."""
-    keys = list(dict.fromkeys(key for _, results in points for key in results))
-    table: list[Row] = [("method", "sparsity", *(name for name, _ in points))]
-    for key in keys:
-        entry = next(results[key] for _, results in points if key in results)
-        cells = [spread(r[key]["task_score"]) if key in r else "-" for _, r in points]
-        sparsity = "-" if entry["method"] == "dense" else level(key, entry)
-        table.append((entry["method"], sparsity, *cells))
-    return table
+    return _rows(points, lambda results, key: spread(results[key]["task_score"]))
 
 
 def ablation_rows(points: list[Point], effective: bool = True) -> list[Row]:
@@ -43,22 +37,25 @@ def ablation_rows(points: list[Point], effective: bool = True) -> list[Row]:
         effective: add the effective sparsity, where it is another than was asked for.
 
     """
+
+    def cell(results: dict[str, Any], key: str) -> str:
+        entry, dense = results[key], results.get("dense_s0.0")
+        text = spread(entry["perplexity"])
+        if dense is not None and entry["method"] != "dense":
+            text += f" ({change(entry['perplexity']['mean'], dense['perplexity']['mean'])})"
+        if effective and differs(entry):
+            text += f" at {entry['effective_sparsity']:.3g}"
+        return text
+
+    return _rows(points, cell)
+
+
+def _rows(points: list[Point], cell: Callable[[dict[str, Any], str], str]) -> list[Row]:
     keys = list(dict.fromkeys(key for _, results in points for key in results))
     table: list[Row] = [("method", "sparsity", *(name for name, _ in points))]
     for key in keys:
         entry = next(results[key] for _, results in points if key in results)
-        cells = []
-        for _, results in points:
-            if key not in results:
-                cells.append("-")
-                continue
-            value, dense = results[key]["perplexity"], results.get("dense_s0.0")
-            text = spread(value)
-            if dense is not None and entry["method"] != "dense":
-                text += f" ({change(value['mean'], dense['perplexity']['mean'])})"
-            if effective and differs(results[key]):
-                text += f" at {results[key]['effective_sparsity']:.3g}"
-            cells.append(text)
+        cells = [cell(results, key) if key in results else "-" for _, results in points]
         sparsity = "-" if entry["method"] == "dense" else level(key, entry)
         table.append((entry["method"], sparsity, *cells))
     return table

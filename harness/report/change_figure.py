@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import Any
 
+from .ablation import Point
 from .cells import level, level_order, level_title
 from .styles import new_figure, save, shared_legend
 
@@ -13,7 +13,6 @@ MANY = 8
 """More methods than this do not fit beside each other above every text."""
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-Point = tuple[str, dict[str, Any]]
 
 
 def is_for(points: list[Point]) -> bool:

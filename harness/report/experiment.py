@@ -41,11 +41,7 @@ def report_experiment(folder: Path) -> list[tuple[str, dict[str, Any]]]:
             not be mixed.
 
     """
-    alone: dict[str, Any] = {
-        "study": {},
-        "sessions": [],
-        "comparisons": [{"varied": {}, "folder": "."}],
-    }
+    alone: dict[str, Any] = {"sessions": [], "comparisons": [{"varied": {}, "folder": "."}]}
     path = folder / EXPERIMENT
     experiment = read_experiment(path) if path.is_file() else alone
     sessions, points = experiment["sessions"], experiment["comparisons"]
@@ -54,7 +50,7 @@ def report_experiment(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     if not there:
         raise UsageError(no_records(folder))
     if there == points[:1] and not points[0]["varied"]:
-        stated = _stated(folder, experiment, there)
+        stated = _stated(folder)
         return [("", report_comparison(folder, name, sessions, stated=stated))]
     reported = []
     for point in there:
@@ -67,21 +63,31 @@ def report_experiment(folder: Path) -> list[tuple[str, dict[str, Any]]]:
         for point in points
         for failed in failures(folder / point["folder"])
     ]
-    stated = _stated(folder, experiment, there)
-    _overview(folder, name, there, reported, failed, sessions, stated)
+    _overview(folder, name, there, reported, failed, sessions, _stated(folder))
     return reported
 
 
-def _stated(
-    folder: Path, experiment: dict[str, Any], points: list[dict[str, Any]]
-) -> list[str | Figure]:
-    """The hypotheses of a study, tested over all its points."""
+def tested_hypotheses(folder: Path) -> list[dict[str, Any]]:
+    """What became of an experiment's hypotheses, over all its points (``hypotheses.judge``); []
+    where it states none, and without an experiment's file.
+
+    Raises:
+        UsageError: a record cannot be read, or records must not be mixed.
+
+    """
+    path = folder / EXPERIMENT
+    experiment = read_experiment(path) if path.is_file() else {}
     stated = [Hypothesis.parse(h) for h in experiment.get("study", {}).get("hypotheses", ())]
-    if not stated:
-        return []
-    records = [(point_name(p), read_records(folder / p["folder"], needed=False)) for p in points]
-    tested = judge(stated, records)
-    write_json(folder / "hypotheses.json", tested)
+    points = experiment["comparisons"] if stated else []
+    return judge(
+        stated,
+        [(point_name(p), read_records(folder / p["folder"], needed=False)) for p in points],
+    )
+
+
+def _stated(folder: Path) -> list[str | Figure]:
+    if tested := tested_hypotheses(folder):
+        write_json(folder / "hypotheses.json", tested)
     return [*hypothesis_parts(tested)]
 
 

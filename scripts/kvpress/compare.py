@@ -65,12 +65,11 @@ def _conditions(sides: Sides) -> list[str]:
     windows = len(_dense(sides.theirs).windows)
     seen = f"{windows} windows of {sides.length} tokens"
     offset = _dense(sides.ours[sides.prompt]).minus(_dense(sides.theirs), sides.length)
-    shas = ", ".join(sorted({theirs["tokens_sha256"][:16]}))
     return [
         f"{theirs['model']}, {theirs['text']['dataset']}, {seen}, the same on both sides "
-        f"(SHA-256 of the tokens {shas}...). The first {sides.prompt} tokens are the prompt; "
-        f"scored are the {sides.length - sides.prompt - 1} tokens from the one at "
-        f"{sides.prompt + 1} on.",
+        f"(SHA-256 of the tokens {theirs['tokens_sha256'][:16]}...). The first {sides.prompt} "
+        f"tokens are the prompt; scored are the {sides.length - sides.prompt - 1} tokens from the "
+        f"one at {sides.prompt + 1} on.",
         f"- kvpress {versions['kvpress']}, transformers {versions['transformers']}, torch "
         f"{versions['torch']}, {theirs['dtype']}, {_machine(sides)}, "
         f"{theirs['timestamp'][:10]}, commit {theirs['commit']}.\n"

@@ -2,6 +2,8 @@
 
 import pytest
 
+from .made_up_engine import made_up_engines
+
 
 @pytest.fixture
 def blank_figures(monkeypatch):
@@ -9,3 +11,10 @@ def blank_figures(monkeypatch):
     from matplotlib.figure import Figure
 
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: path.write_bytes(b""))
+
+
+@pytest.fixture
+def engines(smollm2):
+    """Made-up engines in place of vLLM's, and how many were started."""
+    with made_up_engines() as made:
+        yield made

@@ -15,13 +15,7 @@ from harness.resources.scored import UnfaithfulRun
 from harness.study.settings import Study
 from harness.sweep.offline import Sweep
 
-from .made_up_engine import NUM_RUNS, SETTINGS, made_up_engines, made_up_text, run
-
-
-@pytest.fixture
-def engines(smollm2):
-    with made_up_engines() as made:
-        yield made
+from .made_up_engine import NUM_RUNS, SETTINGS, made_up_text, run
 
 
 @pytest.fixture

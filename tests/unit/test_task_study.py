@@ -12,7 +12,7 @@ from harness.study.plan import comparisons
 from harness.study.settings import Study
 from harness.sweep.offline import Sweep
 
-from .made_up_engine import made_up_engines, made_up_text, run
+from .made_up_engine import made_up_text, run
 
 SETTINGS = {
     "methods": ["dense", "h2o"],
@@ -29,12 +29,6 @@ NUM_RUNS = 2 * 2 * 2
 @pytest.fixture
 def settings(tmp_path):
     return {**SETTINGS, "dataset": made_up_text(tmp_path)}
-
-
-@pytest.fixture
-def engines(smollm2):
-    with made_up_engines() as made:
-        yield made
 
 
 @pytest.fixture
