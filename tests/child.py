@@ -15,12 +15,19 @@ from .conftest import ROOT
 
 
 def children() -> list[psutil.Process]:
-    """This process's, but for multiprocessing's tracker, which stays once an engine started it."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if not any("multiprocessing.resource_tracker" in part for part in process.cmdline())
-    ]
+    """This process's that still run, but for multiprocessing's tracker, which stays once an engine
+    started it. A zombie does not run: vLLM kills a core that ends too slowly and does not collect
+    it (``vllm/v1/utils.py``, ``shutdown``)."""
+    return [process for process in psutil.Process().children(recursive=True) if _runs(process)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return not any("multiprocessing.resource_tracker" in part for part in process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
 
 
 @contextmanager
