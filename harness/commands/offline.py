@@ -14,7 +14,7 @@ from vllm_plugins.policies import policy_names
 from ..errors import UnwritableFile, UsageError
 from ..inputs.corpora import DOCUMENT_MODES
 from ..inputs.tasks.registry import TASKS
-from ..inputs.tasks.sample import QUESTIONS
+from ..inputs.tasks.sample import PREFIXES, QUESTIONS
 from ..inputs.windows import ALL_WINDOWS
 from ..study.settings import DTYPES, KV_CACHE_DTYPES, Study, check_folder_name, read_study
 from ..study.specification import PROTOCOLS
@@ -117,6 +117,12 @@ def add_parser(commands: Any) -> None:
         "where a question stands: after the text, hidden from the evictions before it, or before "
         "it too",
         choices=QUESTIONS,
+    )
+    add(
+        "--task-prefix",
+        "whether all of a prompt is computed, or all but its end found in the prefix cache, where "
+        "a dense request left it",
+        choices=PREFIXES,
     )
     add("--task-output-tokens", "tokens of an answer whose task does not say", **tokens)
     add(

@@ -63,6 +63,7 @@ def _entry(sample: Sample, answer: Answer) -> dict[str, Any]:
         "expected": list(sample.expected),
         "answer": answer.text[:_SHOWN_CHARACTERS],
         "prompt_tokens": len(sample.prompt),
+        **({"cached_tokens": answer.cached_tokens} if answer.cached_tokens else {}),
         "answer_tokens": len(answer.token_ids),
         "ended": answer.ended,
         "repetition": repetition(answer.token_ids),

@@ -28,7 +28,8 @@ def task_caption(record: dict[str, Any]) -> str:
     )
     granularity = run["engine"]["eviction"].get("granularity")
     shown = f", granularity {granularity}" if granularity in GRANULARITIES else ""
-    return _caption(record, samples) + shown
+    cached = ", prompts found in the prefix cache" if run["engine"].get("prefix_caching") else ""
+    return _caption(record, samples) + shown + cached
 
 
 def _caption(record: dict[str, Any], measured: str) -> str:

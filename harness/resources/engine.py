@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm_plugins.refusals.engine import num_evicting_layers
-
+from ..records.specifications import DENSE
 from ..study.specification import EngineSpecification
+from .kv_bytes import bytes_per_block
 from .outputs import answer_of, check_policy, own_log_probs, record_of
 from .scored import Answer, Scored, ScoredWindow, UnfaithfulRun
 from .waves import waves
@@ -83,7 +83,8 @@ class Engine:
         """Seconds to answer ``requests`` greedily, and the answers, in their order.
 
         Requests run in waves of at most ``kv_pool_windows``, their prompts in chunks of
-        ``prefill_chunk`` tokens. An end-of-sequence token ends an answer.
+        ``prefill_chunk`` tokens. An end-of-sequence token ends an answer. Where the engine caches
+        prefixes, a dense request computes each prompt before.
 
         Args:
             requests: prompts and the most tokens of their answers.
@@ -96,8 +97,10 @@ class Engine:
         """
         from vllm import SamplingParams
 
-        def asked(prompt: Sequence[int], max_tokens: int) -> tuple[list[int], Any]:
-            params = SamplingParams(max_tokens=max_tokens, temperature=0.0, extra_args=settings)
+        def asked(
+            prompt: Sequence[int], max_tokens: int, own: dict[str, Any] = settings
+        ) -> tuple[list[int], Any]:
+            params = SamplingParams(max_tokens=max_tokens, temperature=0.0, extra_args=own)
             return list(prompt), params
 
         answers: dict[int, Answer] = {}
@@ -106,13 +109,20 @@ class Engine:
         for wave, needs_companion in waves(steps, self.specification.kv_pool_windows):
             batch = [asked(*requests[i]) for i in wave]
             companion = [asked(requests[wave[0]][0], 1)] if needs_companion else []
+            if self.specification.prefix_caching:
+                dense = [asked(requests[i][0], 1, {"kv_policy": DENSE}) for i in wave]
+                self._run([*dense, *companion], progress, num_counted=0)
             outputs = self._run([*batch, *companion], progress, num_counted=len(wave))
             answers |= {i: answer_of(output) for i, output in zip(wave, outputs, strict=False)}
         seconds = time.perf_counter() - started
         for i, answer in answers.items():
-            made = len(answer.token_ids)
-            told = f"a prompt of {len(requests[i][0])} tokens answered with {made}"
-            self._check_steps(answer.record, steps[i] + made - 1, told)
+            made, prompt_tokens = len(answer.token_ids), len(requests[i][0])
+            told = f"a prompt of {prompt_tokens} tokens answered with {made}"
+            if self.specification.prefix_caching:
+                self._check_hit(prompt_tokens, answer.cached_tokens)
+                told += f", {answer.cached_tokens} of them from the cache,"
+            computed = self._prompt_steps(prompt_tokens - answer.cached_tokens)
+            self._check_steps(answer.record, computed + made - 1, told)
         return seconds, [answers[i] for i in range(len(requests))]
 
     def load(
@@ -246,6 +256,18 @@ class Engine:
             steps = self._prompt_steps(len(window))
         self._check_steps(record, steps, f"a window of {len(window)} tokens")
 
+    def _check_hit(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """A hit has whole blocks, of all but the tokens that are always computed."""
+        from vllm_plugins.manager import OWN_QUERIES
+
+        expected = max(0, prompt_tokens - OWN_QUERIES)
+        expected -= expected % self.specification.block_size
+        if cached_tokens < expected:
+            raise UnfaithfulRun(
+                f"the prefix cache had {cached_tokens} tokens of a prompt of {prompt_tokens}, not "
+                f"the {expected} that a dense request computed before"
+            )
+
     def _prompt_steps(self, num_tokens: int) -> int:
         return -(-num_tokens // self.specification.prefill_chunk)
 
@@ -256,22 +278,3 @@ class Engine:
                 f"{told} took {record['num_steps']} steps, not the {steps} that a chunk of "
                 f"{self.specification.prefill_chunk} makes ({record['preemptions']} preemptions)"
             )
-
-
-def bytes_per_block(config: Any, specification: EngineSpecification) -> int:
-    """Bytes of one physical block: keys and values of the layers of one layer group."""
-    model, parallel = config.model_config, config.parallel_config
-    layers = num_evicting_layers(
-        model.hf_text_config, model.get_num_layers(parallel), model.max_model_len
-    )
-    layers //= specification.eviction["layer_groups"]
-    width = 2 * model.get_num_kv_heads(parallel) * model.get_head_size()
-    return layers * width * specification.block_size * kv_itemsize(config)
-
-
-def kv_itemsize(config: Any) -> int:
-    """Bytes of a number of a key or a value in the cache."""
-    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
-
-    dtype = config.cache_config.cache_dtype
-    return kv_cache_dtype_str_to_dtype(dtype, config.model_config).itemsize

@@ -21,7 +21,8 @@ from ..study.points import check_known
 from ..study.specification import EngineSpecification
 from .batch_engine import worker_arguments
 from .batch_worker import engine_arguments
-from .engine import Engine, bytes_per_block, kv_itemsize
+from .engine import Engine
+from .kv_bytes import bytes_per_block, kv_itemsize
 
 
 def device_type() -> str:
@@ -202,7 +203,7 @@ def _arguments(specification: EngineSpecification) -> dict[str, Any]:
         "seed": 0,
         **eviction_engine_args(
             block_size=specification.block_size,
-            prefix_caching=False,  # every window is computed for itself
+            prefix_caching=specification.prefix_caching,
             **specification.eviction,
         ),
     }

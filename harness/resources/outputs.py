@@ -17,7 +17,13 @@ def own_log_probs(flat: Any) -> list[float]:
 def answer_of(output: Any) -> Answer:
     """The answer of a request that has finished."""
     made = output.outputs[0]
-    return Answer(list(made.token_ids), made.text, made.finish_reason == "stop", record_of(output))
+    return Answer(
+        token_ids=list(made.token_ids),
+        text=made.text,
+        ended=made.finish_reason == "stop",
+        cached_tokens=output.num_cached_tokens or 0,
+        record=record_of(output),
+    )
 
 
 def record_of(output: Any) -> dict[str, Any]:

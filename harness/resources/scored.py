@@ -31,13 +31,15 @@ class Answer:
     """One request as the engine answered it.
 
     ``token_ids``: of the answer, the end-of-sequence token included. ``ended``: that token ended
-    it. ``record``: the plugin's counters for the request.
+    it. ``record``: the plugin's counters for the request. ``cached_tokens``: of the prompt, found
+    in the prefix cache.
     """
 
     token_ids: list[int]
     text: str
     ended: bool
     record: dict[str, Any]
+    cached_tokens: int = 0
 
 
 @dataclass

@@ -14,6 +14,7 @@ from vllm_plugins.request_settings import DEFAULT_GRANULARITY
 from ..errors import UsageError
 from ..inputs.corpora import describe
 from ..inputs.models import fingerprint, recorded_name, resolve_model
+from ..inputs.tasks.sample import CACHED
 from ..inputs.text import Text
 from ..records.specifications import DENSE, PERPLEXITY, STOCK
 from .levels import check_levels, levels_for
@@ -130,6 +131,7 @@ def _runs(
         protocol=study.protocol,
         eviction=eviction.to_dict(),
         kv_cache_dtype=study.kv_cache_dtype,
+        prefix_caching=study.task_prefix == CACHED,
         model_path=path,
     )
     text = text_of(study.dataset, study.text_column, study.document_mode)

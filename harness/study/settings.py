@@ -14,7 +14,7 @@ from vllm_plugins.platforms import FP8
 from ..errors import UsageError
 from ..inputs.corpora import DEFAULT_DATASET, DOCUMENT_MODES, has_rows
 from ..inputs.models import DEFAULT_MODEL, recorded_name
-from ..inputs.tasks.sample import AFTER
+from ..inputs.tasks.sample import AFTER, COMPUTED
 from ..inputs.windows import ALL_WINDOWS
 from .hypotheses import check_hypotheses, untestable
 from .points import check_known
@@ -64,6 +64,7 @@ class Study:
     tasks: tuple[str, ...] = ()
     task_samples: int = 32
     task_question: str = AFTER
+    task_prefix: str = COMPUTED
     task_output_tokens: int = 128
     throughput: bool = False
     load_runs: int | None = None

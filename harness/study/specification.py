@@ -38,13 +38,16 @@ class EngineSpecification:
     """Server-wide fields of ``EvictionConfig``, complete."""
     kv_cache_dtype: str = "auto"
     """Of keys and values in the cache, in vLLM's words; ``auto`` is that of the activations."""
+    prefix_caching: bool = False
+    """Blocks of prompts are cached, and a dense request computes a task's prompt before it is
+    answered. Windows that are scored are computed all the same: vLLM reads no cache for them."""
     model_path: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As records have it: what does not differ between machines, and as in older records."""
         values = asdict(self)
         del values["model_path"]
-        return without_defaults(values, {"kv_cache_dtype": "auto"})
+        return without_defaults(values, {"kv_cache_dtype": "auto", "prefix_caching": False})
 
     @property
     def max_num_batched_tokens(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..errors import UsageError
 from ..inputs.tasks.jsonl import PREFIX, file_of, sha256_of
 from ..inputs.tasks.registry import GENERATED, LONG_GENERATION, TASKS
-from ..inputs.tasks.sample import QUESTIONS
+from ..inputs.tasks.sample import PREFIXES, QUESTIONS
 from ..inputs.text import Text
 from .points import slug
 from .specification import Answers
@@ -34,6 +34,8 @@ def check_tasks(study: Study) -> None:
         raise UsageError(f"--tasks names {twice[0]} twice; drop one, or rename its file")
     if study.task_question not in QUESTIONS:
         raise UsageError(f"--task-question must be one of: {', '.join(QUESTIONS)}")
+    if study.task_prefix not in PREFIXES:
+        raise UsageError(f"--task-prefix must be one of: {', '.join(PREFIXES)}")
     for name in ("perplexity", "throughput"):
         if getattr(study, name) not in (None, False, True):
             raise UsageError(f"{name} must be true or false, not {getattr(study, name)!r}")
@@ -63,6 +65,7 @@ def tasks_need(study: Study) -> dict[str, tuple[str, bool]]:
     return {
         "task_samples": tasks,
         "task_question": ("a task of this program's own that asks something", asking),
+        "task_prefix": tasks,
         "task_output_tokens": (f"--tasks {LONG_GENERATION} or {PREFIX}FILE", open_ended),
         "num_samples": perplexity,
         "min_context": perplexity,

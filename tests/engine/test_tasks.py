@@ -40,6 +40,35 @@ def no_engine_of_the_process(engine_slot):
     engine_slot.leave()
 
 
+@pytest.fixture(scope="module")
+def cached(folder, tmp_path_factory):
+    """The same needles, their prompts found in the prefix cache."""
+    made = tmp_path_factory.mktemp("cached")
+    done = offline(
+        made,
+        *("--tasks", "niah_single", "--task-prefix", "cached"),
+        *("--methods", "dense", "h2o", "streaming", "--sparsity", "0.5"),
+        *("--context-length", "1024", "--task-samples", str(DRAWN)),
+        env=dict(os.environ),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return made / "e"
+
+
+def test_a_hit_answers_as_the_computed_prompt_where_nothing_is_evicted(folder, cached):
+    first, second = (record(f, "dense_s0.0", "niah-single")["samples"] for f in (folder, cached))
+    assert [s["answer"] for s in first] == [s["answer"] for s in second]
+    assert not any("cached_tokens" in sample for sample in first)
+
+
+@pytest.mark.parametrize("key", ["dense_s0.0", "h2o_s0.5", "streaming_s0.5"])
+def test_of_a_cached_prompt_only_the_end_is_computed(cached, key):
+    for sample in record(cached, key, "niah-single")["samples"]:
+        assert 32 <= sample["prompt_tokens"] - sample["cached_tokens"] < 64
+        assert sample["eviction"]["num_steps"] == sample["answer_tokens"]
+        assert bool(sample["eviction"]["blocks_evicted"]) == (key != "dense_s0.0")
+
+
 def record(folder, key, task):
     return read_record(folder / f"{key}_ctx1024_task0_{task}.json")
 

@@ -33,8 +33,9 @@ def flat(*positions):
     return SimpleNamespace(start_indices=starts, logprobs=values)
 
 
-def output(prompt, prompt_logprobs=None, token_ids=(), logprobs=None, record=RECORD):
+def output(prompt, prompt_logprobs=None, token_ids=(), logprobs=None, record=RECORD, cached=0):
     return SimpleNamespace(
+        num_cached_tokens=cached,
         prompt_token_ids=prompt,
         prompt_logprobs=prompt_logprobs,
         outputs=[SimpleNamespace(token_ids=list(token_ids), logprobs=logprobs)],
@@ -100,20 +101,25 @@ def test_two_requests_of_a_wave_have_its_longest_prompt(steps, size, wanted):
         assert len(places) + companion <= size
 
 
-def answering(requests, num_steps):
-    """An engine that answers each prompt with its first token, up to the tokens asked for."""
+def answering(requests, num_steps, cached=None):
+    """An engine that answers each prompt with its first token, up to the tokens asked for. Of each
+    it finds so many tokens ``cached``; None: it has no prefix cache."""
     made = engine()
-    made.specification = replace(SPECIFICATION, kv_pool_windows=2)
-    made.waves = []
+    made.specification = replace(
+        SPECIFICATION, kv_pool_windows=2, prefix_caching=cached is not None
+    )
+    made.waves, made.settings = [], []
 
     def run(batch, progress, pool=None, num_counted=None):
         made.waves.append(([len(prompt) for prompt, _ in batch], num_counted))
+        made.settings.append([params.extra_args for _, params in batch])
         outputs = []
         for prompt, params in batch:
             made_up = output(
                 prompt,
                 token_ids=prompt[:1] * min(params.max_tokens, prompt[0]),
                 record={"num_steps": num_steps(len(prompt), params.max_tokens), "preemptions": 0},
+                cached=cached or 0,
             )
             made_up.outputs[0].text = str(prompt[0])
             made_up.outputs[0].finish_reason = "stop" if prompt[0] < 3 else "length"
@@ -145,6 +151,23 @@ def test_an_answer_in_other_steps_than_its_chunks_make_is_refused():
         UnfaithfulRun, match="a prompt of 5 tokens answered with 3 took 3 steps, not the 4"
     ):
         answering(requests, lambda prompt, made: 1 + 2).answer(requests, {})
+
+
+def test_a_dense_request_computes_a_prompt_before_it_is_answered_from_the_cache():
+    requests = [([3] * 50, 3), ([4] * 50, 3)]
+    made = answering(requests, lambda prompt, _: 9 + 2, cached=16)  # 34 tokens in chunks of 4
+    _, answers = made.answer(requests, {"kv_policy": "h2o"})
+    assert made.waves == [([50, 50], 0), ([50, 50], 2)]
+    assert made.settings == [[{"kv_policy": "dense"}] * 2, [{"kv_policy": "h2o"}] * 2]
+    assert [answer.cached_tokens for answer in answers] == [16, 16]
+
+
+def test_a_prompt_that_the_cache_lost_is_refused():
+    requests = [([3] * 50, 3), ([4] * 50, 3)]
+    with pytest.raises(
+        UnfaithfulRun, match="the prefix cache had 12 tokens of a prompt of 50, not the 16 that"
+    ):
+        answering(requests, lambda prompt, _: 10 + 2, cached=12).answer(requests, {})
 
 
 def test_a_trace_is_coarse():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness.resources.engine import bytes_per_block
+from harness.resources.kv_bytes import bytes_per_block
 from harness.resources.passthrough import Passthrough
 from harness.study.specification import EngineSpecification
 from vllm_plugins.attention.quantised_cache import FLOAT8, Scales, numbers

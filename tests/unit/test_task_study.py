@@ -62,6 +62,17 @@ def test_each_task_is_a_run_of_each_method_and_seed(settings, tmp_path, smollm2)
     assert (specification["question"], specification["num_samples"]) == ("after", 6)
 
 
+def test_a_cached_prefix_is_another_engine_and_computed_ones_keep_their_records(
+    settings, tmp_path, smollm2
+):
+    computed = planned(settings, tmp_path)
+    assert "prefix_caching" not in computed[0].to_dict()["engine"]
+    cached = planned({**settings, "task_prefix": "cached"}, tmp_path)
+    assert cached[0].resource.prefix_caching
+    assert cached[0].to_dict()["engine"]["prefix_caching"] is True
+    assert not {run.hash for run in computed} & {run.hash for run in cached}
+
+
 def test_perplexity_stands_beside_tasks_where_asked_for(settings, tmp_path, smollm2):
     runs = planned({**settings, "perplexity": True, "throughput": True}, tmp_path)
     kinds = [run.kind for run in runs]
@@ -88,6 +99,7 @@ def test_a_file_is_told_by_its_name_and_content(settings, tmp_path, mine, smollm
         ({"tasks": ["niah_single", "niah_single"]}, "--tasks names niah-single twice"),
         ({"tasks": ["jsonl:/nowhere.jsonl"]}, "cannot read the task /nowhere.jsonl"),
         ({"task_question": "both"}, "--task-question must be one of: after, before"),
+        ({"task_prefix": "hit"}, "--task-prefix must be one of: computed, cached"),
         ({"task_samples": 0}, "--task-samples must be at least 1"),
         ({"task_output_tokens": 1500}, "--task-output-tokens 1500 leaves no prompt"),
         ({"perplexity": "yes"}, "perplexity must be true or false"),

@@ -13,6 +13,10 @@ AFTER, BEFORE = "after", "before"
 QUESTIONS = (AFTER, BEFORE)
 """Where the question stands: at the end alone, or before the text too. Between the chunks of a
 prompt blocks are evicted; a question at the end alone is hidden from those decisions."""
+COMPUTED, CACHED = "computed", "cached"
+PREFIXES = (COMPUTED, CACHED)
+"""How a prompt comes about: all of it is computed, or all but its end is found in the prefix cache,
+where a dense request left it."""
 ALL, CONTAINS, EXACT, F1 = "all", "contains", "exact", "f1"
 """Metrics of an answer: see ``analysis.task_scores``."""
 FILLED = 0.98
