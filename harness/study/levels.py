@@ -13,6 +13,7 @@ from vllm_plugins.parsing import parse_sparsity
 from vllm_plugins.request_settings import GRANULARITIES, RequestSettings
 
 from ..errors import UsageError
+from ..inputs.tasks.sample import FILLED
 from ..records.specifications import DENSE, STOCK
 from .run import Budget, Method
 from .specification import EngineSpecification, OfflineRun
@@ -94,23 +95,25 @@ def check_levels(engine: EngineSpecification, runs: Sequence[OfflineRun]) -> Non
 
     """
     config = EvictionConfig.parse(engine.eviction)
-    levels = {json.dumps(run.settings): run for run in runs}
+    levels = {(json.dumps(run.settings), run.measurement.answer_tokens): run for run in runs}
     for run in levels.values():
         settings = config.request_settings(run.settings, engine.block_size)
-        if settings.evicts and not _evicts(settings, engine):
+        if settings.evicts and not _evicts(settings, engine, run.measurement.answer_tokens):
             raise UsageError(_evicts_nothing(run, settings))
 
 
-def _evicts(settings: RequestSettings, engine: EngineSpecification) -> bool:
-    """Whether a block goes early enough for a token of a window to miss it.
+def _evicts(settings: RequestSettings, engine: EngineSpecification, answer_tokens: int) -> bool:
+    """Whether a block goes early enough for a token of a window, or of an answer, to miss it.
 
     The last decision that counts comes before the window's last step, and only full blocks go. A
     prompt's budget is that of all its tokens; a decode's is that of its tokens so far, of which
-    the last is no input.
+    the last is no input. An answer's steps come after its whole prompt.
     """
     length = engine.context_length
     if engine.protocol == "decode":
         processed = budgeted = length - 2
+    elif answer_tokens:
+        processed = budgeted = int(FILLED * (length - answer_tokens))
     else:
         processed = (length - 1) // engine.prefill_chunk * engine.prefill_chunk
         budgeted = length
@@ -126,14 +129,19 @@ def _evicts_nothing(run: OfflineRun, settings: RequestSettings) -> str:
     asked = f"--sparsity {settings.sparsity:g}"
     if settings.budget_tokens is not None:
         asked = f"--budget-tokens {settings.budget_tokens}"
+    answer = run.measurement.answer_tokens
+    window = f"--context-length {engine.context_length}"
+    window += f" beside an answer of {answer}" if answer else " before its last step"
     return (
-        f"{run.method.name} with {asked} would evict nothing from a window of --context-length "
-        f"{engine.context_length} before its last step, as {keep} blocks of {engine.block_size} "
-        f"tokens stay; give {' or '.join(_remedies(settings, engine))}"
+        f"{run.method.name} with {asked} would evict nothing from a window of {window}, as {keep} "
+        f"blocks of {engine.block_size} tokens stay; give "
+        f"{' or '.join(_remedies(settings, engine, answer))}"
     )
 
 
-def _remedies(settings: RequestSettings, engine: EngineSpecification) -> list[str]:
+def _remedies(
+    settings: RequestSettings, engine: EngineSpecification, answer_tokens: int
+) -> list[str]:
     """Flags that make a request evict, each by itself; of each the value nearest to what it is.
     Where none is enough alone, what to change together."""
     length, block, chunk = engine.context_length, engine.block_size, engine.prefill_chunk
@@ -179,7 +187,7 @@ def _remedies(settings: RequestSettings, engine: EngineSpecification) -> list[st
         ),
     )
     found = [
-        next((flag for flag, asked, variant in group if _evicts(asked, variant)), None)
+        next((f for f, asked, variant in group if _evicts(asked, variant, answer_tokens)), None)
         for group in groups
     ]
     alone = [flag for flag in found if flag]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
+from ..inputs.tasks.registry import GENERATED
 from ..inputs.text import Text
 from ..records.specifications import PERPLEXITY, TASK, THROUGHPUT
 from .points import slug
@@ -78,6 +79,11 @@ class _OfText:
     @property
     def key_suffix(self) -> str:
         return ""
+
+    @property
+    def answer_tokens(self) -> int:
+        """The most that are decoded one by one after a prompt; 0: none that count."""
+        return 0
 
     def request_tokens(self, engine: EngineSpecification) -> int | None:
         return engine.context_length
@@ -161,6 +167,13 @@ class Answers(_OfText):
     def asked(self) -> dict[str, Any]:
         """What is asked, as the specification has it under ``task``."""
         return {"name": self.task, "output_tokens": self.output_tokens, "sha256": self.sha256}
+
+    @property
+    def answer_tokens(self) -> int:
+        own = GENERATED.get(self.task)
+        if self.sha256:
+            return 1  # a line may ask for fewer than others
+        return own.max_tokens if own else self.output_tokens or 0
 
     def file_suffix(self, run: OfflineRun) -> str:
         # A dash for each underscore: no name of a task makes a record look like another kind's.

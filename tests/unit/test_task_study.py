@@ -90,6 +90,20 @@ def test_a_file_is_told_by_its_name_and_content(settings, tmp_path, mine, smollm
     assert planned({**settings, "tasks": f"jsonl:{mine}"}, tmp_path)[0].hash != first.hash
 
 
+def test_a_prompt_in_one_chunk_is_evicted_from_before_its_answer(settings, tmp_path, smollm2):
+    """Windows in one chunk are not: nothing of them is read after it."""
+    served = {**settings, "tasks": ["niah_single"], "prefill_chunk": 1500}
+    assert planned(served, tmp_path)
+    with pytest.raises(UsageError, match="a window of --context-length 1500 before its last step"):
+        planned({**served, "perplexity": True}, tmp_path)
+    with pytest.raises(
+        UsageError,
+        match="of --context-length 1500 beside an answer of 32, as 45 blocks of 32 tokens stay; "
+        "give --context-length 2[0-9]{3} or --sparsity 0.1",
+    ):
+        planned({**served, "sparsity": 0.04}, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
