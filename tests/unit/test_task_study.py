@@ -98,8 +98,8 @@ def test_a_prompt_in_one_chunk_is_evicted_from_before_its_answer(settings, tmp_p
         planned({**served, "perplexity": True}, tmp_path)
     with pytest.raises(
         UsageError,
-        match="of --context-length 1500 beside an answer of 32, as 45 blocks of 32 tokens stay; "
-        "give --context-length 2[0-9]{3} or --sparsity 0.1",
+        match=r"of --context-length 1500 beside an answer of 32, as 45 blocks of 32 tokens stay; "
+        r"give --context-length 2[0-9]{3} or --sparsity 0.1",
     ):
         planned({**served, "sparsity": 0.04}, tmp_path)
 
