@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vllm_plugins.attention.block_mass import block_mass, probabilities
+from vllm_plugins.attention.block_mass import block_mass
 from vllm_plugins.attention.compaction import compact
 from vllm_plugins.attention.state_cpu import CPUWorkerState
 from vllm_plugins.attention.token_mass import token_mass
@@ -165,13 +165,15 @@ def test_mean_divides_by_the_queries_that_saw_the_block():
 def test_token_mass_is_the_attention_of_each_head():
     torch.manual_seed(0)
     query, key, weights = torch.randn(40, 4, 16), torch.randn(2, 48, 16), torch.rand(40)
-    mass, peak = token_mass(query, key, places=last(40, 45), weights=weights, scale=0.25)
-    found = probabilities(query, key, last(40, 45), 0.25, 0.0)
-    seen = torch.cat([p for _, _, p in found], 2).double()
+    places = last(40, 45)
+    mass, peak = token_mass(query, key, places=places, weights=weights, scale=0.25)
+    logits = 0.25 * torch.einsum("qhgd,hkd->hgqk", query.double().view(40, 2, 2, 16), key.double())
+    logits[..., torch.arange(48) > places[:, None]] = -torch.inf
+    seen = logits.softmax(-1)
     expected = (seen * weights.double()[:, None]).sum((1, 2)).float()
     torch.testing.assert_close(mass, expected)
-    torch.testing.assert_close(peak.double(), seen.amax((1, 2)))
-    arguments = {"places": last(40, 45), "weights": weights, "scale": 0.25}
+    torch.testing.assert_close(peak, seen.amax((1, 2)).float())
+    arguments = {"places": places, "weights": weights, "scale": 0.25}
     whole, _ = token_mass(query, key, **arguments)
     by_block = block_mass(query, key, block_size=BLOCK, **arguments)
     torch.testing.assert_close(whole.sum(0).view(-1, BLOCK).sum(-1), by_block)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-QUERIES_AT_ONCE = 128
-"""Bounds the ``[heads, queries, tokens]`` scratch to a few MiB at usual lengths."""
+QUERIES_AT_ONCE = 32
+"""Keeps the ``[heads, queries, tokens]`` scratch in a core's cache at usual lengths."""
 
 
 def block_mass(
@@ -44,17 +44,19 @@ def block_mass(
         float32 ``[num_blocks]``, or ``[query_blocks.max() + 1, num_blocks]``.
 
     """
-    num_blocks = key.shape[1] // block_size
-    rows = 1 if query_blocks is None else int(query_blocks[-1]) + 1
-    mass = torch.zeros(rows, num_blocks)
+    num_keys = key.shape[1]
+    tokens = torch.zeros(num_keys)
+    graph = torch.zeros(0 if query_blocks is None else int(query_blocks[-1]) + 1, num_keys)
     for start, stop, seen in probabilities(query, key, places, scale, soft_cap, sinks):
-        per_query = seen.sum((0, 1)).view(stop - start, num_blocks, block_size).sum(-1)
-        per_query *= weights[start:stop, None]
+        num_seen = seen.shape[-1]
         if query_blocks is None:
-            mass[0] += per_query.sum(0)
+            counts = weights[start:stop].repeat(query.shape[1])
+            tokens[:num_seen] += counts @ seen.flatten(0, 2)
         else:
-            mass.index_add_(0, query_blocks[start:stop], per_query)
-    return mass[0] if query_blocks is None else mass
+            per_query = seen.sum((0, 1)) * weights[start:stop, None]
+            graph[:, :num_seen].index_add_(0, query_blocks[start:stop], per_query)
+    mass = tokens if query_blocks is None else graph
+    return mass.unflatten(-1, (-1, block_size)).sum(-1)
 
 
 def probabilities(
@@ -72,22 +74,29 @@ def probabilities(
 
     Yields:
         start and stop of the queries, and float32
-        ``[num_kv_heads, heads per KV head, stop - start, keys]``.
+        ``[num_kv_heads, heads per KV head, stop - start, num_seen]``, contiguous: of the keys that
+        the last of them sees.
 
     """
-    num_queries, num_heads, head_size = query.shape
-    num_kv_heads, padded = key.shape[:2]
-    key = key.float()[:, None]
-    grouped = query.float().view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_size)
+    num_queries, _, head_size = query.shape
+    num_kv_heads = key.shape[0]
+    transposed = key.float().transpose(1, 2)
+    grouped = (query.float() * scale).view(num_queries, num_kv_heads, -1, head_size)
+    grouped = grouped.permute(1, 2, 0, 3)
     for start in range(0, num_queries, QUERIES_AT_ONCE):
         stop = min(start + QUERIES_AT_ONCE, num_queries)
-        logits = torch.matmul(grouped[start:stop].permute(1, 2, 0, 3), key.transpose(-1, -2))
-        logits *= scale
+        first_hidden, num_seen = (int(places[i]) + 1 for i in (start, stop - 1))
+        rows = grouped[:, :, start:stop].flatten(1, 2)
+        logits = torch.matmul(rows, transposed[..., :num_seen])
+        logits = logits.view(num_kv_heads, -1, stop - start, num_seen)
         if soft_cap:
             logits = soft_cap * torch.tanh(logits / soft_cap)
-        hidden = torch.arange(padded)[None, :] > places[start:stop, None]
-        logits.masked_fill_(hidden, float("-inf"))
-        if sinks is not None:
+        # The first query sees all keys before ``first_hidden``, and so do those after it.
+        hidden = torch.arange(first_hidden, num_seen) > places[start:stop, None]
+        logits[..., first_hidden:].masked_fill_(hidden, float("-inf"))
+        if sinks is None:
+            yield start, stop, torch.softmax(logits, dim=-1)
+        else:
             sink = sinks.float().view(*logits.shape[:2], 1, 1).expand(*logits.shape[:3], 1)
-            logits = torch.cat((logits, sink), dim=-1)
-        yield start, stop, torch.softmax(logits, dim=-1)[..., :padded]
+            joined = torch.softmax(torch.cat((logits, sink), dim=-1), dim=-1)
+            yield start, stop, joined[..., :num_seen].contiguous()

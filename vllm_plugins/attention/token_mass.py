@@ -32,6 +32,9 @@ def token_mass(
     mass = torch.zeros(num_kv_heads, num_keys)
     peak = torch.zeros(num_kv_heads, num_keys)
     for start, stop, seen in probabilities(query, key, places, scale, soft_cap, sinks):
-        peak = torch.maximum(peak, seen.amax((1, 2)))
-        mass += (seen * weights[start:stop, None]).sum((1, 2))
+        rows = seen.flatten(1, 2)
+        num_seen = rows.shape[-1]
+        counts = weights[start:stop].repeat(seen.shape[1])
+        mass[:, :num_seen] += counts @ rows
+        peak[:, :num_seen] = torch.maximum(peak[:, :num_seen], rows.amax(1))
     return mass, peak
