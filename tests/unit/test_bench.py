@@ -494,6 +494,7 @@ def test_the_committed_studies_are_valid(monkeypatch):
         "as_served",
         "chat",
         "chat_gpu",
+        "chunk",
         "default",
         "fp8",
         "granularity",
