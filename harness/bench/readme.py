@@ -16,6 +16,7 @@ NAMEs lie under ``results``, the last argument. Kinds:
 - ``settings``: folders of records below one, a row for each way of scoring;
 - ``sampled``: the same, where scores are sampled;
 - ``authors``: the file that says which records stand beside the authors' claims;
+- ``quality-speed``: a folder of records of perplexity, and one of bench records, joined;
 - ``agreement``: two folders of records of one study, from two machines.
 
 Figures in a README are never typed in.
@@ -47,6 +48,7 @@ from ..report.ablation import ablation_rows
 from ..report.agreement import agreement_table
 from ..report.experiment import point_name
 from ..report.lines import caption, provenance_line, task_caption
+from ..report.quality_speed import quality_speed_table
 from ..report.tables import markdown, markdown_table, throughput_rows
 from ..report.task_tables import free_rows, free_tasks, task_rows, tasks_of
 from .authors_table import authors_table
@@ -57,7 +59,7 @@ from .tables import batches_table, bench_table
 
 _KINDS = (
     "table|tasks|bench|throughput|costs|hypotheses|task-means|load|ablation|settings|"
-    "sampled|authors|agreement"
+    "sampled|authors|quality-speed|agreement"
 )
 _MARKED = re.compile(rf"(<!-- ({_KINDS}): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -143,6 +145,7 @@ _TABLES: dict[str, Callable[..., str]] = {
     "settings": lambda folder: settings_table(_below(folder)),
     "sampled": lambda folder: sampled_table(_below(folder)),
     "authors": authors_table,
+    "quality-speed": quality_speed_table,
     "agreement": lambda a, b: agreement_table(read_records(a), read_records(b)),
 }
 

@@ -21,7 +21,7 @@ def record(method, sparsity, seed, shift, first_eviction):
         likelihoods = -rng.random(20)
         if first_eviction is not None:
             likelihoods[first_eviction:] -= shift
-            likelihoods[first_eviction:] += noise.normal(0, shift / 50, 20 - first_eviction)
+            likelihoods[first_eviction:] += noise.normal(0, abs(shift) / 50, 20 - first_eviction)
         windows.append(
             {
                 "start": 1000 * seed + start,
