@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ..study.hypotheses import Hypothesis
 from .aggregate import compare, share_windows
+from .change import AFTER_EVICTION, change_of
 from .pairs import Runs, by_key, dense_of, level_of
 from .statistics import holm
 
@@ -77,9 +77,8 @@ def _tested(
     hypothesis: Hypothesis, point: str, base: Runs, judged: Runs, limit: float | None
 ) -> dict[str, Any]:
     compared = compare(base, judged)
-    result = compared["after_eviction"] or {}
-    late = compared["last_quarter"] or {}
-    interval = result.get("interval_95")
+    result = compared[AFTER_EVICTION] or {}
+    change, late = change_of(compared[AFTER_EVICTION]), change_of(compared["last_quarter"])
     row: dict[str, Any] = {
         "hypothesis": _told(hypothesis, limit),
         "point": point,
@@ -87,9 +86,9 @@ def _tested(
         "limit": limit,
         "num_windows": result.get("num_windows", 0),
         "num_clusters": result.get("num_seeds", 0),
-        "change": _share(result.get("mean_difference_nats")),
-        "interval": None if interval is None else [_share(bound) for bound in interval],
-        "last_quarter": _share(late.get("mean_difference_nats")),
+        "change": change and change.value,
+        "interval": None if change is None or change.low is None else [*change[1:]],
+        "last_quarter": late and late.value,
         "p": result.get("clustered_t_p"),
         "p_holm": None,
         "verdict": OPEN,
@@ -105,8 +104,3 @@ def _told(hypothesis: Hypothesis, limit: float | None) -> str:
     if limit is None:
         return f"{hypothesis.better} beats {hypothesis.worse}"
     return f"{hypothesis.method} costs at most {100 * limit:g}%"
-
-
-def _share(nats: float | None) -> float | None:
-    """A difference in loss per token as a change of perplexity."""
-    return None if nats is None else math.expm1(nats)

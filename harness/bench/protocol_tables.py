@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from ..analysis.aggregate import significance
+from ..analysis.change import AFTER_EVICTION, change_of
 from ..analysis.task_aggregate import aggregate_tasks
 from ..errors import UsageError
 from ..records.specifications import DENSE
 from ..records.stored import EXPERIMENT, read_experiment, read_records, read_task_records
-from ..report.cells import level_order, level_shown
+from ..report.cells import level_order, level_shown, percent
 from ..report.experiment import point_name, tested_hypotheses
 from ..report.lines import provenance_line, task_caption
 from ..report.tables import Row, markdown
@@ -37,7 +38,7 @@ def costs_table(folder: Path, *methods: str) -> str:
     ]
     for method in methods:
         cells = [
-            _change(test[f"{DENSE}_vs_{method}_{level}"]["after_eviction"])
+            _change(test[f"{DENSE}_vs_{method}_{level}"][AFTER_EVICTION])
             for level in levels
             for _, test in tests
         ]
@@ -138,7 +139,5 @@ def _short(name: str) -> str:
 
 
 def _change(result: dict[str, Any] | None) -> str:
-    if result is None or result["interval_95"] is None:
-        return "-"
-    value, low, high = 100 * np.expm1([result["mean_difference_nats"], *result["interval_95"]])
-    return f"{value:+.1f}% [{low:+.1f}, {high:+.1f}]"
+    change = change_of(result)
+    return "-" if change is None or change.low is None else percent(change)

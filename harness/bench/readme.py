@@ -15,6 +15,8 @@ NAMEs lie under ``results``, the last argument. Kinds:
 - ``ablation``: the folder of a study that varies something;
 - ``settings``: folders of records below one, a row for each way of scoring;
 - ``sampled``: the same, where scores are sampled;
+- ``authors``: the file that says which records stand beside the authors' claims;
+- ``quality-speed``: a folder of records of perplexity, and one of bench records, joined;
 - ``agreement``: two folders of records of one study, from two machines.
 
 Figures in a README are never typed in.
@@ -46,8 +48,10 @@ from ..report.ablation import ablation_rows
 from ..report.agreement import agreement_table
 from ..report.experiment import point_name
 from ..report.lines import caption, provenance_line, task_caption
+from ..report.quality_speed import quality_speed_table
 from ..report.tables import markdown, markdown_table, throughput_rows
 from ..report.task_tables import free_rows, free_tasks, task_rows, tasks_of
+from .authors_table import authors_table
 from .load_table import load_table
 from .protocol_tables import costs_table, hypotheses_table, task_means_table, task_records
 from .scoring_tables import sampled_table, settings_table
@@ -55,7 +59,7 @@ from .tables import batches_table, bench_table
 
 _KINDS = (
     "table|tasks|bench|throughput|costs|hypotheses|task-means|load|ablation|settings|"
-    "sampled|agreement"
+    "sampled|authors|quality-speed|agreement"
 )
 _MARKED = re.compile(rf"(<!-- ({_KINDS}): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -140,6 +144,8 @@ _TABLES: dict[str, Callable[..., str]] = {
     "ablation": _ablation,
     "settings": lambda folder: settings_table(_below(folder)),
     "sampled": lambda folder: sampled_table(_below(folder)),
+    "authors": authors_table,
+    "quality-speed": quality_speed_table,
     "agreement": lambda a, b: agreement_table(read_records(a), read_records(b)),
 }
 

@@ -19,7 +19,7 @@ from .comparison import failures, time_rows
 from .lines import machine_line
 from .page import write_pages
 from .points import report_points
-from .steady import STEADY_NOTES, steady_conditions, steady_rows
+from .steady import STEADY_NOTES, steady_conditions, steady_load, steady_rows
 from .tables import Row, markdown
 
 TITLE = "# Bench: "
@@ -143,6 +143,25 @@ def _load(load: Mapping[str, Any]) -> str:
     if (turns := load.get("turns", 1)) > 1:
         told += f", {turns} turns"
     return told
+
+
+def bench_caption(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """What a study of batches or of a steady load was measured on, in a line.
+
+    Args:
+        record: one of it.
+        results: its aggregated results.
+
+    """
+    engine, load = record["specification"]["engine"], study_load(record["specification"])
+    told = steady_load(load) if load.get("kind") == STEADY else _load(load)
+    pool = engine["arguments"].get("kv_cache_memory_bytes")
+    memory = "default memory" if pool is None else f"{pool / 2**30:g} GiB of KV cache"
+    seeds = max(entry["num_runs"] for entry in results.values())
+    return (
+        f"{Path(engine['model']).name}, {told}, block {engine['block_size']}, {memory}, "
+        f"{seeds} seed(s)"
+    )
 
 
 def _conditions(

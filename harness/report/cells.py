@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..analysis.change import Interval
 from ..analysis.estimate import Estimate
 
 
@@ -58,3 +59,11 @@ def times(ratio: Estimate | None, unit: str = "", digits: int = 2) -> str:
 def change(value: float, base: float, digits: int = 1) -> str:
     """``value`` against ``base`` in percent."""
     return f"{100 * (value / base - 1):+.{digits}f}%"
+
+
+def percent(share: Interval) -> str:
+    """A change in percent, with its interval where there is one: ``+2.9% [+2.4, +3.4]``."""
+    told = f"{100 * share.value:+.1f}%"
+    if share.low is None or share.high is None:
+        return told
+    return f"{told} [{100 * share.low:+.1f}, {100 * share.high:+.1f}]"

@@ -26,10 +26,14 @@ def task_caption(record: dict[str, Any]) -> str:
         f"{run['num_samples']} samples of each task a run, requests of at most "
         f"{run['engine']['context_length']} tokens with their answers, question {question}"
     )
-    granularity = run["engine"]["eviction"].get("granularity")
-    shown = f", granularity {granularity}" if granularity in GRANULARITIES else ""
     cached = ", prompts found in the prefix cache" if run["engine"].get("prefix_caching") else ""
-    return _caption(record, samples) + shown + cached
+    return _caption(record, samples) + granularity_told(record) + cached
+
+
+def granularity_told(record: dict[str, Any]) -> str:
+    """What is chosen, as the end of a caption; "" where the record leaves it to each policy."""
+    granularity = record["specification"]["engine"]["eviction"].get("granularity")
+    return f", granularity {granularity}" if granularity in GRANULARITIES else ""
 
 
 def _caption(record: dict[str, Any], measured: str) -> str:

@@ -42,20 +42,28 @@ class Figure:
         return f"![{self.caption}]({self.name}.png)\n\n*{self.caption}*"
 
 
-def write_pages(folder: Path, parts: Sequence[str | Figure], shown: int = 1) -> None:
+def write_pages(
+    folder: Path,
+    parts: Sequence[str | Figure],
+    shown: int = 1,
+    name: str = "report",
+    made_by: str = MADE_BY,
+) -> None:
     """``report.md`` and ``report.html`` in ``folder``.
 
     Args:
         folder: where the figures lie.
         parts: paragraphs, tables, headings and figures, the title first.
         shown: so many figures, from the first on, stand in ``report.md``. ``report.html`` has all.
+        name: of another page than the report.
+        made_by: its last line in Markdown.
 
     """
     figures = [part for part in parts if isinstance(part, Figure)]
     hidden = {figure.name for figure in figures[shown:]}
     kept = [part for part in parts if not (isinstance(part, Figure) and part.name in hidden)]
-    write_text(folder / "report.md", _joined([*kept, MADE_BY]))
-    write_text(folder / "report.html", to_html(_joined(parts), folder))
+    write_text(folder / f"{name}.md", _joined([*kept, made_by]))
+    write_text(folder / f"{name}.html", to_html(_joined(parts), folder))
 
 
 def _joined(parts: Sequence[str | Figure]) -> str:

