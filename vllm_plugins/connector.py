@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from .attention.state import worker_state
 from .config import EvictionConfig
+from .conservation import Conservation
 from .ledger import Ledger
 from .manager import OWN_QUERIES, EvictableManager
 from .messages import EvictionPlan, ScoreReport
@@ -71,6 +72,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         specs = [manager.kv_cache_spec for manager in evicting]
         if any(s.block_size != self._block_size or s.page_size_padded for s in specs):
             raise EvictionConfigError(SENTENCES["page_sizes"])
+        self.conservation = Conservation(self._pool, self._managers)
         ledger = Ledger(
             self.config,
             self._block_size,
@@ -155,28 +157,13 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         )
 
     def check_integrity(self) -> None:
-        """Conservation: a block is free, or referenced by exactly those that hold it or leave it.
+        """Conservation of blocks (``Conservation.check``).
 
         Raises:
             AssertionError: which equation does not hold.
 
         """
-        held = [manager.holders() for manager in self._managers]
-        leaving = set().union(*(manager.leaving() for manager in self._managers))
-        for group, holders in enumerate(held):
-            for other in held[:group]:
-                both = sorted(holders.keys() & other.keys())
-                assert not both, f"blocks {both} are held by two KV-cache groups"
-        holders = sum(held, Counter())
-        referenced = 0
-        for block in self._pool.blocks[1:]:  # the first one is the null block
-            count, number = block.ref_cnt, holders[block.block_id]
-            referenced += count > 0
-            exact = count == number or (count > number and block.block_id in leaving)
-            assert exact, f"block {block.block_id}: {count} references, {number} holders"
-        free = self._pool.get_num_free_blocks()
-        total = self._pool.num_gpu_blocks - 1
-        assert free + referenced == total, f"{free} free + {referenced} held != {total} blocks"
+        self.conservation.check()
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Take in the workers' report."""

@@ -115,7 +115,9 @@ class Watch:
             "worker.pack_failures": len(worker.pack_failures),
             "runner.requests": len(self._runner.requests),
         }
+        self._connector.check_integrity()
+        sizes["leaving"] = len(self._connector.conservation.leaving)
         for group, manager in enumerate(self._connector._managers):
             kept = (manager.req_to_blocks, manager.num_cached_block, manager._unhashed)
-            sizes[f"manager.{group}"] = sum(map(len, (*kept, manager._taken, manager.leaving())))
+            sizes[f"manager.{group}"] = sum(map(len, (*kept, manager._taken)))
         return sizes
