@@ -11,8 +11,8 @@ label that occurs once: what saw an evicted cache, and what a pack wrote.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -23,6 +23,7 @@ from vllm_plugins.attention.compaction import NULL_BLOCK
 from vllm_plugins.ledger import Ledger
 from vllm_plugins.messages import EvictionPlan
 from vllm_plugins.packs import Pack
+from vllm_plugins.policies import GRAPH
 from vllm_plugins.worker import table_changes, waves
 
 BLOCK_SIZE = 32
@@ -104,6 +105,14 @@ class WorkerRequest:
             assert memory.scored_by[block] == self.start, f"{where}: another's scores"
 
 
+@dataclass
+class Execution:
+    """Of one step: its requests' sampled tokens, and the rows of their graphs of blocks."""
+
+    sampled: dict[str, list[int]]
+    graph: list[tuple[str, int, int, np.ndarray, np.ndarray]]
+
+
 class SimulatedWorker:
     """Does with labels what ``EvictionWorkerMixin`` and a model runner do with tensors.
 
@@ -114,6 +123,7 @@ class SimulatedWorker:
 
     Attributes:
         counts: what the plans asked for, by kind.
+        sampled: all tokens that were sampled for a request.
 
     """
 
@@ -121,11 +131,12 @@ class SimulatedWorker:
         self.memory = Memory(num_blocks)
         self.requests: dict[str, WorkerRequest] = {}
         self.counts: Counter[str] = Counter()
+        self.sampled: defaultdict[str, list[int]] = defaultdict(list)
         self._ledger, self._evicting = ledger, evicting
         self._starts = count(1)
 
-    def execute(self, output: Any) -> dict[str, list[int]]:
-        """One step; returns the sampled tokens of its requests."""
+    def execute(self, output: Any) -> Execution:
+        """One step."""
         for name in output.finished_req_ids:
             self.requests.pop(name, None)
         plan, cached = output.kv_connector_metadata, output.scheduled_cached_reqs
@@ -152,7 +163,25 @@ class SimulatedWorker:
             self._write(self.requests[name], computed[name], end)
         for name, end in ends.items():
             self._read(self.requests[name], computed[name], end)
-        return {name: self._sample(self.requests[name], end) for name, end in ends.items()}
+        graph = [
+            row for name, end in ends.items() for row in self._graph(name, computed[name], end)
+        ]
+        sampled = {name: self._sample(self.requests[name], end) for name, end in ends.items()}
+        for name, tokens in sampled.items():
+            self.sampled[name] += tokens
+        return Execution(sampled, graph)
+
+    def _graph(
+        self, name: str, start: int, end: int
+    ) -> Iterator[tuple[str, int, int, np.ndarray, np.ndarray]]:
+        """What the blocks of the tokens ``start`` to ``end`` gave to those up to them."""
+        if GRAPH not in self._ledger.requests[name].settings.needs:
+            return
+        for group, kv_cache_group in enumerate(self._evicting):
+            table = self.requests[name].tables[kv_cache_group]
+            for position in range(start // BLOCK_SIZE, -(-end // BLOCK_SIZE)):
+                keys = np.array([block for block in table[: position + 1] if block != NULL_BLOCK])
+                yield name, group, table[position], keys, np.ones(len(keys), dtype=np.float32)
 
     def _prepare_blocks(self, plan: EvictionPlan) -> None:
         """Copies and packs, in the order that the worker makes of the plan."""
