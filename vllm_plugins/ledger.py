@@ -177,6 +177,7 @@ class Ledger:
             return []
         if kept is None:  # not now; at the next step again
             state.due[group] = 0
+            state.record["decisions_deferred"] += 1
             return []
         evicted = live.retain(kept)
         seconds = time.perf_counter() - started

@@ -71,6 +71,7 @@ class RequestState:
             "budget_tokens": settings.budget_tokens,
             "blocks_evicted": 0,
             "decisions": 0,
+            "decisions_deferred": 0,
             "decision_seconds": 0.0,
             "first_eviction_tokens": None,
             "cached_tokens": 0,

@@ -50,6 +50,8 @@ def soak_engine(
             failure = f"memory grows: by {growth:.1f} MiB"
     except AssertionError as error:
         failure = f"round {soak.counts['rounds']}: {error}"
+    if failure:
+        print(f"{soaked.name}: {failure}", file=sys.stderr, flush=True)
     report = soak.report()
     end(llm)
     return report, failure

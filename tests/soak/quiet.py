@@ -25,14 +25,15 @@ def is_comparable(request: dict[str, Any], output: Any, whole_prompts: bool) -> 
 
     Who keeps everything always answers the same. Who evicts does where a prompt is computed at
     once, and not again after a preemption, when the answer so far saw a whole cache. Who asks
-    attention sums it over its own queries, so there also without a prefix from the cache.
+    attention sums it over its own queries, so there also without a prefix from the cache. Whose
+    pack waited for a free block saw a whole cache for longer.
     """
     if request.get("n", 1) > 1:
         return False
     record = record_of(output)
     if not get_policy(record["policy"]).evicts or request["extra"].get("kv_sparsity") == 0.0:
         return True
-    if not whole_prompts or record["preemptions"]:
+    if not whole_prompts or record["preemptions"] or record["decisions_deferred"]:
         return False
     return not (_asks_attention(request["extra"]) and record["cached_tokens"])
 

@@ -330,6 +330,18 @@ def test_a_pack_waits_for_no_score():
     assert len(Bench(token).decide(80)) == 10
 
 
+def test_a_pack_that_finds_no_block_to_copy_into_waits_and_is_counted():
+    token = {"kv_policy": "h2o", "kv_sparsity": 0.5, "kv_granularity": "token"}
+    bench = Bench(token)
+    for _ in range(2):
+        assert bench.ledger.decide("r", 0, 80, bench.blocks, lambda name, positions: None) == []
+    assert bench.ledger.take_packs() == {}
+    found = bench.ledger.decide("r", 0, 80, bench.blocks, lambda name, positions: positions)
+    assert len(found) == 10
+    record = bench.ledger.finish("r")
+    assert (record["decisions"], record["decisions_deferred"]) == (1, 2)
+
+
 def test_a_preempted_requests_pack_is_dropped():
     """Its blocks may be another's when the workers come to it."""
     token = {"kv_policy": "h2o", "kv_sparsity": 0.5, "kv_granularity": "token"}
