@@ -15,7 +15,8 @@ NAMEs lie under ``results``, the last argument. Kinds:
 - ``ablation``: the folder of a study that varies something;
 - ``settings``: folders of records below one, a row for each way of scoring;
 - ``sampled``: the same, where scores are sampled;
-- ``agreement``: two folders of records of one study, from two machines.
+- ``agreement``: two folders of records of one study, from two machines;
+- ``lm-eval``: a folder of records of ``scripts/lm_eval``, and the methods to show.
 
 Figures in a README are never typed in.
 """
@@ -48,6 +49,7 @@ from ..report.experiment import point_name
 from ..report.lines import caption, provenance_line, task_caption
 from ..report.tables import markdown, markdown_table, throughput_rows
 from ..report.task_tables import free_rows, free_tasks, task_rows, tasks_of
+from .lm_eval_table import lm_eval_table
 from .load_table import load_table
 from .protocol_tables import costs_table, hypotheses_table, task_means_table, task_records
 from .scoring_tables import sampled_table, settings_table
@@ -55,7 +57,7 @@ from .tables import batches_table, bench_table
 
 _KINDS = (
     "table|tasks|bench|throughput|costs|hypotheses|task-means|load|ablation|settings|"
-    "sampled|agreement"
+    "sampled|agreement|lm-eval"
 )
 _MARKED = re.compile(rf"(<!-- ({_KINDS}): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -141,6 +143,7 @@ _TABLES: dict[str, Callable[..., str]] = {
     "settings": lambda folder: settings_table(_below(folder)),
     "sampled": lambda folder: sampled_table(_below(folder)),
     "agreement": lambda a, b: agreement_table(read_records(a), read_records(b)),
+    "lm-eval": lambda folder, *methods: lm_eval_table(folder, *(m.name for m in methods)),
 }
 
 
