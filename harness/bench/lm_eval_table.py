@@ -18,9 +18,19 @@ Record = dict[str, Any]
 NEEDLE, PASSAGES = "kv_needle", "kv_passages"
 FOUND, BITS = "exact_match,first-number", "bits_per_byte,none"
 """lm-eval's names of the scores, with those of their filters."""
-_FIELDS = ("settings", "scores", "evicted", "samples", "versions", "hardware", "timestamp", "code")
-_OWN = ("task", "method", "sparsity", "server", "request")
-"""Settings in which the records of a study differ."""
+_FIELDS = (
+    "settings",
+    "data_sha256",
+    "scores",
+    "evicted",
+    "samples",
+    "versions",
+    "hardware",
+    "timestamp",
+    "code",
+)
+_OWN = ("task", "method", "sparsity", "server", "request", "num_samples")
+"""Settings in which the records of a study may differ."""
 
 
 def lm_eval_table(folder: Path, *methods: str) -> str:
@@ -128,6 +138,8 @@ def _read(folder: Path) -> list[Record]:
                 f"{folder} mixes records of other settings, code, versions or machines; measure "
                 "one kind anew"
             )
+    if len({(record["settings"]["task"], record["data_sha256"]) for record in records}) > 2:
+        raise UsageError(f"{folder} mixes records of other prompts; measure one kind anew")
     return records
 
 

@@ -376,6 +376,7 @@ def made_up(task, method, sparsity, shift, **changes):
     return {
         "kind": "lm-eval",
         "timestamp": "2026-01-02T03:04:05+00:00",
+        "data_sha256": f"of {task}",
         "settings": {
             "task": task,
             "method": method,
@@ -429,9 +430,11 @@ def test_a_table_of_too_little_or_too_much_is_refused(records, tmp_path):
     with pytest.raises(UsageError, match="holds no record of lm-eval"):
         lm_eval_table(tmp_path / "none", "dense")
     path = records / "kv_passages_h2o_s0.9.json"
-    write_json(path, {**read_json(path), "code": "other"})
-    with pytest.raises(UsageError, match="mixes records"):
-        lm_eval_table(records, "dense", "h2o")
+    made = read_json(path)
+    for changed, reason in (("code", "of other settings, code"), ("data_sha256", "other prompts")):
+        write_json(path, {**made, changed: "other"})
+        with pytest.raises(UsageError, match=reason):
+            lm_eval_table(records, "dense", "h2o")
     path.unlink()
     with pytest.raises(UsageError, match=r"lacks the record of \('kv_passages', 'h2o', 0.9\)"):
         lm_eval_table(records, "dense", "h2o")
