@@ -17,7 +17,8 @@ NAMEs lie under ``results``, the last argument. Kinds:
 - ``sampled``: the same, where scores are sampled;
 - ``authors``: the file that says which records stand beside the authors' claims;
 - ``quality-speed``: a folder of records of perplexity, and one of bench records, joined;
-- ``agreement``: two folders of records of one study, from two machines.
+- ``agreement``: two folders of records of one study, from two machines;
+- ``lm-eval``: a folder of records of ``scripts/lm_eval``, and the methods to show.
 
 Figures in a README are never typed in.
 """
@@ -52,6 +53,7 @@ from ..report.quality_speed import quality_speed_table
 from ..report.tables import markdown, markdown_table, throughput_rows
 from ..report.task_tables import free_rows, free_tasks, task_rows, tasks_of
 from .authors_table import authors_table
+from .lm_eval_table import lm_eval_table
 from .load_table import load_table
 from .protocol_tables import costs_table, hypotheses_table, task_means_table, task_records
 from .scoring_tables import sampled_table, settings_table
@@ -59,7 +61,7 @@ from .tables import batches_table, bench_table
 
 _KINDS = (
     "table|tasks|bench|throughput|costs|hypotheses|task-means|load|ablation|settings|"
-    "sampled|authors|quality-speed|agreement"
+    "sampled|authors|quality-speed|agreement|lm-eval"
 )
 _MARKED = re.compile(rf"(<!-- ({_KINDS}): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -147,6 +149,7 @@ _TABLES: dict[str, Callable[..., str]] = {
     "authors": authors_table,
     "quality-speed": quality_speed_table,
     "agreement": lambda a, b: agreement_table(read_records(a), read_records(b)),
+    "lm-eval": lambda folder, *methods: lm_eval_table(folder, *(m.name for m in methods)),
 }
 
 
