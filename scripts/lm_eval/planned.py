@@ -8,6 +8,7 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.records.specifications import DENSE
+from vllm_plugins.policies import policy_names
 
 NEEDLE, PASSAGES = "kv_needle", "kv_passages"
 TASKS = (NEEDLE, PASSAGES)
@@ -51,7 +52,7 @@ def planned(tasks: Sequence[str], methods: Sequence[str], sparsities: Sequence[f
     """All runs, those of one server side by side; ``dense`` is there once.
 
     Raises:
-        UsageError: a sparsity is none, or something is named twice.
+        UsageError: a sparsity or a method is none, or something is named twice.
 
     """
     for what, given in (("--tasks", tasks), ("--methods", methods), ("--sparsity", sparsities)):
@@ -60,6 +61,8 @@ def planned(tasks: Sequence[str], methods: Sequence[str], sparsities: Sequence[f
     for sparsity in sparsities:
         if not 0 < sparsity < 1:
             raise UsageError(f"--sparsity {sparsity:g} must lie between 0 and 1")
+    if unknown := sorted(set(methods) - {DENSE, *policy_names()}):
+        raise UsageError(f"--methods {unknown[0]} is no policy; use {', '.join(policy_names())}")
     levels = [
         (method, sparsity)
         for method in methods

@@ -65,6 +65,7 @@ def test_only_requests_for_text_carry_settings():
         (["h2o", "h2o"], [0.5], "--methods names something twice"),
         (["h2o"], [0.5, 0.5], "--sparsity names something twice"),
         (["h2o"], [1.0], "must lie between 0 and 1"),
+        (["h3o"], [0.5], "--methods h3o is no policy; use .*h2o"),
     ],
 )
 def test_a_wrong_plan_is_refused(methods, sparsities, reason):
