@@ -18,10 +18,10 @@ if WORKER and hasattr(os, "sched_setaffinity"):
     # Workers, and the engines they start, share no core: OpenMP's threads spin while they wait, and
     # two engines on the same cores take ten times as long as one.
     cores = sorted(os.sched_getaffinity(0))
-    own = cores[int(WORKER.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
-    if own:
-        os.sched_setaffinity(0, own)
-        torch.set_num_threads(len(own))
+    count = min(int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), len(cores))
+    own = cores[int(WORKER.removeprefix("gw")) % count :: count]
+    os.sched_setaffinity(0, own)
+    torch.set_num_threads(len(own))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 

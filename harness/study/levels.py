@@ -112,7 +112,7 @@ def _evicts(settings: RequestSettings, engine: EngineSpecification, answer_token
     length = engine.context_length
     if engine.protocol == "decode":
         processed = budgeted = length - 2
-    elif answer_tokens:
+    elif answer_tokens > 1:  # the first one comes of the prompt's last step
         processed = budgeted = int(FILLED * (length - answer_tokens))
     else:
         processed = (length - 1) // engine.prefill_chunk * engine.prefill_chunk
@@ -131,7 +131,7 @@ def _evicts_nothing(run: OfflineRun, settings: RequestSettings) -> str:
         asked = f"--budget-tokens {settings.budget_tokens}"
     answer = run.measurement.answer_tokens
     window = f"--context-length {engine.context_length}"
-    window += f" beside an answer of {answer}" if answer else " before its last step"
+    window += f" beside an answer of {answer}" if answer > 1 else " before its last step"
     return (
         f"{run.method.name} with {asked} would evict nothing from a window of {window}, as {keep} "
         f"blocks of {engine.block_size} tokens stay; give "

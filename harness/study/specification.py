@@ -156,6 +156,8 @@ class Answers(_OfText):
     """Of an answer; None: the task says."""
     sha256: str | None = None
     """Of a file's content."""
+    longest_answer: int | None = field(default=None, compare=False)
+    """Tokens that a line of a file asks for at most; what the file's hash says already."""
     task_path: str = field(default="", compare=False)
     """Where a file lies on this machine: no part of records and hashes."""
 
@@ -170,9 +172,9 @@ class Answers(_OfText):
 
     @property
     def answer_tokens(self) -> int:
+        if self.longest_answer is not None:
+            return min(self.longest_answer, 2)  # the longest prompt may have a short answer
         own = GENERATED.get(self.task)
-        if self.sha256:
-            return 1  # a line may ask for fewer than others
         return own.max_tokens if own else self.output_tokens or 0
 
     def file_suffix(self, run: OfflineRun) -> str:

@@ -6,7 +6,7 @@ import difflib
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from ..inputs.tasks.jsonl import PREFIX, file_of, sha256_of
+from ..inputs.tasks.jsonl import PREFIX, file_of, read_lines, sha256_of
 from ..inputs.tasks.registry import GENERATED, LONG_GENERATION, TASKS
 from ..inputs.tasks.sample import PREFIXES, QUESTIONS
 from ..inputs.text import Text
@@ -89,6 +89,11 @@ def tasks_of(study: Study, text: Text) -> list[Answers]:
                 f"{study.context_length}; lower it"
             )
         path = file_of(name) if is_file(name) else None
+        asked = (
+            [line.max_tokens or study.task_output_tokens for line in read_lines(path)]
+            if path
+            else []
+        )
         measured.append(
             Answers(
                 text,
@@ -97,6 +102,7 @@ def tasks_of(study: Study, text: Text) -> list[Answers]:
                 study.task_question,
                 output,
                 sha256_of(path) if path else None,
+                max((line.max_tokens or study.task_output_tokens for line in lines), default=None),
                 str(path) if path else "",
             )
         )

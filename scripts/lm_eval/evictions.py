@@ -80,12 +80,12 @@ def between(
     }
 
 
-def check(seen: Mapping[str, Any], method: str) -> None:
+def check(seen: Mapping[str, Any], method: str, num_requests: int) -> None:
     """Hold what was counted against what was asked.
 
     Raises:
-        NothingSeen: a method that evicts evicted nothing, dense did, or requests followed
-            another policy.
+        NothingSeen: a method that evicts evicted nothing, dense did, or not all requests followed
+            the method and nobody else asked.
 
     """
     if method == DENSE and seen["blocks_evicted"]:
@@ -95,8 +95,11 @@ def check(seen: Mapping[str, Any], method: str) -> None:
             f"the server evicted nothing under {method}; raise --context-length, or lower "
             "--score-chunk"
         )
-    if others := sorted(set(seen["requests"]) - {method}):
-        raise NothingSeen(f"requests were to follow {method}, and some followed {others[0]}")
+    if seen["requests"] != {method: num_requests}:
+        raise NothingSeen(
+            f"{num_requests} requests were to follow {method}, and the server counted "
+            f"{seen['requests'] or 'none'}"
+        )
 
 
 def _read(url: str) -> str:

@@ -110,7 +110,7 @@ def _one(run: Run, base_url: str, head: dict[str, Any], work: Path, logs: Path) 
     after = evictions.counters(base_url)
     result, samples = lm_eval_cli.read(work / "results" / run.name, run.task)
     seen = evictions.between(before, after, BLOCK_SIZE)
-    evictions.check(seen, run.method)
+    evictions.check(seen, run.method, len(samples))
     return {
         **head,
         "timestamp": timestamp(),

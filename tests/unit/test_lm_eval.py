@@ -9,6 +9,7 @@ import math
 import os
 import stat
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_what_a_run_saw_is_what_counters_grew_by(monkeypatch):
         "mean_peak_blocks": 15.0,
         "prompt_tokens": 30,
     }
-    evictions.check(seen, "h2o")
+    evictions.check(seen, "h2o", 2)
     assert evictions.between(after, after, 32)["mean_effective_sparsity"] is None
 
 
@@ -190,13 +191,15 @@ def test_what_a_run_saw_is_what_counters_grew_by(monkeypatch):
     [
         (0, {"h2o": 2}, "h2o", "evicted nothing under h2o"),
         (3, {"dense": 2}, "dense", "evicted 3 blocks under dense"),
-        (3, {"cab": 1, "h2o": 1}, "h2o", "some followed cab"),
+        (3, {"cab": 1, "h2o": 1}, "h2o", "2 requests were to follow h2o, .*'cab': 1"),
+        (3, {"h2o": 3}, "h2o", "2 requests were to follow h2o, .*'h2o': 3"),
+        (3, {}, "h2o", "2 requests were to follow h2o, and the server counted none"),
     ],
 )
 def test_a_run_that_saw_something_else_fails(blocks, requests, method, reason):
     evictions = module("evictions")
     with pytest.raises(evictions.NothingSeen, match=reason):
-        evictions.check({"blocks_evicted": blocks, "requests": requests}, method)
+        evictions.check({"blocks_evicted": blocks, "requests": requests}, method, 2)
 
 
 def test_settings_go_with_the_requests():
@@ -276,7 +279,7 @@ def test_results_are_read_without_the_machine_and_without_prompts(tmp_path):
 def study(smollm2, tmp_path, monkeypatch):
     """``measure.main`` over servers and an lm-eval that are made up, and what was started."""
     measure, cli, evictions = (module(n) for n in ("measure", "lm_eval_cli", "evictions"))
-    started = SimpleNamespace(servers=[], runs=[], fail=None, counts={"blocks": 0, "policy": None})
+    started = SimpleNamespace(servers=[], runs=[], fail=None, counts=Counter())
 
     @contextmanager
     def serving(command, port, log):
@@ -291,10 +294,12 @@ def study(smollm2, tmp_path, monkeypatch):
         task = flags[flags.index("--tasks") + 1]
         row = {"doc_id": 0, "doc": {"tokens": 200}, "resps": [[-400.0]], "exact_match": 1.0}
         written(work / output, task, [row], {FOUND: 1.0, BITS: 1.0})
-        started.counts["blocks"] += 0 if "dense" in name else 8
+        method = name.split("_")[2]
+        started.counts["kv_eviction_blocks_evicted"] += 0 if method == "dense" else 8
+        started.counts[f"kv_eviction_requests:{method}"] += 1
 
     def counters(base_url):
-        return {"kv_eviction_blocks_evicted": started.counts["blocks"]}
+        return dict(started.counts)
 
     monkeypatch.setattr(measure, "serving", serving)
     monkeypatch.setattr(cli, "run", run)

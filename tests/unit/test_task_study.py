@@ -104,6 +104,20 @@ def test_a_prompt_in_one_chunk_is_evicted_from_before_its_answer(settings, tmp_p
         planned({**served, "sparsity": 0.04}, tmp_path)
 
 
+def test_an_answer_of_one_token_sees_no_eviction_after_its_prompt(settings, tmp_path, smollm2):
+    served = {**settings, "prefill_chunk": 1500}
+    file = tmp_path / "one.jsonl"
+    file.write_text('{"prompt": "one", "answers": ["two"], "max_tokens": 1}\n')
+    for change in (
+        {"tasks": ["long_generation"], "task_output_tokens": 1},
+        {"tasks": [f"jsonl:{file}"]},
+    ):
+        with pytest.raises(UsageError, match="would evict nothing from a window"):
+            planned({**served, **change}, tmp_path)
+    file.write_text('{"prompt": "one", "answers": ["two"], "max_tokens": 2}\n')
+    assert planned({**served, "tasks": [f"jsonl:{file}"]}, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -78,17 +78,18 @@ def probabilities(
         the last of them sees.
 
     """
-    num_queries, _, head_size = query.shape
+    num_queries, num_heads, head_size = query.shape
     num_kv_heads = key.shape[0]
+    group = num_heads // num_kv_heads
     transposed = key.float().transpose(1, 2)
-    grouped = (query.float() * scale).view(num_queries, num_kv_heads, -1, head_size)
+    grouped = (query.float() * scale).view(num_queries, num_kv_heads, group, head_size)
     grouped = grouped.permute(1, 2, 0, 3)
     for start in range(0, num_queries, QUERIES_AT_ONCE):
         stop = min(start + QUERIES_AT_ONCE, num_queries)
         first_hidden, num_seen = (int(places[i]) + 1 for i in (start, stop - 1))
         rows = grouped[:, :, start:stop].flatten(1, 2)
         logits = torch.matmul(rows, transposed[..., :num_seen])
-        logits = logits.view(num_kv_heads, -1, stop - start, num_seen)
+        logits = logits.view(num_kv_heads, group, stop - start, num_seen)
         if soft_cap:
             logits = soft_cap * torch.tanh(logits / soft_cap)
         # The first query sees all keys before ``first_hidden``, and so do those after it.
