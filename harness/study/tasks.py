@@ -89,11 +89,7 @@ def tasks_of(study: Study, text: Text) -> list[Answers]:
                 f"{study.context_length}; lower it"
             )
         path = file_of(name) if is_file(name) else None
-        asked = (
-            [line.max_tokens or study.task_output_tokens for line in read_lines(path)]
-            if path
-            else []
-        )
+        lines = read_lines(path) if path else []
         measured.append(
             Answers(
                 text,
