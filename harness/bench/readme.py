@@ -18,7 +18,8 @@ NAMEs lie under ``results``, the last argument. Kinds:
 - ``authors``: the file that says which records stand beside the authors' claims;
 - ``quality-speed``: a folder of records of perplexity, and one of bench records, joined;
 - ``agreement``: two folders of records of one study, from two machines;
-- ``lm-eval``: a folder of records of ``scripts/lm_eval``, and the methods to show.
+- ``lm-eval``: a folder of records of ``scripts/lm_eval``, and the methods to show;
+- ``soak``: a record of ``scripts/soak``.
 
 Figures in a README are never typed in.
 """
@@ -57,11 +58,12 @@ from .lm_eval_table import lm_eval_table
 from .load_table import load_table
 from .protocol_tables import costs_table, hypotheses_table, task_means_table, task_records
 from .scoring_tables import sampled_table, settings_table
+from .soak_table import soak_table
 from .tables import batches_table, bench_table
 
 _KINDS = (
     "table|tasks|bench|throughput|costs|hypotheses|task-means|load|ablation|settings|"
-    "sampled|authors|quality-speed|agreement|lm-eval"
+    "sampled|authors|quality-speed|agreement|lm-eval|soak"
 )
 _MARKED = re.compile(rf"(<!-- ({_KINDS}): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -149,6 +151,7 @@ _TABLES: dict[str, Callable[..., str]] = {
     "authors": authors_table,
     "quality-speed": quality_speed_table,
     "agreement": lambda a, b: agreement_table(read_records(a), read_records(b)),
+    "soak": soak_table,
     "lm-eval": lambda folder, *methods: lm_eval_table(folder, *(m.name for m in methods)),
 }
 
