@@ -26,7 +26,7 @@ def _runs(process: psutil.Process) -> bool:
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
         return not any("multiprocessing.resource_tracker" in part for part in process.cmdline())
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+    except psutil.NoSuchProcess:  # a zombie since, or gone
         return False
 
 

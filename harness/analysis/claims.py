@@ -40,12 +40,8 @@ def limit_of(measure: str, bounds: Bounds) -> Limit:
 def verdict(measured: Interval, limit: Limit) -> str:
     """``HOLDS`` where the whole interval lies within the limit, ``FAILS`` where it lies wholly
     beyond, else ``OPEN``; without an interval nothing is decided."""
-    _, low, high = measured
-    if low is None or high is None:
-        return OPEN
-    if limit.at_least:
-        return HOLDS if low >= limit.value else FAILS if high < limit.value else OPEN
-    return HOLDS if high <= limit.value else FAILS if low > limit.value else OPEN
+    within = measured.is_at_least if limit.at_least else measured.is_at_most
+    return {True: HOLDS, False: FAILS, None: OPEN}[within(limit.value)]
 
 
 def perplexity_change(

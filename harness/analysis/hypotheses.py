@@ -93,10 +93,9 @@ def _tested(
         "p_holm": None,
         "verdict": OPEN,
     }
-    if limit is not None and row["interval"] is not None:
-        low, high = row["interval"]
+    if limit is not None and change is not None and row["interval"] is not None:
         row["p"] = None
-        row["verdict"] = CONFIRMED if high <= limit else REFUTED if low > limit else OPEN
+        row["verdict"] = {True: CONFIRMED, False: REFUTED, None: OPEN}[change.is_at_most(limit)]
     return row
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ..analysis.change import change_of
 from ..analysis.statistics import paired_test
 from ..errors import UsageError
 from ..records.files import read_record_of
 from ..records.specifications import DENSE
+from ..report.cells import percent
 from ..report.lines import provenance_line
 from ..report.tables import Row, markdown
 
@@ -98,12 +98,9 @@ def _change(dense: Record, other: Record) -> str:
     first, second = (
         [-s["log_likelihood"] / s["tokens"] for s in r["samples"]] for r in (dense, other)
     )
-    test = paired_test(first, second)
-    change = f"{100 * np.expm1(test['mean_difference_nats']):+.1f}%"
-    if test["interval_95_t"] is None:
-        return change
-    low, high = 100 * np.expm1(test["interval_95_t"])
-    return f"{change} [{low:+.1f}, {high:+.1f}]"
+    change = change_of(paired_test(first, second), "interval_95_t")
+    assert change is not None
+    return percent(change)
 
 
 def _caption(records: list[Record]) -> str:

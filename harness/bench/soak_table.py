@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..records.files import read_json
-from ..report.lines import machine_line
+from ..report.lines import provenance_line
 from ..report.tables import Row, markdown
 
 _COUNTS = {
@@ -47,7 +47,7 @@ def soak_table(path: Path) -> str:
         )
     )
     failures = "; ".join(record["failures"]) or "none"
-    told = f"{machine_line(record)}, {record['timestamp'][:10]}, seed {record['seed']}."
+    told = f"{provenance_line(record)} Seed {record['seed']}."
     return f"{told} What did not hold: {failures}.\n\n{markdown(table)}"
 
 

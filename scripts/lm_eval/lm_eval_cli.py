@@ -78,22 +78,22 @@ def arguments(
     return [*made, "--gen_kwargs", json.dumps({"vllm_xargs": settings})] if settings else made
 
 
-def run(flags: Sequence[str], work: Path, output: str, log: Path, python: Path = PYTHON) -> None:
-    """Run lm-eval in ``work``, where the tasks' files lie; ``output`` below it is emptied first.
+def run(flags: Sequence[str], scratch: Path, output: str, log: Path, python: Path = PYTHON) -> None:
+    """Run lm-eval in ``scratch``, where the tasks' files lie; ``output`` below it is emptied first.
 
     Raises:
         Failed: it ended with another status than 0.
 
     """
-    shutil.rmtree(work / output, ignore_errors=True)
-    shutil.copytree(TASKS, work / "tasks", dirs_exist_ok=True)
+    shutil.rmtree(scratch / output, ignore_errors=True)
+    shutil.copytree(TASKS, scratch / "tasks", dirs_exist_ok=True)
     # No hub is asked for anything, and files of another run are not taken for these.
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf"), "PYTHONPATH": ""}
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "hf"), "PYTHONPATH": ""}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as stream:
         status = subprocess.run(
             [python, "-m", "lm_eval", *flags],
-            cwd=work,
+            cwd=scratch,
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=stream,

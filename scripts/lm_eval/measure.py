@@ -58,11 +58,11 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
     """
     runs = planned(arguments.tasks, arguments.methods, arguments.sparsity)
     output: Path = arguments.output
-    work = output / "work"
+    scratch = output / "scratch"
     lm_eval_versions = lm_eval_cli.versions()
     model = resolve_model(arguments.model)
     text = describe(arguments.dataset, None, "concatenate")
-    data = _write_tasks(work, model, text, arguments)
+    data = _write_tasks(scratch, model, text, arguments)
     head = {
         "schema_version": SCHEMA_VERSION,
         "kind": "lm-eval",
@@ -90,13 +90,15 @@ def measure(arguments: argparse.Namespace) -> list[Path]:
         with serving(command, free_port(), log) as running:
             for run in of_server:
                 started = time.monotonic()
-                made = _one(run, running.base_url, record_of(run), work, output / "logs")
+                made = _one(run, running.base_url, record_of(run), scratch, output / "logs")
                 write_json(paths[run], {**made, "seconds": round(time.monotonic() - started, 1)})
                 print(_told(made), flush=True)
     return list(paths.values())
 
 
-def _one(run: Run, base_url: str, head: dict[str, Any], work: Path, logs: Path) -> dict[str, Any]:
+def _one(
+    run: Run, base_url: str, head: dict[str, Any], scratch: Path, logs: Path
+) -> dict[str, Any]:
     flags = lm_eval_cli.arguments(
         run.task,
         name=head["settings"]["model"],
@@ -106,9 +108,9 @@ def _one(run: Run, base_url: str, head: dict[str, Any], work: Path, logs: Path) 
         output=f"results/{run.name}",
     )
     before = evictions.counters(base_url)
-    lm_eval_cli.run(flags, work, f"results/{run.name}", new_log(logs, run.name))
+    lm_eval_cli.run(flags, scratch, f"results/{run.name}", new_log(logs, run.name))
     after = evictions.counters(base_url)
-    result, samples = lm_eval_cli.read(work / "results" / run.name, run.task)
+    result, samples = lm_eval_cli.read(scratch / "results" / run.name, run.task)
     seen = evictions.between(before, after, BLOCK_SIZE)
     evictions.check(seen, run.method, len(samples))
     return {
@@ -143,11 +145,11 @@ def _settings(run: Run, arguments: argparse.Namespace, model: str, text: Text) -
 
 
 def _write_tasks(
-    work: Path, model: str, text: Text, arguments: argparse.Namespace
+    scratch: Path, model: str, text: Text, arguments: argparse.Namespace
 ) -> dict[str, str]:
     tokenizer = load_tokenizer(model)
     made = write_tasks(
-        work,
+        scratch,
         tokenizer,
         tokenize(tokenizer, text),
         arguments.num_samples,
@@ -155,7 +157,7 @@ def _write_tasks(
         arguments.seed,
     )
     # lm-eval's result names the tokenizer: not by a folder of this machine.
-    link = work / "model"
+    link = scratch / "model"
     link.unlink(missing_ok=True)
     link.symlink_to(Path(model).resolve())
     return made
