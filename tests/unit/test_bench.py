@@ -497,7 +497,6 @@ def test_the_committed_studies_are_valid(monkeypatch):
         "chunk",
         "default",
         "fp8",
-        "granularity",
         "headline",
         "layer_groups",
         "long",
