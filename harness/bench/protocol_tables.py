@@ -13,7 +13,7 @@ from ..analysis.change import AFTER_EVICTION, change_of
 from ..analysis.task_aggregate import aggregate_tasks
 from ..errors import UsageError
 from ..records.specifications import DENSE
-from ..records.stored import EXPERIMENT, read_experiment, read_records, read_task_records
+from ..records.stored import measured_points, read_records, read_task_records
 from ..report.cells import level_order, level_shown, percent
 from ..report.experiment import point_name, tested_hypotheses
 from ..report.lines import provenance_line, task_caption
@@ -124,8 +124,7 @@ def _means(entry: dict[str, Any]) -> list[str]:
 
 
 def _points(folder: Path) -> list[tuple[str, list[dict[str, Any]]]]:
-    points = read_experiment(folder / EXPERIMENT)["comparisons"]
-    return [(point_name(p), read_records(folder / p["folder"])) for p in points]
+    return [(point_name(p), read_records(folder / p["folder"])) for p in measured_points(folder)]
 
 
 def _levels(points: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[str]:

@@ -38,10 +38,9 @@ from ..errors import UsageError
 from ..records.files import read_json, write_text
 from ..records.former_names import load_in_todays_names
 from ..records.stored import (
-    EXPERIMENT,
     FAILED,
     PERPLEXITY_RECORDS,
-    read_experiment,
+    measured_points,
     read_load_records,
     read_record,
     read_records,
@@ -117,9 +116,7 @@ def _throughput(path: Path) -> str:
 
 
 def _ablation(folder: Path) -> str:
-    points = read_experiment(folder / EXPERIMENT)["comparisons"]
-    # A study that was interrupted lacks points.
-    points = [p for p in points if any((folder / p["folder"]).glob(PERPLEXITY_RECORDS))]
+    points = measured_points(folder)
     records = [read_records(folder / point["folder"]) for point in points]
     results = [(point_name(p), aggregate(r)) for p, r in zip(points, records, strict=True)]
     first = records[0][0]

@@ -75,6 +75,17 @@ def read_experiment(path: Path) -> dict[str, Any]:
     return {"sessions": [], **experiment}
 
 
+def measured_points(folder: Path) -> list[dict[str, Any]]:
+    """The ``comparisons`` of a study that have a record; one that was interrupted lacks some.
+
+    Raises:
+        UnreadableFile: as ``read_experiment``.
+
+    """
+    points = read_experiment(folder / EXPERIMENT)["comparisons"]
+    return [p for p in points if any((folder / p["folder"]).glob(PERPLEXITY_RECORDS))]
+
+
 def point_of(folder: Path) -> dict[str, Any]:
     """What an experiment's file says of the point whose records are in ``folder``; {} for none.
 

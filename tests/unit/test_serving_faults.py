@@ -257,7 +257,8 @@ def test_more_requests_in_flight_than_a_process_may_open_files_by_default(tmp_pa
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert status == 0, record["failures"]
-    assert record["summary"]["all"]["peak_concurrency"] == 120
+    # The first may be answered before a busy machine has sent the last.
+    assert record["summary"]["all"]["peak_concurrency"] > 100
 
 
 def test_a_client_that_falls_behind_says_so(tmp_path, monkeypatch):
