@@ -37,6 +37,7 @@ from ..analysis.task_aggregate import aggregate_tasks
 from ..errors import UsageError
 from ..records.files import read_json, write_text
 from ..records.former_names import load_in_todays_names
+from ..records.specifications import DENSE
 from ..records.stored import (
     FAILED,
     PERPLEXITY_RECORDS,
@@ -121,7 +122,9 @@ def _ablation(folder: Path) -> str:
     results = [(point_name(p), aggregate(r)) for p, r in zip(points, records, strict=True)]
     first = records[0][0]
     runs = len({record["seed"] for record in records[0]})
-    told = f"First column: {caption(first)}, {runs} runs. In brackets: against dense."
+    told = f"First column: {caption(first)}, {runs} runs."
+    if any(entry["method"] == DENSE for _, point in results for entry in point.values()):
+        told += " In brackets: against dense."
     return (
         f"{told}\n{provenance_line(first)}\n\n{markdown(ablation_rows(results, effective=False))}"
     )

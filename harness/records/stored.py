@@ -83,7 +83,7 @@ def measured_points(folder: Path) -> list[dict[str, Any]]:
 
     """
     points = read_experiment(folder / EXPERIMENT)["comparisons"]
-    return [p for p in points if any((folder / p["folder"]).glob(PERPLEXITY_RECORDS))]
+    return [p for p in points if has_records(folder / p["folder"])]
 
 
 def point_of(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,9 @@ vllm:kv_cache_usage_perc{engine="0"} 0.5
 vllm:cache_config_info{block_size="32",kv_cache_memory_bytes="1048576",num_gpu_blocks="10"} 1.0
 """
 
+GATHERED = 120
+"""Requests that ``gather`` waits for before it answers any."""
+
 
 def chunk(text="a", finish=None):
     body = {"choices": [{"index": 0, "text": text, "finish_reason": finish}]}
@@ -121,6 +124,8 @@ class Stub:
                 return response
             if mode == "hang":
                 await asyncio.sleep(60)
+            while mode == "gather" and self.count < GATHERED:
+                await asyncio.sleep(0.01)
             await response.write(chunk(finish="length" if i == tokens - 1 else None))
             if mode == "slow":
                 await asyncio.sleep(0.2)
