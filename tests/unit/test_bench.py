@@ -492,14 +492,17 @@ def test_the_committed_studies_are_valid(monkeypatch):
     studies = {path.stem: BenchStudy.read(path) for path in paths}
     assert set(studies) == {
         "as_served",
+        "beside_streaming",
         "chat",
         "chat_gpu",
         "chunk",
+        "crossover",
         "default",
         "fp8",
         "headline",
         "layer_groups",
         "long",
+        "long_strides",
         "long_tokens",
         "nothing_evicted",
         "overhead",
@@ -510,8 +513,10 @@ def test_the_committed_studies_are_valid(monkeypatch):
         "steady_long",
         "tight",
     }
-    for study in studies.values():
-        assert study.runs()[0].method.policy == "stock"
+    beside_streaming = {"beside_streaming", "long_strides"}
+    for name, study in studies.items():
+        first = "streaming" if name in beside_streaming else "stock"
+        assert study.runs()[0].method.policy == first
 
 
 def test_what_was_evicted_over_a_batch():
