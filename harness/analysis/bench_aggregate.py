@@ -23,8 +23,9 @@ def aggregate_bench(records: Sequence[Record], keys: Sequence[str] = ()) -> dict
     """``{"h2o_s0.9": {"method", "sparsity", ..., "num_runs", metric: Estimate}}``.
 
     ``against_stock`` is the ratio of output tokens per second, paired by seed, to the first method
-    that is stock vLLM; None without one. ``median_*`` are medians over seeds and their ratios:
-    ``against_streaming`` to eviction of as many blocks without scores. ``roofline`` is the largest
+    that is stock vLLM; None without one. ``against_streaming`` is the like to eviction of as many
+    blocks without scores, in the same engine where there is such a method. ``median_*`` are medians
+    over seeds, and the ratio of those to stock's. ``roofline`` is the largest
     ratio to stock that the GPU allows, where its numbers are known. ``scoring_share`` is the share
     of the batches' time that went into scores, by phase. ``hits`` is the share of the prompts'
     tokens that came from the prefix cache, over all runs; None where there is none. ``load`` is a
@@ -65,7 +66,9 @@ def _entry(
     groups: Mapping[str, Sequence[Record]],
 ) -> dict[str, Any]:
     first = runs[0]
-    unscored = next((g for g in groups.values() if _evicts_alike(g[0], first)), None)
+    alike_unscored = [g for g in groups.values() if _evicts_alike(g[0], first)]
+    same_engine = [g for g in alike_unscored if _engine(g[0]) == _engine(first)]
+    unscored = next(iter([*same_engine, *alike_unscored]), None)
     entry: dict[str, Any] = {
         name: first[name]
         for name in ("method", "policy", "sparsity", "budget_tokens", "effective_sparsity")
@@ -80,9 +83,9 @@ def _entry(
         entry["step_against_stock"] = _paired(runs, alike, "ms_per_step")
     return entry | {
         "against_stock": _paired(runs, stock),
+        "against_streaming": _paired(runs, unscored),
         "median_output_tokens_per_second": _median(runs),
         "median_against_stock": stock and _median(runs) / _median(stock),
-        "median_against_streaming": unscored and _median(runs) / _median(unscored),
         "median_preemptions": median(r["preemptions"] for r in runs if r["preemptions"] is not None)
         if entry["preemptions"]
         else None,
@@ -101,11 +104,15 @@ def _evicts_alike(record: Record, other: Record) -> bool:
     )
 
 
-def _paired(runs: Sequence[Record], stock: Sequence[Record] | None, metric: str = _SPEED) -> Any:
-    if stock is None or runs is stock:
+def _engine(record: Record) -> Any:
+    return record["specification"]["engine"]
+
+
+def _paired(runs: Sequence[Record], base: Sequence[Record] | None, metric: str = _SPEED) -> Any:
+    if base is None or runs is base:
         return None
-    base = {record["seed"]: record[metric] for record in stock}
-    return ratio_estimate([(r[metric], base[r["seed"]]) for r in runs if r["seed"] in base])
+    by_seed = {record["seed"]: record[metric] for record in base}
+    return ratio_estimate([(r[metric], by_seed[r["seed"]]) for r in runs if r["seed"] in by_seed])
 
 
 def _median(runs: Sequence[Record]) -> float:

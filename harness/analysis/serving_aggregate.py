@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..client.slo import holds
 from ..records.specifications import level
 from .perplexity import total
@@ -63,6 +65,28 @@ def _running(record: Mapping[str, Any]) -> float | None:
 @_metric("mean_concurrency")
 def _mean_running(record: Mapping[str, Any]) -> float | None:
     return _memory(record, "num_requests_running", "mean")
+
+
+@_metric("in_flight_growth")
+def _in_flight_growth(record: Mapping[str, Any]) -> float | None:
+    """Requests in flight in the later half of the arrivals by those in the earlier one.
+
+    The warm-up is left out. About 1 where the server keeps up with what arrives; more where a
+    longer load would find other latencies.
+    """
+    served, rest = record["requests"], record["not_succeeded"]
+    stays = [*zip(served["sent_s"], served["end_s"], strict=True)]
+    stays += [(r["sent_s"], r["end_s"]) for r in rest if None not in (r["sent_s"], r["end_s"])]
+    if not stays:
+        return None
+    sent, end = np.array(stays).T
+    start, stop = record["summary"]["steady"]["span_s"][0], float(sent.max())
+    middle = (start + stop) / 2
+    earlier, later = (
+        float(np.clip(np.minimum(end, high) - np.maximum(sent, low), 0.0, None).sum())
+        for low, high in ((start, middle), (middle, stop))
+    )
+    return later / earlier if stop > start and earlier > 0 else None
 
 
 @_metric("peak_waiting")

@@ -5,7 +5,7 @@
 NAMEs lie under ``results``, the last argument. Kinds:
 
 - ``table``: a folder of offline records, or a benchmark's record;
-- ``bench``: folders of bench records, one load after the other;
+- ``bench``: folders of bench records, one load after the other, or of studies that vary something;
 - ``tasks``: the tasks of a folder of records;
 - ``throughput``: the throughput pass of a folder of records;
 - ``costs``: an experiment whose points are texts, and the methods to show;

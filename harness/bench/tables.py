@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..records.batch import study_load
+from ..records.stored import EXPERIMENT, measured_points
 from ..report.bench import bench_results, bench_rows
 from ..report.lines import commit_line
 from ..report.tables import Row, markdown
@@ -18,19 +20,26 @@ def bench_table(record: dict[str, Any]) -> str:
 
 
 def batches_table(folders: list[Path]) -> str:
-    """The table of folders of bench records, one load after the other.
+    """The table of folders of bench records, one load after the other; of a study that varies
+    something, all its points.
 
     Raises:
         UsageError: a folder without records, or records that must not be mixed.
 
     """
     loads, machines = [], []
-    for folder in folders:
+    for folder in chain.from_iterable(map(_points, folders)):
         results, records = bench_results(folder)
         loads.append((study_load(records[0]["specification"]), results))
         machines.append(commit_line(records[0]))
     told = "\n".join(dict.fromkeys(machines))
     return f"{told}\n\n{markdown(bench_rows(loads))}"
+
+
+def _points(folder: Path) -> list[Path]:
+    if not (folder / EXPERIMENT).is_file():
+        return [folder]
+    return [folder / point["folder"] for point in measured_points(folder)]
 
 
 def _decisions(record: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from ..records.files import write_json
 from ..records.specifications import STEADY
 from ..records.stored import AGGREGATED, EXPERIMENT, point_of, read_experiment
 from .bench_cells import budget, speed
+from .cells import times
 from .comparison import failures, time_rows
 from .lines import machine_line
 from .page import write_pages
@@ -23,15 +24,19 @@ from .steady import STEADY_NOTES, steady_conditions, steady_load, steady_rows
 from .tables import Row, markdown
 
 TITLE = "# Bench: "
+_BY_SEED = (
+    "the geometric mean of the ratios{} of equal seeds [95%, Student's t over seeds of the "
+    "logarithm]"
+)
 _NOTES = {
     "of stock": "*of stock*: the ratio of the medians over seeds",
-    "by seed": "*by seed*: the geometric mean of the ratios to stock of equal seeds [95%, "
-    "Student's t over seeds of the logarithm]",
+    "by seed": f"*by seed*: {_BY_SEED.format(' to stock')}",
     "roofline allows": "*roofline allows*: what bytes and FLOPs allow "
     "(`harness/analysis/roofline.py`)",
     "hits": "*hits*: the share of the prompts' tokens that came from the prefix cache; a dash: the "
     "engine has none",
-    "of streaming": "*of streaming*: against equally many evictions without scores",
+    "of streaming": "*of streaming*: against equally many evictions without scores, "
+    + _BY_SEED.format(""),
 }
 
 
@@ -119,14 +124,14 @@ def _batch_rows(loads: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) ->
 
 
 def _cells(load: Mapping[str, Any], entry: Mapping[str, Any]) -> Row:
-    unscored, preemptions = entry["median_against_streaming"], entry["median_preemptions"]
+    preemptions = entry["median_preemptions"]
     return (
         _load(load),
         entry["method"].replace("-", " "),
         budget(entry),
         *speed(entry),
         "-" if entry["hits"] is None else f"{100 * entry['hits']:.1f}%",
-        "-" if unscored is None else f"{unscored:.3f}x",
+        times(entry["against_streaming"], "x", 3),
         "-" if preemptions is None else f"{preemptions:g}",
         ", ".join(
             f"{phase.replace('_', ' ')} {100 * share:.1f}%"

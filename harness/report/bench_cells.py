@@ -13,7 +13,7 @@ def speed(entry: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     median, ratio = entry["median_output_tokens_per_second"], entry["median_against_stock"]
     bound = entry["roofline"]
     return (
-        f"{median:.0f}" if median >= 100 else f"{median:.1f}",
+        f"{median:.0f}" if median >= 100 else f"{median:#.3g}",
         "-" if ratio is None else _ratio(ratio),
         times(entry["against_stock"], "x", 3) if entry["num_runs"] > 1 else "-",
         "-" if bound is None else f"{bound:.2f}x",

@@ -123,6 +123,8 @@ def _page(
             "## Highest rate within the objectives",
             _slo_line(records[0]),
             markdown(rate_rows(rates)),
+            "A short load keeps any rate. Where more requests are in flight in the later half of "
+            "the arrivals than in the earlier, a longer load may break what this one kept.",
         ]
     return [*parts, "## Figures", *(Figure(stem, f"{title}.") for stem, title in figures)]
 

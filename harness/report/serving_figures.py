@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..records.specifications import DENSE, STOCK
-from .styles import new_figure, save, shared_legend, styles
+from .styles import new_figure, plain_log_axis, save, shared_legend, styles
 
 Entry = Mapping[str, Any]
 
@@ -111,7 +111,7 @@ def _panels(entries: Sequence[Entry], panels: Mapping[str, str], log: bool) -> A
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
         if log:
-            axes.set_yscale("log")
+            plain_log_axis(axes)
     shared_legend(figure, grid.flat)
     return figure
 

@@ -79,6 +79,18 @@ def new_figure(width: float = 6.4, height: float = 4.2, **options: Any) -> tuple
     return plt.subplots(figsize=(width, height), layout="constrained", **options)
 
 
+def plain_log_axis(axes: Any) -> None:
+    """A logarithmic y axis whose ticks are plain numbers; called when all is drawn."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    steps = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 10 * low else (1, 2, 5)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+
+
 def shared_legend(figure: Any, panels: Any) -> None:
     """One legend below all panels, each method once."""
     found: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from harness.analysis.bench_aggregate import aggregate_bench
 from harness.analysis.roofline import largest_ratio
 from harness.cli import main
 from harness.errors import UsageError
@@ -136,6 +137,21 @@ def test_equal_engines_start_apart_where_asked(stubs, study, tmp_path):
     results = json.loads((tmp_path / "out" / "demo" / "aggregated_results.json").read_text())
     assert list(results) == keys
     assert results["stock-again_s0.0"]["against_stock"]["mean"] == 1.0
+
+
+def test_scores_are_beside_streaming_of_the_same_engine(stubs, study, tmp_path):
+    own = {"eviction": {"score_prompt_stride": 8}}
+    eighth = [{"policy": p, "name": f"{p}-8", **own} for p in ("streaming", "h2o")]
+    assert main(study(methods=["streaming", "h2o", *eighth])) == 0
+    found = list(records(tmp_path / "out" / "demo").values())
+    speeds = {"streaming": 100.0, "h2o": 90.0, "streaming-8": 50.0, "h2o-8": 48.0}
+    for record in found:
+        record["output_tokens_per_second"] = speeds[record["method"]] * (1 + record["seed"])
+    beside = {e["method"]: e["against_streaming"] for e in aggregate_bench(found).values()}
+    assert beside.pop("streaming") is beside.pop("streaming-8") is None
+    ratios = {method: ratio["mean"] for method, ratio in beside.items()}
+    assert ratios == {"h2o": pytest.approx(0.9), "h2o-8": pytest.approx(0.96)}
+    assert all(ratio["num_runs"] == 2 for ratio in beside.values())
 
 
 def test_what_varies_has_a_table_of_its_own_and_a_study_may_have_a_name(stubs, study, tmp_path):

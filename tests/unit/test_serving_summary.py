@@ -213,8 +213,9 @@ def test_a_run_with_failures_keeps_no_objective():
     assert not holds(failed, {"time_to_first_token_ms": {"p99": 1e9}})
 
 
-def serving_record(method, rate, seed, ttft):
+def serving_record(method, rate, seed, ttft, stays=(), cut_off=()):
     run = [result(i, 0.0, 0.0, [ttft, ttft + 1.0]) for i in range(3)]
+    sent, end = zip(*stays, strict=True) if stays else ((), ())
     return load_in_todays_names(
         {
             "run": {
@@ -233,6 +234,8 @@ def serving_record(method, rate, seed, ttft):
                 "num_requests_running": {"mean": 2.0, "max": 3.0},
             },
             "summary": {"steady": summarize(run, run, (0.0, 5.0), True, {})},
+            "requests": {"sent_s": list(sent), "end_s": list(end)},
+            "not_succeeded": [{"sent_s": a, "end_s": b} for a, b in cut_off],
         }
     )
 
@@ -259,6 +262,25 @@ def test_the_highest_rate_is_the_last_before_the_first_that_breaks():
     # t interval of two values: 12.706 standard errors of 50 ms.
     assert ttft["high"] - ttft["mean"] == pytest.approx(635.3, abs=0.2)
     assert first["kv_mib_per_request"]["mean"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("seconds", "growth"),
+    [(lambda second: 2, 1.0), (lambda second: 1 + second, 38 / 13)],
+    ids=["as many leave as come", "each stays longer than the one before"],
+)
+def test_what_is_in_flight_shows_whether_a_rate_lasts(seconds, growth):
+    stays = [(second, second + seconds(second)) for second in range(101)]
+    cut_off = [(100, None), (None, None)]
+    (entry,) = aggregate_serving([serving_record("h2o", 1.0, 0, 1.0, stays, cut_off)]).values()
+    assert entry["in_flight_growth"]["mean"] == pytest.approx(growth, rel=0.03)
+
+
+def test_requests_that_never_ended_well_are_in_flight_too():
+    stays = [(second, second + 2) for second in range(0, 101, 2)]
+    cut_off = [(second, second + 2) for second in range(50, 100, 2)]
+    (entry,) = aggregate_serving([serving_record("h2o", 1.0, 0, 1.0, stays, cut_off)]).values()
+    assert entry["in_flight_growth"]["mean"] == pytest.approx(2.0, rel=0.03)
 
 
 def test_ratios_are_paired_by_seed():
