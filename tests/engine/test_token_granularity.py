@@ -74,6 +74,14 @@ CASES = {
         {},
         {},
     ),
+    "cab, bridges by keys": (
+        "cab",
+        {"bridge_definition": "key_difference"},
+        0.3,
+        oracle.then_unlike_the_mean(mean, 0.2),
+        {},
+        {},
+    ),
     "streaming": ("streaming", {}, 1.0, oracle.ranked((position, 1.0)), {}, {}),
     "a prompt, then decodes": ("h2o", {}, 0.2, oracle.ranked((mean, 1.0)), {}, {"prompt": 384}),
     "a prompt, then every 4th query": (

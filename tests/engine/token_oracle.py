@@ -202,12 +202,29 @@ def unlike_the_mean() -> Choose:
         for layer in candidates:
             chosen.append([])
             for held in layer:
-                mean = sum(t.key / t.key.norm() for t in held) / len(held)
-                away = {t.position: -float(t.key @ mean / t.key.norm() / mean.norm()) for t in held}
-                chosen[-1].append(_by(away, num_tokens, room, budget))
+                chosen[-1].append(_by(_away(held), num_tokens, room, budget))
         return chosen
 
     return choose
+
+
+def then_unlike_the_mean(key: Callable[[Token, int], float], share: float) -> Choose:
+    """Each head for itself: by ``key``, then ``share`` of the budget as ``unlike_the_mean``."""
+
+    def one(held, num_tokens, room, budget):
+        away = _away(held)
+        rankings = ((key, 0.0), (lambda t, now: away[t.position], share))
+        return _choose_one(held, num_tokens, room, budget, rankings, 4)
+
+    def choose(candidates, num_tokens, room, budget):
+        return [[one(held, num_tokens, room, budget) for held in layer] for layer in candidates]
+
+    return choose
+
+
+def _away(held: list[Token]) -> dict[int, float]:
+    mean = sum(t.key / t.key.norm() for t in held) / len(held)
+    return {t.position: -float(t.key @ mean / t.key.norm() / mean.norm()) for t in held}
 
 
 def _by(ranks: dict[int, float], num_tokens, room, budget):

@@ -22,13 +22,14 @@ from .token_rules import (
     Candidates,
     Ranking,
     TokenRule,
+    by_key_difference,
     by_mass,
     by_peak,
     scoring,
 )
 
 DEFAULT = "default"
-BRIDGES = {"block": ("median", "forman"), "token": ("peak", "mass", "median")}
+BRIDGES = {"block": ("median", "forman"), "token": ("peak", "mass", "median", "key_difference")}
 """What a bridge may be at each granularity; the first is what ``default`` means."""
 
 
@@ -93,7 +94,9 @@ def cab_tokens(parameters: Mapping[str, Any]) -> TokenRule:
 
     - ``peak`` (the default): what some query once needed most;
     - ``mass``: what received the most attention over its whole life;
-    - ``median``: the tokens whose score lies closest to the median of what is left.
+    - ``median``: the tokens whose score lies closest to the median of what is left;
+    - ``key_difference``: keys unlike the mean key, whatever attention they received, as KeyDiff
+      ranks them (``keydiff.py``).
     """
     definition = parameters["bridge_definition"]
     ranking = _TOKEN_BRIDGES[BRIDGES["token"][0] if definition == DEFAULT else definition]
@@ -116,7 +119,12 @@ def by_median(tokens: Candidates, left: Any) -> Any:
     return -abs(scores - median)
 
 
-_TOKEN_BRIDGES: Mapping[str, Ranking] = {"peak": by_peak, "mass": by_mass, "median": by_median}
+_TOKEN_BRIDGES: Mapping[str, Ranking] = {
+    "peak": by_peak,
+    "mass": by_mass,
+    "median": by_median,
+    "key_difference": by_key_difference,
+}
 
 
 def _needs(parameters: Mapping[str, Any]) -> frozenset[str]:
