@@ -67,12 +67,13 @@ def _mean_running(record: Mapping[str, Any]) -> float | None:
     return _memory(record, "num_requests_running", "mean")
 
 
-@_metric("in_flight_growth")
-def _in_flight_growth(record: Mapping[str, Any]) -> float | None:
-    """Requests in flight in the later half of the arrivals by those in the earlier one.
+@_metric("stay_growth")
+def _stay_growth(record: Mapping[str, Any]) -> float | None:
+    """Mean time from sending to end, of requests sent in the later half of the arrivals by those
+    of the earlier half, the warm-up left out.
 
-    The warm-up is left out. About 1 where the server keeps up with what arrives; more where a
-    longer load would find other latencies.
+    About 1 where the server keeps up, however many came in either half; more where it falls behind,
+    and less where a load is so short that its last requests end while no more come.
     """
     served, rest = record["requests"], record["not_succeeded"]
     stays = [*zip(served["sent_s"], served["end_s"], strict=True)]
@@ -80,13 +81,12 @@ def _in_flight_growth(record: Mapping[str, Any]) -> float | None:
     if not stays:
         return None
     sent, end = np.array(stays).T
-    start, stop = record["summary"]["steady"]["span_s"][0], float(sent.max())
-    middle = (start + stop) / 2
-    earlier, later = (
-        float(np.clip(np.minimum(end, high) - np.maximum(sent, low), 0.0, None).sum())
-        for low, high in ((start, middle), (middle, stop))
-    )
-    return later / earlier if stop > start and earlier > 0 else None
+    start = record["summary"]["steady"]["span_s"][0]
+    later = sent >= (start + sent.max()) / 2
+    earlier = (sent >= start) & ~later
+    if not earlier.any():
+        return None
+    return float((end - sent)[later].mean() / (end - sent)[earlier].mean())
 
 
 @_metric("peak_waiting")

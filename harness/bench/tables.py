@@ -28,18 +28,29 @@ def batches_table(folders: list[Path]) -> str:
 
     """
     loads, machines = [], []
-    for folder in chain.from_iterable(map(_points, folders)):
+    for folder, varied in chain.from_iterable(map(_points, folders)):
         results, records = bench_results(folder)
-        loads.append((study_load(records[0]["specification"]), results))
+        loads.append(({**study_load(records[0]["specification"]), "varied": varied}, results))
         machines.append(commit_line(records[0]))
     told = "\n".join(dict.fromkeys(machines))
     return f"{told}\n\n{markdown(bench_rows(loads))}"
 
 
-def _points(folder: Path) -> list[Path]:
+def _points(folder: Path) -> list[tuple[Path, str]]:
+    """Folders of records, and what varies between them beside the load, which rows tell anyway."""
     if not (folder / EXPERIMENT).is_file():
-        return [folder]
-    return [folder / point["folder"] for point in measured_points(folder)]
+        return [(folder, "")]
+    return [
+        (
+            folder / point["folder"],
+            ", ".join(
+                f"{name.rpartition('.')[2]} {value}"
+                for name, value in point["varied"].items()
+                if not name.startswith("load.")
+            ),
+        )
+        for point in measured_points(folder)
+    ]
 
 
 def _decisions(record: dict[str, Any]) -> str:

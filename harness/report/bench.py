@@ -142,11 +142,14 @@ def _cells(load: Mapping[str, Any], entry: Mapping[str, Any]) -> Row:
 
 
 def _load(load: Mapping[str, Any]) -> str:
+    """Requests and lengths; ``varied``: what else a table of several points must tell."""
     told = f"{load['num_requests']} x ({load['prompt_tokens']} + {load['output_tokens']})"
     if shared := load.get("shared_tokens"):
         told += f", {shared} shared"
     if (turns := load.get("turns", 1)) > 1:
         told += f", {turns} turns"
+    if varied := load.get("varied"):
+        told += f", {varied}"
     return told
 
 

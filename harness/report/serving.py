@@ -123,8 +123,9 @@ def _page(
             "## Highest rate within the objectives",
             _slo_line(records[0]),
             markdown(rate_rows(rates)),
-            "A short load keeps any rate. Where more requests are in flight in the later half of "
-            "the arrivals than in the earlier, a longer load may break what this one kept.",
+            "A short load keeps any rate. *Stay*: where requests of the later half of the arrivals "
+            "stay longer than those of the earlier, a longer load may break what this one kept; "
+            "where they stay much shorter, the load ended before it was steady.",
         ]
     return [*parts, "## Figures", *(Figure(stem, f"{title}.") for stem, title in figures)]
 

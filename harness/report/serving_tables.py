@@ -21,7 +21,7 @@ _COLUMNS = {
     "goodput": "goodput, 1/s",
     "mean_concurrency": "in batch, mean",
     "peak_concurrency": "in batch, peak",
-    "in_flight_growth": "in flight, later half by earlier",
+    "stay_growth": "stay, later half by earlier",
     "kv_usage_mean": "KV pool held, mean",
     "kv_mib_per_request": "KV MiB/request",
     "preemptions": "preemptions",

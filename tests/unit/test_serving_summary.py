@@ -265,22 +265,26 @@ def test_the_highest_rate_is_the_last_before_the_first_that_breaks():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "growth"),
-    [(lambda second: 2, 1.0), (lambda second: 1 + second, 38 / 13)],
-    ids=["as many leave as come", "each stays longer than the one before"],
+    ("sent", "seconds", "growth"),
+    [
+        (range(100), lambda second: 2, 1.0),
+        ([*range(0, 50, 5), *range(50, 100)], lambda second: 30, 1.0),
+        (range(100), lambda second: 1 + second, 76 / 26),
+    ],
+    ids=["even", "more come later, into an empty server", "it falls behind"],
 )
-def test_what_is_in_flight_shows_whether_a_rate_lasts(seconds, growth):
-    stays = [(second, second + seconds(second)) for second in range(101)]
-    cut_off = [(100, None), (None, None)]
-    (entry,) = aggregate_serving([serving_record("h2o", 1.0, 0, 1.0, stays, cut_off)]).values()
-    assert entry["in_flight_growth"]["mean"] == pytest.approx(growth, rel=0.03)
+def test_how_long_requests_stay_shows_whether_a_rate_lasts(sent, seconds, growth):
+    stays = [(second, second + seconds(second)) for second in sent]
+    unsent = [(100, None), (None, None)]
+    (entry,) = aggregate_serving([serving_record("h2o", 1.0, 0, 1.0, stays, unsent)]).values()
+    assert entry["stay_growth"]["mean"] == pytest.approx(growth, rel=0.02)
 
 
-def test_requests_that_never_ended_well_are_in_flight_too():
-    stays = [(second, second + 2) for second in range(0, 101, 2)]
-    cut_off = [(second, second + 2) for second in range(50, 100, 2)]
-    (entry,) = aggregate_serving([serving_record("h2o", 1.0, 0, 1.0, stays, cut_off)]).values()
-    assert entry["in_flight_growth"]["mean"] == pytest.approx(2.0, rel=0.03)
+def test_requests_that_ended_badly_stayed_too():
+    stays = [(second, second + 2) for second in range(50)]
+    timed_out = [(second, second + 6) for second in range(50, 100)]
+    (entry,) = aggregate_serving([serving_record("h2o", 1.0, 0, 1.0, stays, timed_out)]).values()
+    assert entry["stay_growth"]["mean"] == pytest.approx(3.0)
 
 
 def test_ratios_are_paired_by_seed():
