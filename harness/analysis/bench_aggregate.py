@@ -66,9 +66,11 @@ def _entry(
     groups: Mapping[str, Sequence[Record]],
 ) -> dict[str, Any]:
     first = runs[0]
-    alike_unscored = [g for g in groups.values() if _evicts_alike(g[0], first)]
-    same_engine = [g for g in alike_unscored if _engine(g[0]) == _engine(first)]
-    unscored = next(iter([*same_engine, *alike_unscored]), None)
+    unscored = max(
+        (g for g in groups.values() if _evicts_alike(g[0], first)),
+        key=lambda g: _engine(g[0]) == _engine(first),
+        default=None,
+    )
     entry: dict[str, Any] = {
         name: first[name]
         for name in ("method", "policy", "sparsity", "budget_tokens", "effective_sparsity")
@@ -130,6 +132,6 @@ def _scoring_share(runs: Sequence[Record]) -> dict[str, float]:
 
 
 def _hits(runs: Sequence[Record]) -> float | None:
-    if not runs[0]["specification"]["engine"].get("prefix_caching", False):
+    if not _engine(runs[0]).get("prefix_caching", False):
         return None
     return sum(run["cached_tokens"] for run in runs) / sum(run["prompt_tokens"] for run in runs)

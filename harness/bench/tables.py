@@ -9,6 +9,7 @@ from typing import Any
 from ..records.batch import study_load
 from ..records.stored import EXPERIMENT, measured_points
 from ..report.bench import bench_results, bench_rows
+from ..report.experiment import point_name
 from ..report.lines import commit_line
 from ..report.tables import Row, markdown
 from .kernel_tables import kernels_table
@@ -40,17 +41,12 @@ def _points(folder: Path) -> list[tuple[Path, str]]:
     """Folders of records, and what varies between them beside the load, which rows tell anyway."""
     if not (folder / EXPERIMENT).is_file():
         return [(folder, "")]
-    return [
-        (
-            folder / point["folder"],
-            ", ".join(
-                f"{name.rpartition('.')[2]} {value}"
-                for name, value in point["varied"].items()
-                if not name.startswith("load.")
-            ),
-        )
-        for point in measured_points(folder)
-    ]
+    found = []
+    for point in measured_points(folder):
+        others = {k: v for k, v in point["varied"].items() if not k.startswith("load.")}
+        short = {name.rpartition(".")[2]: value for name, value in others.items()}
+        found.append((folder / point["folder"], point_name({"varied": short})))
+    return found
 
 
 def _decisions(record: dict[str, Any]) -> str:
