@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 from zlib import crc32
 
@@ -21,12 +22,13 @@ from .attention.state import worker_state
 from .config import EvictionConfig
 from .conservation import Conservation
 from .ledger import Ledger
-from .manager import OWN_QUERIES, EvictableManager
+from .manager import EvictableManager
 from .messages import EvictionPlan, ScoreReport
 from .metrics import COUNTERS, ENDED, LIVE_SHARE, EvictionPromMetrics, EvictionStats
 from .parsing import EvictionConfigError
 from .platforms import check_settings
 from .policies import GRAPH, KEY_NORM
+from .prefix_sharing import OWN_QUERIES, Unscored
 from .refusals.engine import SENTENCES, check_engine
 from .siblings import Siblings
 from .startup import engine_lines
@@ -112,6 +114,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         except EvictionConfigError as error:
             refused = str(error)
             settings = self.config.request_settings(None, self.ledger.block_size)
+        if self._is_one_step(request):
+            settings = replace(settings, one_step=True)
         if settings.needs & {KEY_NORM, GRAPH}:
             # Gathered by block while it is computed, and for requests that ask for it only.
             request.skip_reading_prefix_cache = True
@@ -121,6 +125,19 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         self.ledger.admit(
             request, settings, crc32(tokens.tobytes(), self.config.seed + seed), refused
         )
+        if not self.ledger.gathers_attention(request.request_id):
+            request.block_hashes = Unscored(request.block_hashes)
+
+    def _is_one_step(self, request: Any) -> bool:
+        """Whether a request may be over after its first step: a beam's, or one for a judgement.
+
+        It holds no more than the tokens of a step in flight, which every request may.
+        """
+        scheduler = self._vllm_config.scheduler_config
+        chunk = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
+        chunk = min(chunk, scheduler.max_num_batched_tokens)
+        ends = request.max_tokens == 1 and not request.resumable
+        return bool(ends and request.num_prompt_tokens <= chunk)
 
     def build_connector_meta(self, scheduler_output: Any) -> EvictionPlan:
         """What the workers must know for the step just scheduled."""
@@ -191,7 +208,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing is loaded; but a request waits a step for a block that is being computed now."""
         ledger, hashes = self.ledger, request.block_hashes
         place = num_computed_tokens // ledger.block_size
-        needed = (place + 1) * ledger.block_size <= request.num_tokens - OWN_QUERIES
+        own = OWN_QUERIES if ledger.gathers_attention(request.request_id) else 1
+        needed = (place + 1) * ledger.block_size <= request.num_tokens - own
         known = needed and place < len(hashes)
         waits = known and ledger.sharing.is_expected(hashes[place], ledger.step)
         return (None if waits else 0), False

@@ -10,9 +10,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from .conservation import CountedManager
 from .ledger import Ledger
-
-OWN_QUERIES = 32
-"""As SnapKV's window, which prompts' last queries rank a prompt's tokens by."""
+from .prefix_sharing import OWN_QUERIES, Unscored
 
 
 class EvictableManager(CountedManager, FullAttentionManager):
@@ -40,13 +38,14 @@ class EvictableManager(CountedManager, FullAttentionManager):
     def find_longest_cache_hit(
         cls, block_hashes: Any, max_length: int, *args: Any, kv_cache_spec: Any, **options: Any
     ) -> Any:
-        """As vLLM's; but the last ``OWN_QUERIES`` tokens are always computed.
+        """As vLLM's; but where attention is gathered, the last ``OWN_QUERIES`` tokens are computed.
 
         Attention is summed from a request's own queries on. Of a prompt that was answered before,
         vLLM would compute one token, whose attention says little of the rest. (With several layer
         groups vLLM asks again with what it found, which would be shortened each time.)
         """
-        if getattr(kv_cache_spec, "layer_groups", 1) == 1:
+        scored = not isinstance(block_hashes, Unscored)
+        if scored and getattr(kv_cache_spec, "layer_groups", 1) == 1:
             max_length = max(0, max_length + 1 - OWN_QUERIES)
         return super().find_longest_cache_hit(
             block_hashes, max_length, *args, kv_cache_spec=kv_cache_spec, **options

@@ -7,7 +7,8 @@ A block whose tokens saw the whole cache before them is what any other request w
 it gets a hash and is shared as in stock vLLM. What comes after the first eviction is the request's.
 
 Scores lie with physical blocks. So a request that gathers attention holds every block alone: it
-takes blocks from the cache that nobody holds, and copies of those that somebody does. Others share.
+takes blocks from the cache that nobody holds, and copies of those that somebody does. Of its prompt
+the last ``OWN_QUERIES`` tokens are always computed. Others share, and all but their last token.
 No vLLM is imported here.
 """
 
@@ -16,10 +17,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
+OWN_QUERIES = 32
+"""As SnapKV's window, which prompts' last queries rank a prompt's tokens by."""
 _ALL = sys.maxsize
 Copy = tuple[int, int, int]
 """Layer group, block, and the block that becomes its like."""
+
+
+class Unscored(list[Any]):
+    """Block hashes of a request that gathers no attention.
+
+    vLLM looks prefixes up by a class method, to which the hashes are all there is of a request
+    (``EvictableManager.find_longest_cache_hit``).
+    """
 
 
 @dataclass

@@ -19,7 +19,8 @@ DEFAULT_GRANULARITY = "default"
 class RequestSettings:
     """What one request follows: a policy with its parameters, and a budget.
 
-    ``budget_tokens`` (absolute) replaces ``sparsity`` (relative) where it is given.
+    ``budget_tokens`` (absolute) replaces ``sparsity`` (relative) where it is given. ``one_step``:
+    the prompt fits into a step and the answer is a token, so that no step is left to evict for.
     """
 
     policy: str
@@ -27,13 +28,13 @@ class RequestSettings:
     budget_tokens: int | None
     policy_args: Mapping[str, Any]
     granularity: str
+    one_step: bool = False
 
     @cached_property
     def evicts(self) -> bool:
         """False: no block of the request is ever evicted, and no score is gathered for it."""
-        return get_policy(self.policy).evicts and (
-            self.sparsity > 0 or self.budget_tokens is not None
-        )
+        budget = self.sparsity > 0 or self.budget_tokens is not None
+        return get_policy(self.policy).evicts and budget and not self.one_step
 
     @cached_property
     def rule(self) -> TokenRule | None:

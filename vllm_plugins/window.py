@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from .conservation import CountedManager
 from .ledger import Ledger
-from .manager import OWN_QUERIES
+from .prefix_sharing import OWN_QUERIES
 
 
 class WindowManager(CountedManager, SlidingWindowManager):
@@ -35,8 +35,8 @@ class WindowManager(CountedManager, SlidingWindowManager):
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **options: Any) -> None:
         """As vLLM's, up to the request's first eviction.
 
-        vLLM keeps a window where a prompt could be taken up again. Ours is taken up
-        ``OWN_QUERIES`` earlier (``EvictableManager.find_longest_cache_hit``).
+        vLLM keeps a window where a prompt could be taken up again. Where attention is gathered it
+        is taken up ``OWN_QUERIES`` earlier (``EvictableManager.find_longest_cache_hit``).
         """
         if self._ledger is not None:
             num_tokens = min(num_tokens, self._ledger.sharing.num_exact(request.request_id))

@@ -158,7 +158,8 @@ def _kv_cache_dtype(record: Mapping[str, Any]) -> str:
 
 def _shares(record: Mapping[str, Any]) -> bool:
     load = record["specification"]["load"]
-    return load.get("shared_tokens", 0) > 0 or load.get("turns", 1) > 1
+    more = max(load.get("turns", 1), load.get("beam_width", 1))
+    return load.get("shared_tokens", 0) > 0 or more > 1
 
 
 def _output_tokens(load: Mapping[str, Any]) -> int:

@@ -148,6 +148,8 @@ def _load(load: Mapping[str, Any]) -> str:
         told += f", {shared} shared"
     if (turns := load.get("turns", 1)) > 1:
         told += f", {turns} turns"
+    if (beams := load.get("beam_width", 1)) > 1:
+        told += f", {beams} beams"
     if varied := load.get("varied"):
         told += f", {varied}"
     return told
@@ -185,6 +187,11 @@ def _conditions(
         if turns > 1
         else ""
     )
+    if (beams := load.get("beam_width", 1)) > 1:
+        again = (
+            f", in each of {beams} beams: vLLM's beam search asks for every token of a beam by a "
+            "request of its own"
+        )
     return (
         f"{Path(engine['model']).name}, blocks of {engine['block_size']} tokens. Batches of "
         f"{load['num_requests']} requests of {load['prompt_tokens']} random tokens{alike}, all "

@@ -4,7 +4,7 @@
     turn 2: [ shared | own | answer | new ]     -> answer
 
 Prompts are random tokens. A conversation's next prompt is all that was said so far, and new tokens.
-No vLLM is imported here.
+A search has one turn, and all its beams are answers. No vLLM is imported here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Llm(Protocol):
 
     def reset_prefix_cache(self) -> bool: ...
     def generate(self, prompts: Any, params: Any, *, use_tqdm: bool) -> Any: ...
+    def beam_search(self, prompts: Any, params: Any) -> Any: ...
 
 
 @dataclass
@@ -32,9 +33,9 @@ class Turns:
     Attributes:
         seconds: of each turn, wall time.
         answers: tokens of each request, one turn's requests after the other's.
-        records: what was evicted, by request; {} without the plugin.
-        prompt_tokens: of all requests.
-        cached_tokens: of them, taken from the prefix cache.
+        records: what was evicted, by request; {} without the plugin. A search has none.
+        prompt_tokens: of all requests. Of a search only its caller can know, by counters.
+        cached_tokens: of them, taken from the prefix cache. Likewise.
 
     """
 
@@ -52,7 +53,7 @@ def run_turns(
 
     Args:
         llm: an idle engine.
-        params: sampling parameters of every request.
+        params: sampling parameters of every request, or those of a search.
         batch: what is asked.
         seed: random tokens follow from it.
         vocabulary: number of tokens there are.
@@ -65,6 +66,9 @@ def run_turns(
         emptied = llm.reset_prefix_cache()
         assert emptied, "some request holds blocks of the prefix cache between two batches"
     turns = Turns()
+    if batch.beam_width > 1:
+        _search(llm, params, prompts, turns)
+        return turns
     for turn in range(batch.turns):
         if turn:
             new = random.integers(0, vocabulary, size=(len(prompts), batch.turn_tokens)).tolist()
@@ -91,3 +95,13 @@ def _ask(llm: Llm, params: Any, prompts: list[list[int]], turns: Turns) -> None:
     turns.records += [(o.kv_transfer_params or {}).get("kv_eviction", {}) for o in outputs]
     turns.prompt_tokens += sum(map(len, prompts))
     turns.cached_tokens += sum(output.num_cached_tokens or 0 for output in outputs)
+
+
+def _search(llm: Llm, params: Any, prompts: list[list[int]], turns: Turns) -> None:
+    """Beams of every prompt, each an answer; what comes of it is added to ``turns``."""
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    started = time.perf_counter()
+    outputs = llm.beam_search(asked, params)
+    turns.seconds.append(time.perf_counter() - started)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        turns.answers += [beam.tokens[len(prompt) :] for beam in output.sequences]

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..records.specifications import STEADY
+from ..study.batch_specification import Batch
 from .eviction_summary import summary
 
 
@@ -29,6 +30,7 @@ class Worker:
         started = time.perf_counter()
         self._llm = LLM(**engine_arguments(**question), disable_log_stats=False)
         self._prefix_caching = question["prefix_caching"]
+        self._has_plugin = question["eviction"] is not None
         config = self._llm.llm_engine.vllm_config
         # A block holds one group's layers.
         groups = (question["eviction"] or {}).get("layer_groups", 1)
@@ -54,24 +56,23 @@ class Worker:
         return measure(SteadyLoad.parse(fields), load["seed"], settings, engine)
 
     def _batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        from vllm import SamplingParams
-
-        from ..study.batch_specification import Batch
         from .batch_turns import run_turns
 
         vocabulary = self._llm.llm_engine.model_config.get_vocab_size()
         asked = Batch(**{k: v for k, v in batch.items() if k not in ("seed", "settings")})
-        params = SamplingParams(
-            max_tokens=batch["output_tokens"],
-            temperature=0.0,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=batch["settings"] or None,
-        )
+        params = _parameters(asked, batch["settings"])
         before = self._counters()
         made = run_turns(self._llm, params, asked, batch["seed"], vocabulary, self._prefix_caching)
         after = self._counters()
         scored = before["scoring_seconds"]
+        evicted = summary(made.records)
+        if asked.beam_width > 1:
+            made.prompt_tokens, made.cached_tokens = (
+                after[name] - before[name] for name in ("looked_up_tokens", "cached_tokens")
+            )
+            if self._has_plugin:
+                names = ("blocks_evicted", "policy_errors")
+                evicted = {name: after[name] - before[name] for name in names}
         return {
             "seconds": sum(made.seconds),
             "seconds_by_turn": made.seconds,
@@ -79,7 +80,7 @@ class Worker:
             "prompt_tokens": made.prompt_tokens,
             "cached_tokens": made.cached_tokens,
             "preemptions": after["preemptions"] - before["preemptions"],
-            "eviction": summary(made.records),
+            "eviction": evicted,
             "tokens_sha256": hashlib.sha256(json.dumps(made.answers).encode()).hexdigest(),
             "scoring_seconds": {
                 phase: total - scored.get(phase, 0.0)
@@ -92,8 +93,9 @@ class Worker:
         self._llm.llm_engine.engine_core.shutdown()
 
     def _counters(self) -> dict[str, Any]:
-        """So far, by vLLM's counters: preemptions; the scheduler's time for decisions, and the
-        workers' for scores by phase (none without the plugin).
+        """So far, by vLLM's counters: preemptions; tokens that were looked for in the prefix cache
+        and that were there; of the plugin the scheduler's time for decisions, the workers' for
+        scores by phase (none without it), blocks evicted and policies that failed.
 
         From the registry itself: ``LLM.get_metrics`` cuts counters to whole numbers
         (``vllm/v1/metrics/reader.py``).
@@ -105,13 +107,37 @@ class Worker:
         def named(name: str) -> list[Any]:
             return [sample for sample in samples if sample.name == f"vllm:{name}_total"]
 
+        def total(name: str) -> float:
+            return sum(sample.value for sample in named(name))
+
         return {
-            "preemptions": int(sum(s.value for s in named("num_preemptions"))),
-            "decision_seconds": sum(s.value for s in named("kv_eviction_decision_seconds")),
+            "preemptions": int(total("num_preemptions")),
+            "looked_up_tokens": int(total("prefix_cache_queries")),
+            "cached_tokens": int(total("prefix_cache_hits")),
+            "blocks_evicted": int(total("kv_eviction_blocks_evicted")),
+            "policy_errors": int(total("kv_eviction_policy_errors")),
+            "decision_seconds": total("kv_eviction_decision_seconds"),
             "scoring_seconds": {
                 s.labels["phase"]: s.value for s in named("kv_eviction_scoring_seconds")
             },
         }
+
+
+def _parameters(batch: Batch, settings: dict[str, Any]) -> Any:
+    """vLLM's, of a batch's requests or of its searches. ``settings``: of requests; a search hands
+    none on."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import BeamSearchParams
+
+    if batch.beam_width > 1:
+        return BeamSearchParams(batch.beam_width, batch.output_tokens, ignore_eos=True)
+    return SamplingParams(
+        max_tokens=batch.output_tokens,
+        temperature=0.0,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=settings or None,
+    )
 
 
 def engine_arguments(

@@ -258,7 +258,7 @@ class Engine:
 
     def _check_hit(self, prompt_tokens: int, cached_tokens: int) -> None:
         """A hit has whole blocks, of all but the tokens that are always computed."""
-        from vllm_plugins.manager import OWN_QUERIES
+        from vllm_plugins.prefix_sharing import OWN_QUERIES
 
         expected = max(0, prompt_tokens - OWN_QUERIES)
         expected -= expected % self.specification.block_size

@@ -47,6 +47,9 @@ class BatchEngineSpecification:
         return (self.eviction or {}).get("min_blocks", EvictionConfig.min_blocks)
 
 
+_LATER_FIELDS = {"shared_tokens": 0, "turns": 1, "turn_tokens": 0, "beam_width": 1}
+
+
 @dataclass(frozen=True)
 class Batch:
     """Requests of random tokens that are all there at the start, from empty to done.
@@ -66,6 +69,9 @@ class Batch:
     turns: int = 1
     turn_tokens: int = 0
     """After each turn a conversation's prompt is all that was said, and so many new tokens."""
+    beam_width: int = 1
+    """More than 1: vLLM's beam search, which asks for each token of each beam by a request of its
+    own, and hands on no settings of requests: a method is its engine's."""
     study_load: dict[str, Any] | None = None
     """The study's load, where this one is a method's own."""
 
@@ -102,13 +108,13 @@ class Batch:
         return f"_seed{run.seed}"
 
     def request_tokens(self, engine: BatchEngineSpecification) -> int | None:
-        return self.max_tokens if self.turns == 1 else None
+        return self.max_tokens if self.turns == 1 and self.beam_width == 1 else None
 
     def to_dict(self) -> dict[str, Any]:
         """As records and the engine's process have it; without sharing as in older records."""
         values = asdict(self)
         del values["study_load"]
-        return without_defaults(values, {"shared_tokens": 0, "turns": 1, "turn_tokens": 0})
+        return without_defaults(values, _LATER_FIELDS)
 
     def stored(self, run: Run[Any, Any]) -> dict[str, Any]:
         return stored_run(run, self.to_dict(), self.study_load)

@@ -74,6 +74,11 @@ def _batch(values: Mapping[str, Any]) -> Batch:
             f"load.shared_tokens is {batch.shared_tokens}, more than load.prompt_tokens "
             f"{batch.prompt_tokens}; lower the one or raise the other"
         )
+    if batch.turns > 1 and batch.beam_width > 1:
+        raise UsageError(
+            f"load.turns is {batch.turns} and load.beam_width {batch.beam_width}; a conversation "
+            "goes on from one answer, so drop one of them"
+        )
     if batch.turns > 1 and not batch.turn_tokens:
         raise UsageError("load.turn_tokens is 0; each turn after the first brings at least 1")
     return batch

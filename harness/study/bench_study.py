@@ -12,9 +12,9 @@ from vllm_plugins.config import EvictionConfig
 from ..client.checks import check_json, check_numbers
 from ..errors import UsageError
 from ..inputs.models import DEFAULT_MODEL, fingerprint, recorded_name, resolve_model
-from ..records.specifications import STOCK
-from .batch_specification import BatchEngineSpecification
-from .bench_load import BenchRun, parse_load
+from ..records.specifications import DENSE, STOCK
+from .batch_specification import Batch, BatchEngineSpecification
+from .bench_load import BenchLoad, BenchRun, parse_load
 from .levels import levels_for
 from .own_settings import own_settings
 from .points import (
@@ -25,7 +25,7 @@ from .points import (
     points_of,
     typed_settings,
 )
-from .run import Run
+from .run import Budget, Method, Run
 from .settings import check_folder_name, read_study
 from .steady_load import SteadyLoad
 
@@ -36,6 +36,8 @@ _KINDS = {
     **dict.fromkeys(("methods", *_OF_A_METHOD), list),
     **dict.fromkeys(("eviction", "engine", "environment", "load", "vary"), dict),
 }
+_MAX_LOGPROBS = 20
+"""vLLM's own (``vllm/config/model.py``)."""
 _OURS = (
     "model",
     "block_size",
@@ -116,10 +118,12 @@ class BenchStudy:
             load = parse_load(self.load, brought.get("load"))
             levels = levels_for([entry], own["sparsity"], own["budget_tokens"])
             for method, budget in levels:
+                server_wide = _is_beams(load) and method.policy != STOCK
+                settings = _server_wide(method, budget) if server_wide else {"policy": DENSE}
                 engine = BatchEngineSpecification(
                     **model,
                     block_size=self.block_size,
-                    eviction=self._eviction(method.policy, brought),
+                    eviction=self._eviction(method.policy, brought, settings),
                     arguments={**self.engine, **brought.get("engine", {})},
                     environment={name: str(value) for name, value in self.environment.items()},
                     start=brought.get("start", 1),
@@ -163,8 +167,11 @@ class BenchStudy:
         can_vary = _KINDS.keys() | {"block_size", "model", "prefix_caching", "rounds"}
         check_vary(self.vary, can_vary - {"vary"})
 
-    def _eviction(self, policy: str, brought: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Settings of a method's engine; requests choose their method and budget themselves."""
+    def _eviction(
+        self, policy: str, brought: Mapping[str, Any], chosen: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Settings of a method's engine. ``chosen``: its own policy and budget, where requests do
+        not choose theirs themselves."""
         if policy == STOCK:
             if "eviction" in brought:
                 raise UsageError("method stock is vLLM without the plugin; drop its eviction")
@@ -173,7 +180,25 @@ class BenchStudy:
         for name in ("policy", "sparsity", "budget_tokens"):
             if name in laid:
                 raise UsageError(f"eviction.{name} is set by methods and sparsity; remove it")
-        return EvictionConfig.parse({**laid, "policy": "dense"}).to_dict()
+        arguments = {**laid.get("policy_args", {}), **chosen.get("policy_args", {})}
+        own = {**laid, **chosen, **({"policy_args": arguments} if arguments else {})}
+        return EvictionConfig.parse(own).to_dict()
+
+
+def _is_beams(load: BenchLoad) -> bool:
+    return isinstance(load, Batch) and load.beam_width > 1
+
+
+def _server_wide(method: Method, budget: Budget) -> dict[str, Any]:
+    """A method as settings of a server."""
+    settings: dict[str, Any] = {"policy": method.policy}
+    if method.args:
+        settings["policy_args"] = {method.policy: method.args}
+    if method.granularity is not None:
+        settings["granularity"] = method.granularity
+    if budget.tokens is not None:
+        return {**settings, "budget_tokens": budget.tokens}
+    return {**settings, "sparsity": budget.sparsity}
 
 
 def _split(entry: Any) -> tuple[Any, dict[str, Any]]:
@@ -211,9 +236,25 @@ def _check_run(run: BenchRun) -> None:
         )
     if isinstance(load, SteadyLoad):
         _check_steady(load, engine)
+    elif load.beam_width > 1:
+        _check_beams(load, engine)
     if engine.eviction is not None:
         config = EvictionConfig.parse(engine.eviction)
         config.request_settings(run.settings, engine.block_size)
+
+
+def _check_beams(load: Batch, engine: BatchEngineSpecification) -> None:
+    if engine.arguments.get("skip_tokenizer_init"):
+        raise UsageError(
+            "vLLM's beam search asks for a tokenizer; drop engine.skip_tokenizer_init, or "
+            "load.beam_width"
+        )
+    most = engine.arguments.get("max_logprobs", _MAX_LOGPROBS)
+    if type(most) is int and 0 <= most < 2 * load.beam_width:
+        raise UsageError(
+            f"load.beam_width is {load.beam_width}, and beam search asks for two log-probs a "
+            f"beam, more than engine.max_logprobs {most}; raise the one or lower the other"
+        )
 
 
 def _check_steady(load: SteadyLoad, engine: BatchEngineSpecification) -> None:

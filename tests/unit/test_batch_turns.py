@@ -31,6 +31,14 @@ class Llm:
         turn = sum(call != "reset" for call in self.calls)
         return [self._output(10_000 * turn + 100 * place) for place in range(len(asked))]
 
+    def beam_search(self, prompts, params):
+        self.calls.append([prompt["prompt_token_ids"] for prompt in prompts])
+        beams = [
+            [SimpleNamespace(tokens=[*prompt, 7, beam]) for beam in range(params)]
+            for prompt in self.calls[-1]
+        ]
+        return [SimpleNamespace(sequences=sequences) for sequences in beams]
+
     def _output(self, token):
         answer = SimpleNamespace(token_ids=[token, token + 1, token + 2, token + 3])
         record = {"kv_eviction": {"peak_blocks": token}}
@@ -89,6 +97,16 @@ def test_the_cache_is_emptied_before_the_first_turn_and_never_after():
     assert "reset" not in calls
     with pytest.raises(AssertionError, match="holds blocks of the prefix cache"):
         run_turns(Llm(idle=False), None, BATCH, 0, VOCABULARY, True)
+
+
+def test_all_beams_of_a_search_are_answers():
+    llm = Llm()
+    batch = Batch(num_requests=2, prompt_tokens=20, output_tokens=2, beam_width=3)
+    made = run_turns(llm, 3, batch, 0, VOCABULARY, True)
+    assert llm.calls == ["reset", first_prompts(batch, np.random.default_rng(0), VOCABULARY)]
+    assert made.answers == [[7, 0], [7, 1], [7, 2]] * 2
+    assert len(made.seconds) == 1
+    assert made.records == []
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True])

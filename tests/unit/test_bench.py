@@ -262,6 +262,26 @@ def test_a_chat_has_turns(stubs, study, tmp_path):
     assert "in each of 3 turns, where a prompt is all that was said and 60 new tokens" in report
 
 
+def test_a_method_of_a_search_is_its_engines(stubs, study, tmp_path):
+    """vLLM's beam search hands no settings of requests on."""
+    shares = {"local": 0.5, "bridge": 0.0, "importance": 0.5}
+    own = {"policy": "cab", "name": "mine", "granularity": "token", "args": shares}
+    load = {**STUDY["load"], "beam_width": 4}
+    settings = {"methods": ["stock", "h2o", own], "load": load, "prefix_caching": True}
+    assert main(study(**settings)) == 0
+    assert stubs == ["stock_s0.0", "h2o_s0.9", "mine_s0.9"], "an engine each"
+    folder = tmp_path / "out" / "demo"
+    found = {name: r["specification"]["engine"]["eviction"] for name, r in records(folder).items()}
+    assert found["stock_s0.0_seed0"] is None
+    h2o, cab = found["h2o_s0.9_seed0"], found["mine_s0.9_seed0"]
+    assert (h2o["policy"], h2o["sparsity"], h2o["granularity"]) == ("h2o", 0.9, "default")
+    assert (cab["policy"], cab["granularity"]) == ("cab", "token")
+    assert cab["policy_args"] == {"cab": shares}
+    report = (folder / "report.md").read_text()
+    assert "| 4 x (448 + 64), 4 beams | mine | 0.9 |" in report, "nothing is said of blocks"
+    assert "in each of 4 beams: vLLM's beam search asks for every token of a beam by a" in report
+
+
 def test_warm_ups_have_tokens_of_no_batch():
     asked = []
     engine = SimpleNamespace(warm=[], run=lambda load, seed, settings: asked.append((load, seed)))
@@ -451,6 +471,19 @@ def test_interrupting_leaves_no_process_and_resumes(number, stubs, study, tmp_pa
         ({"load": {**STUDY["load"], "shared_tokens": -1}}, "shared_tokens is -1; give at least 0"),
         ({"load": {**STUDY["load"], "shared_tokens": 449}}, "449, more than load.prompt_tokens"),
         ({"load": {**STUDY["load"], "turns": 0}}, "load.turns is 0; give at least 1"),
+        ({"load": {**STUDY["load"], "beam_width": 0}}, "load.beam_width is 0; give at least 1"),
+        (
+            {"load": {**STUDY["load"], "beam_width": 2, "turns": 2, "turn_tokens": 1}},
+            "load.turns is 2 and load.beam_width 2; a conversation goes on from one answer",
+        ),
+        (
+            {"load": {**STUDY["load"], "beam_width": 11}},
+            "load.beam_width is 11, and beam search asks for two log-probs a beam, more than",
+        ),
+        (
+            {"load": {**STUDY["load"], "beam_width": 2}, "engine": {"skip_tokenizer_init": True}},
+            "vLLM's beam search asks for a tokenizer; drop engine.skip_tokenizer_init",
+        ),
         ({"load": {**STUDY["load"], "turns": 2}}, "load.turn_tokens is 0; each turn after the"),
         ({"load": {**STUDY["load"], "turn_tokens": -1}}, "turn_tokens is -1; give at least 0"),
         ({"load": {**STUDY["load"], "turns": 2, "turn_tokens": 9}}, "585 tokens at its end, more"),
@@ -508,6 +541,8 @@ def test_the_committed_studies_are_valid(monkeypatch):
     studies = {path.stem: BenchStudy.read(path) for path in paths}
     assert set(studies) == {
         "as_served",
+        "beams",
+        "beams_gpu",
         "beside_streaming",
         "chat",
         "chat_gpu",
@@ -516,6 +551,7 @@ def test_the_committed_studies_are_valid(monkeypatch):
         "default",
         "fp8",
         "headline",
+        "key_bridges",
         "layer_groups",
         "long",
         "long_strides",
@@ -527,9 +563,10 @@ def test_the_committed_studies_are_valid(monkeypatch):
         "short",
         "steady",
         "steady_long",
+        "steady_minutes",
         "tight",
     }
-    beside_streaming = {"beside_streaming", "long_strides"}
+    beside_streaming = {"beside_streaming", "key_bridges", "long_strides"}
     for name, study in studies.items():
         first = "streaming" if name in beside_streaming else "stock"
         assert study.runs()[0].method.policy == first

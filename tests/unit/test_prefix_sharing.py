@@ -9,6 +9,8 @@ from vllm_plugins.packs import Pack
 from vllm_plugins.prefix_sharing import PrefixSharing, Takeover
 from vllm_plugins.worker import waves
 
+from .simulated_scheduler import SchedulerOverMemory
+
 
 def test_tokens_are_exact_up_to_the_first_eviction():
     sharing = PrefixSharing()
@@ -125,3 +127,21 @@ def test_blocks_that_others_score_keep_their_scores():
     assert state.tokens.position[1, 7, 0].tolist() == [0, 1, 2, 3]
     assert torch.equal(state.tokens.mass, before.tokens.mass)
     assert torch.equal(state.mass, before.mass)
+
+
+def test_a_request_of_one_step_is_shared_and_scored_like_stocks(tiny_config):
+    """A beam, or a question with an answer of one token: no step is left to evict for."""
+    over = SchedulerOverMemory(tiny_config, 64, 1, asynchronous=False, priority=False)
+    h2o = {"kv_policy": "h2o", "kv_granularity": "token", "kv_sparsity": 0.9}
+    asked = [(60, 1, h2o), (60, 1, h2o), (60, 2, h2o), (65, 1, h2o)]
+    asked.append((60, 2, {**h2o, "kv_policy": "streaming"}))
+    gathers = []
+    for length, max_tokens, settings in asked:
+        over.add(list(range(length)), max_tokens, settings, priority=0)
+        name = list(over.arrivals)[-1]
+        gathers.append(over.scheduler.connector.ledger.gathers_attention(name))
+        over.drain()
+    over.check_empty()
+    assert gathers == [False, False, True, True, False], "65 tokens are more than a chunk"
+    cached = [arrival.record["cached_tokens"] for arrival in over.arrivals.values()]
+    assert cached == [0, 32, 0, 32, 32]

@@ -28,7 +28,6 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from transformers import LlamaConfig
 from vllm.v1.core.block_pool import BlockPool
 
 from vllm_plugins.ledger import Ledger
@@ -39,7 +38,6 @@ from vllm_plugins.prefix_sharing import PrefixSharing
 from vllm_plugins.request_state import RequestState
 from vllm_plugins.request_table import RequestTable
 
-from ..engine.conftest import TINY
 from .simulated_scheduler import REPORTS, SchedulerOverMemory
 from .simulated_worker import BLOCK_SIZE, VOCABULARY, Memory
 
@@ -64,14 +62,6 @@ KINDS = ("copies", "packs", "adopted blocks", "evicted blocks", "stops")
 """Rarer events are met by the faults that they bring out."""
 LONGEST_PREFIX = 12 * BLOCK_SIZE
 ROOTS = [np.random.default_rng(seed).integers(0, VOCABULARY, LONGEST_PREFIX) for seed in range(2)]
-
-
-@pytest.fixture(scope="module")
-def tiny_config(tmp_path_factory):
-    """Folder of a model's configuration. There are no weights: nothing is computed."""
-    folder = tmp_path_factory.mktemp("tiny-config")
-    LlamaConfig(**TINY, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
-    return str(folder)
 
 
 def settings_of_requests():
