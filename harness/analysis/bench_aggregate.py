@@ -29,10 +29,10 @@ def aggregate_bench(records: Sequence[Record], keys: Sequence[str] = ()) -> dict
     ratio to stock that the GPU allows, where its numbers are known. ``scoring_share`` is the share
     of the batches' time that went into scores, by phase. ``hits`` is the share of the prompts'
     tokens that came from the prefix cache, over all runs; None where there is none. ``load`` is a
-    method's own, where it has one. A steady load has ``steady_figures`` too, and
-    ``step_against_stock``: the ratio of its milliseconds per step, paired by seed, to the first
-    stock vLLM with a load of its own, which is there to make as many sequences of as many live
-    tokens.
+    method's own, where it has one. A steady load has ``steady_figures`` too,
+    ``last_third_against_stock``, and ``step_against_stock``: the ratio of its milliseconds per
+    step, paired by seed, to the first stock vLLM with a load of its own, which is there to make as
+    many sequences of as many live tokens.
 
     Args:
         records: of one study's point.
@@ -83,6 +83,10 @@ def _entry(
     if first["kind"] == STEADY:
         entry |= steady_figures(runs)
         entry["step_against_stock"] = _paired(runs, alike, "ms_per_step")
+        others = stock and steady_figures(stock)["last_third"]
+        entry["last_third_against_stock"] = (
+            entry["last_third"] / others if others and entry["last_third"] else None
+        )
     return entry | {
         "against_stock": _paired(runs, stock),
         "against_streaming": _paired(runs, unscored),

@@ -9,6 +9,8 @@ from typing import Any
 from .roofline import least_ms_per_step
 from .statistics import estimate
 
+_MANY_PARTS = 12
+"""A minute's."""
 STEADY_METRICS = ("ms_per_step", "tokens_per_step", "running", "kv_blocks_used")
 
 
@@ -18,9 +20,10 @@ def steady_figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         An estimate of each of ``STEADY_METRICS``; ``kv_blocks`` of the pool;
         ``sub_windows_of_mean``, the slowest and the fastest part of a window against the whole;
+        ``last_third``, output tokens per second of a window's, where it takes a minute;
         ``decision_ms_per_step``, the scheduler's time for decisions; ``split``, milliseconds per
-        profiled step by class of kernel, on average over the runs; ``roofline_ms_per_step``. The
-        last two are None where there are none.
+        profiled step by class of kernel, on average over the runs; ``roofline_ms_per_step``.
+        These two and ``last_third`` are None where there are none.
 
     """
     splits = [run["split"] for run in runs]
@@ -30,9 +33,16 @@ def steady_figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **{metric: estimate([run[metric] for run in runs]) for metric in STEADY_METRICS},
         "kv_blocks": runs[0]["kv_blocks"],
         "sub_windows_of_mean": [min(parts), max(parts)],
+        "last_third": fmean(_last_third(run["sub_windows"]) for run in runs)
+        if all(len(run["sub_windows"]) >= _MANY_PARTS for run in runs)
+        else None,
         "decision_ms_per_step": fmean(decided),
         "split": {name: fmean(s[name] for s in splits) for name in splits[0]}
         if all(splits)
         else None,
         "roofline_ms_per_step": least_ms_per_step(runs[0]),
     }
+
+
+def _last_third(parts: Sequence[float]) -> float:
+    return fmean(parts[-(len(parts) // 3) :])

@@ -21,6 +21,7 @@ _HEADER = (
     "roofline allows",
     "reached",
     "sub-windows",
+    "in the last third",
     "ms/step",
     "least ms/step",
     "against stock's step",
@@ -33,6 +34,8 @@ _HEADER = (
 STEADY_NOTES = {
     "sub-windows": "*sub-windows*: the slowest and the fastest part of a window, about five "
     "seconds each, against the whole",
+    "in the last third": "*in the last third*: output tokens per second of the last third of a "
+    "window, and of stock's there: whether a side still moves",
     "least ms/step": "*least ms/step*: what bytes and FLOPs allow for as many sequences as the "
     "pool holds",
     "against stock's step": "*against stock's step*: milliseconds per step against stock vLLM with "
@@ -83,6 +86,7 @@ def _cells(load: Mapping[str, Any], entry: Mapping[str, Any]) -> Row:
         budget(entry),
         *speed(entry),
         f"{change(slowest, 1)} to {change(fastest, 1)}",
+        _last_third(entry),
         spread(entry["ms_per_step"]),
         "-" if least is None else f"{least:.1f}",
         "-" if ratio is None else change(ratio["mean"], 1),
@@ -92,3 +96,10 @@ def _cells(load: Mapping[str, Any], entry: Mapping[str, Any]) -> Row:
         f"{entry['decision_ms_per_step']:.2f}" if entry["decision_ms_per_step"] else "-",
         *(f"{split[name]:.2f}" if name in split else "-" for name in _SPLIT),
     )
+
+
+def _last_third(entry: Mapping[str, Any]) -> str:
+    rate, ratio = entry["last_third"], entry["last_third_against_stock"]
+    if rate is None:
+        return "-"
+    return f"{rate:.0f}" if ratio is None else f"{rate:.0f} ({ratio:.2f}x)"

@@ -111,8 +111,10 @@ def measure(
     aged = num_aged(load, settings, engine.kv_cache_tokens)
     loop = _Loop(load, seed, aged, engine)
     started = clock()
-    while loop.young and not _is_full(engine):
-        loop.step()
+    while True:
+        loop.step()  # before the first one, the gauges are still those of the load before
+        if not loop.young or _is_full(engine):
+            break
     settled = clock() + load.settle_seconds
     while clock() < settled:
         loop.step()

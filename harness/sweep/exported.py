@@ -30,6 +30,11 @@ def exported_windows(study: Study) -> dict[str, Any]:
     points = comparisons(study, Path(), "cuda")
     runs = {run.seed: run for point in points for run in point.runs if run.kind == "perplexity"}
     kinds = {_read_by(run) for point in points for run in point.runs if run.kind == "perplexity"}
+    if not runs:
+        raise UsageError(
+            "--export-windows exports the windows that perplexity is measured on, and the study "
+            "measures none; add --perplexity"
+        )
     if len(kinds) > 1:
         raise UsageError(
             "--export-windows takes one kind of windows, but the study varies the text, the model "

@@ -61,10 +61,12 @@ def test_a_hit_answers_as_the_computed_prompt_where_nothing_is_evicted(folder, c
     assert not any("cached_tokens" in sample for sample in first)
 
 
-@pytest.mark.parametrize("key", ["dense_s0.0", "h2o_s0.5", "streaming_s0.5"])
-def test_of_a_cached_prompt_only_the_end_is_computed(cached, key):
+@pytest.mark.parametrize(
+    ("key", "own"), [("dense_s0.0", 1), ("h2o_s0.5", 32), ("streaming_s0.5", 1)]
+)
+def test_of_a_cached_prompt_only_the_end_is_computed(cached, key, own):
     for sample in record(cached, key, "niah-single")["samples"]:
-        assert 32 <= sample["prompt_tokens"] - sample["cached_tokens"] < 64
+        assert own <= sample["prompt_tokens"] - sample["cached_tokens"] < own + 32
         assert sample["eviction"]["num_steps"] == sample["answer_tokens"]
         assert bool(sample["eviction"]["blocks_evicted"]) == (key != "dense_s0.0")
 

@@ -77,6 +77,11 @@ def test_a_study_of_several_kinds_of_windows_is_refused(settings):
         exported_windows(Study.parse({**settings, "vary": {"context_length": [256, 320]}}))
 
 
+def test_a_study_of_tasks_has_no_windows_to_export(settings):
+    with pytest.raises(UsageError, match="measures none; add --perplexity"):
+        exported_windows(Study.parse({**settings, "tasks": ["niah_single"]}))
+
+
 def test_the_hash_is_that_of_plain_json():
     assert tokens_sha256([[1, 2], [3, 4]]) == (
         # printf '[[1,2],[3,4]]' | sha256sum

@@ -85,6 +85,7 @@ class MadeUpEngine:
     def __init__(self, room=4):
         self.room, self.waiting, self.running = room, [], {}
         self.prompts, self.added, self.now, self.stopped, self.profiled = {}, [], 0.0, False, 0
+        self.told = Gauges(0, 0)
 
     def add(self, number, request):
         self.waiting.append((number, request))
@@ -102,10 +103,11 @@ class MadeUpEngine:
         while self.waiting and len(self.running) < self.room:
             number, request = self.waiting.pop(0)
             self.running[number] = request.output_tokens
+        self.told = Gauges(len(self.running), 2 * len(self.running))
         return made
 
     def gauges(self):
-        return Gauges(len(self.running), 2 * len(self.running))
+        return self.told
 
     def counters(self):
         seconds = round(self.now, 1)
@@ -149,6 +151,17 @@ def test_nobody_waits_for_an_aged_sequence_that_waits_for_memory():
     record = measure(load, 0, {}, engine, clock=lambda: engine.now)
     assert (record["num_aged"], record["running"]) == (3, 2)
     assert record["settling_seconds"] == pytest.approx(2.1, abs=0.11)
+
+
+def test_a_pool_that_the_load_before_filled_is_no_full_pool():
+    """An engine tells what it held after its last step."""
+    engine = MadeUpEngine()
+    engine.told = Gauges(25, engine.kv_blocks)
+    load = SteadyLoad(3, 5, (900, 1000), settle_seconds=0.0, measured_seconds=1.0)
+    engine.kv_cache_tokens = 10_000
+    record = measure(load, 0, {}, engine, clock=lambda: engine.now)
+    assert record["settling_seconds"] == pytest.approx(0.2), "a step admits them, one answers"
+    assert record["tokens_per_step"] == 3
 
 
 def test_a_window_has_a_step_even_if_that_takes_longer():
@@ -246,6 +259,9 @@ def test_figures_over_seeds():
     made = steady_figures(runs)
     assert made["ms_per_step"]["mean"] == 20.5
     assert made["sub_windows_of_mean"] == [0.9, 1.06]
+    assert made["last_third"] is None, "half a minute has no thirds worth the name"
+    falling = [90.0] * 8 + [80.0, 70.0, 60.0, 50.0]
+    assert steady_figures([{**runs[0], "sub_windows": falling}])["last_third"] == 65.0
     assert made["split"] == {"attention": 1.5}
     assert made["decision_ms_per_step"] == pytest.approx(1.0)
     assert made["roofline_ms_per_step"] == pytest.approx(16.6, rel=0.02)
