@@ -25,8 +25,6 @@ from .policies import (
     CHANCE,
     GRAPH,
     KEY_NORM,
-    TOKEN_MASS,
-    TOKEN_PEAK,
     TokenRule,
     chance,
     check_kept,
@@ -294,11 +292,9 @@ class Ledger:
         return takeovers
 
     def gathers_attention(self, request_id: str) -> bool:
-        """Whether attention is summed up with the blocks of a request, so that none is shared."""
+        """See ``RequestSettings.gathers_attention``; not of a stranger's."""
         state = self.requests.get(request_id)
-        return state is not None and bool(
-            state.settings.needs & {ATTENTION, GRAPH, TOKEN_MASS, TOKEN_PEAK}
-        )
+        return state is not None and state.settings.gathers_attention
 
     def most_blocks(self, request_id: str) -> int | None:
         """Blocks that a request's prompt needs at most in a layer group; None: all of its own."""

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .policies import TokenRule, get_policy
+from .policies import ATTENTION, GRAPH, TOKEN_MASS, TOKEN_PEAK, TokenRule, get_policy
 
 BLOCK, TOKEN = GRANULARITIES = ("block", "token")
+_ATTENTION = frozenset({ATTENTION, GRAPH, TOKEN_MASS, TOKEN_PEAK})
+"""Needs that are sums of attention."""
 DEFAULT_GRANULARITY = "default"
 """Tokens where the policy can choose them, else blocks."""
 
@@ -50,6 +52,11 @@ class RequestSettings:
         if not self.evicts:
             return frozenset()
         return get_policy(self.policy).needed(self.policy_args, self.granularity)
+
+    @cached_property
+    def gathers_attention(self) -> bool:
+        """Whether attention is summed up with the request's blocks, so that none is shared."""
+        return bool(self.needs & _ATTENTION)
 
     @cached_property
     def window(self) -> int | None:

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 
 from .config import SCORED_IN_FULL, EvictionConfig
 from .parsing import EvictionConfigError
-from .policies import ATTENTION, GRAPH, TOKEN_MASS, TOKEN_PEAK, get_policy, policy_names
+from .policies import get_policy, policy_names
 from .request_settings import BLOCK, TOKEN, RequestSettings
-
-_MASS = frozenset({ATTENTION, GRAPH, TOKEN_MASS, TOKEN_PEAK})
-"""Needs that are sums of attention."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +19,8 @@ class _Readers:
     scored: bool = False
 
     def include(self, settings: RequestSettings) -> bool:
-        needed = not self.scored or settings.needs & _MASS
-        return settings.evicts and settings.granularity in self.granularities and bool(needed)
+        needed = not self.scored or settings.gathers_attention
+        return settings.evicts and settings.granularity in self.granularities and needed
 
     def __str__(self) -> str:
         who = "policies that score attention" if self.scored else "policies that evict"

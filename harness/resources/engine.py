@@ -119,7 +119,7 @@ class Engine:
             made, prompt_tokens = len(answer.token_ids), len(requests[i][0])
             told = f"a prompt of {prompt_tokens} tokens answered with {made}"
             if self.specification.prefix_caching:
-                self._check_hit(prompt_tokens, answer.cached_tokens)
+                self._check_hit(prompt_tokens, answer.cached_tokens, settings)
                 told += f", {answer.cached_tokens} of them from the cache,"
             computed = self._prompt_steps(prompt_tokens - answer.cached_tokens)
             self._check_steps(answer.record, computed + made - 1, told)
@@ -256,12 +256,16 @@ class Engine:
             steps = self._prompt_steps(len(window))
         self._check_steps(record, steps, f"a window of {len(window)} tokens")
 
-    def _check_hit(self, prompt_tokens: int, cached_tokens: int) -> None:
+    def _check_hit(self, prompt_tokens: int, cached_tokens: int, settings: dict[str, Any]) -> None:
         """A hit has whole blocks, of all but the tokens that are always computed."""
+        from vllm_plugins.config import EvictionConfig
         from vllm_plugins.prefix_sharing import OWN_QUERIES
 
-        expected = max(0, prompt_tokens - OWN_QUERIES)
-        expected -= expected % self.specification.block_size
+        block_size = self.specification.block_size
+        config = EvictionConfig.parse(self.specification.eviction)
+        scored = config.request_settings(settings, block_size).gathers_attention
+        expected = max(0, prompt_tokens - (OWN_QUERIES if scored else 1))
+        expected -= expected % block_size
         if cached_tokens < expected:
             raise UnfaithfulRun(
                 f"the prefix cache had {cached_tokens} tokens of a prompt of {prompt_tokens}, not "

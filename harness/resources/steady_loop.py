@@ -111,10 +111,9 @@ def measure(
     aged = num_aged(load, settings, engine.kv_cache_tokens)
     loop = _Loop(load, seed, aged, engine)
     started = clock()
-    while True:
-        loop.step()  # before the first one, the gauges are still those of the load before
-        if not loop.young or _is_full(engine):
-            break
+    # Until this load is heard of, gauges may be those of the load before, which left a full pool.
+    while loop.young and not (loop.answered and _is_full(engine)):
+        loop.step()
     settled = clock() + load.settle_seconds
     while clock() < settled:
         loop.step()
@@ -145,6 +144,8 @@ class _Loop:
         self._load, self._seed, self._aged, self._engine = load, seed, aged, engine
         self._next = 0
         self.ended = 0
+        self.answered = False
+        """Whether a request of this loop has a token."""
         self.young = set(range(aged))
         """Aged sequences whose prompt is not computed yet."""
         for _ in range(load.num_sequences):
@@ -154,6 +155,7 @@ class _Loop:
         """One step of the engine; its output tokens."""
         output_tokens = 0
         for progress in self._engine.step():
+            self.answered = True
             output_tokens += progress.new_tokens
             self.young.discard(progress.number)
             if progress.ended:
