@@ -130,6 +130,7 @@ def answering(requests, num_steps, cached=None):
     return made
 
 
+SCORED = {"kv_policy": "h2o", "kv_sparsity": 0.5}
 REQUESTS = [([1] * 5, 3), ([2] * 9, 2), ([3] * 5, 3)]
 
 
@@ -156,18 +157,22 @@ def test_an_answer_in_other_steps_than_its_chunks_make_is_refused():
 def test_a_dense_request_computes_a_prompt_before_it_is_answered_from_the_cache():
     requests = [([3] * 50, 3), ([4] * 50, 3)]
     made = answering(requests, lambda prompt, _: 9 + 2, cached=16)  # 34 tokens in chunks of 4
-    _, answers = made.answer(requests, {"kv_policy": "h2o"})
+    _, answers = made.answer(requests, SCORED)
     assert made.waves == [([50, 50], 0), ([50, 50], 2)]
-    assert made.settings == [[{"kv_policy": "dense"}] * 2, [{"kv_policy": "h2o"}] * 2]
+    assert made.settings == [[{"kv_policy": "dense"}] * 2, [SCORED] * 2]
     assert [answer.cached_tokens for answer in answers] == [16, 16]
 
 
-def test_a_prompt_that_the_cache_lost_is_refused():
+@pytest.mark.parametrize(
+    ("settings", "cached", "whole"), [(SCORED, 12, 16), ({"kv_policy": "dense"}, 16, 48)]
+)
+def test_a_prompt_that_the_cache_lost_is_refused(settings, cached, whole):
+    """Who scores nothing finds all but its last token, or something is wrong."""
     requests = [([3] * 50, 3), ([4] * 50, 3)]
-    with pytest.raises(
-        UnfaithfulRun, match="the prefix cache had 12 tokens of a prompt of 50, not the 16 that"
-    ):
-        answering(requests, lambda prompt, _: 10 + 2, cached=12).answer(requests, {})
+    made = answering(requests, lambda prompt, _: -(-(50 - cached) // 4) + 2, cached=cached)
+    told = f"the prefix cache had {cached} tokens of a prompt of 50, not the {whole} that"
+    with pytest.raises(UnfaithfulRun, match=told):
+        made.answer(requests, settings)
 
 
 def test_a_trace_is_coarse():
