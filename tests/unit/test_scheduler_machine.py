@@ -353,9 +353,10 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_is_noticed(fault, tiny_config, monkeypatch):
-    """By the first example that meets it."""
+    """By the first example that meets it, and which comes first depends on what is imported:
+    a rare one is to be met all the same."""
     fault(monkeypatch)
     engine, sentence = FAULTS[fault]
-    chosen = settings(SETTINGS, max_examples=100, phases=[Phase.generate])
+    chosen = settings(SETTINGS, max_examples=500, phases=[Phase.generate])
     with pytest.raises(AssertionError, match=sentence):
         run_traffic(tiny_config, engine, chosen)
