@@ -125,7 +125,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         self.ledger.admit(
             request, settings, crc32(tokens.tobytes(), self.config.seed + seed), refused
         )
-        if not self.ledger.gathers_attention(request.request_id):
+        if not settings.gathers_attention:
             request.block_hashes = Unscored(request.block_hashes)
 
     def _is_one_step(self, request: Any) -> bool:

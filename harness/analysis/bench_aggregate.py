@@ -9,7 +9,7 @@ from typing import Any
 from ..records.specifications import STEADY, STOCK
 from .roofline import largest_ratio
 from .statistics import estimate, ratio_estimate
-from .steady_aggregate import steady_figures
+from .steady_aggregate import last_third, steady_figures
 
 METRICS = ("output_tokens_per_second", "seconds", "preemptions", "engine_start_seconds")
 _SPEED = "output_tokens_per_second"
@@ -83,7 +83,7 @@ def _entry(
     if first["kind"] == STEADY:
         entry |= steady_figures(runs)
         entry["step_against_stock"] = _paired(runs, alike, "ms_per_step")
-        others = stock and steady_figures(stock)["last_third"]
+        others = stock and last_third(stock)
         entry["last_third_against_stock"] = (
             entry["last_third"] / others if others and entry["last_third"] else None
         )

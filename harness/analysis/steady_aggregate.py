@@ -33,9 +33,7 @@ def steady_figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **{metric: estimate([run[metric] for run in runs]) for metric in STEADY_METRICS},
         "kv_blocks": runs[0]["kv_blocks"],
         "sub_windows_of_mean": [min(parts), max(parts)],
-        "last_third": fmean(_last_third(run["sub_windows"]) for run in runs)
-        if all(len(run["sub_windows"]) >= _MANY_PARTS for run in runs)
-        else None,
+        "last_third": last_third(runs),
         "decision_ms_per_step": fmean(decided),
         "split": {name: fmean(s[name] for s in splits) for name in splits[0]}
         if all(splits)
@@ -44,5 +42,9 @@ def steady_figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _last_third(parts: Sequence[float]) -> float:
-    return fmean(parts[-(len(parts) // 3) :])
+def last_third(runs: Sequence[Mapping[str, Any]]) -> float | None:
+    """See ``steady_figures``."""
+    windows = [run["sub_windows"] for run in runs]
+    if any(len(parts) < _MANY_PARTS for parts in windows):
+        return None
+    return fmean(fmean(parts[-(len(parts) // 3) :]) for parts in windows)
