@@ -1,4 +1,4 @@
-"""Packing: the launch that chooses every head's tokens, the one that moves them, and both.
+"""Packing: what chooses every head's tokens, the launch that moves them, and both.
 
 Scores are drawn at random, so nearly all of what leaves the recent window of a decode is chosen
 and moves: more than in most texts.
@@ -12,8 +12,14 @@ from typing import Any
 
 from .shapes import ELEMENT_BYTES, SHAPES
 
-POLICIES = ("h2o", "cab")
-"""One ranking, by mass; and two, by mass and by the largest probability."""
+POLICIES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "h2o": ("h2o", {}, 4),
+    "cab": ("cab", {}, 8),
+    "cab, bridges by keys": ("cab", {"bridge_definition": "key_difference"}, 4),
+    "keydiff": ("keydiff", {}, 0),
+}
+"""A policy, its parameters, and the bytes of scores that its rankings read for a token beside its
+position: rankings by mass, by mass and the largest probability, by mass and keys, by keys."""
 Timer = Callable[[Callable[[], Any], Callable[[], Any]], float]
 """``(function, prepare) -> milliseconds`` (``device_time.median_ms_prepared``)."""
 
@@ -61,10 +67,9 @@ class PackCase:
     ) -> None:
         import torch
 
+        from vllm_plugins.attention.packing_cuda import CUDAPacker
         from vllm_plugins.attention.token_choice import Batch
         from vllm_plugins.attention.token_scores import TokenScores
-        from vllm_plugins.kernels import choose
-        from vllm_plugins.kernels.pack import cache_offsets
         from vllm_plugins.packs import Pack
         from vllm_plugins.policies import TOKEN_MASS, TOKEN_PEAK, TOKENS, get_policy
 
@@ -76,28 +81,38 @@ class PackCase:
         candidates = region + -(-packs.leaving // block_size)
         num_blocks = 1 + max(-(-packs.held // block_size), packs.requests * candidates)
         cache_shape = (num_blocks, self.kv_heads, block_size)
-        self.caches = [
-            torch.randn(*cache_shape, 2 * self.head_size, device=device, dtype=torch.bfloat16)
-            for _ in range(self.layers)
-        ]
-        self.offsets = cache_offsets(self.caches)
+        caches = {
+            str(layer): torch.randn(
+                *cache_shape, 2 * self.head_size, device=device, dtype=torch.bfloat16
+            )
+            for layer in range(self.layers)
+        }
         needs = frozenset({TOKENS, TOKEN_MASS, TOKEN_PEAK})
         self.scores = TokenScores(self.layers, cache_shape, needs, torch.device(device))
         ids = torch.randperm(num_blocks - 1)[: packs.requests * candidates] + 1
-        rule = get_policy(policy)
-        arguments = rule.resolve({})
-        assert rule.tokens is not None
+        self.packer = CUDAPacker(
+            kv_caches=caches,
+            groups=[list(caches)],
+            tokens=self.scores,
+            scoring="mean",
+            sink_tokens=4,
+        )
+        base, parameters, self.score_bytes = POLICIES[policy]
+        known = get_policy(base)
+        arguments = known.resolve(parameters)
+        assert known.tokens is not None
+        rule = known.tokens(arguments)
         self.batch = Batch.of(
             [
-                Pack(0, own.tolist(), region, budget, packs.processed, 0, policy, arguments)
+                Pack(0, own.tolist(), region, budget, packs.processed, 0, base, arguments)
                 for own in ids.view(packs.requests, candidates)
             ],
-            rule.tokens(arguments),
+            rule,
             block_size,
             4,
             torch.device(device),
         )
-        self.rankings = {"h2o": (choose.MEAN,), "cab": (choose.MEAN, choose.PEAK)}[policy]
+        self.rankings = self.packer.rankings(rule)
         self._fill(ids.to(device), candidates)
         self._before = {name: array.clone() for name, array in self.scores.arrays().items()}
 
@@ -120,44 +135,27 @@ class PackCase:
             array.copy_(self._before[name])
 
     def choose(self) -> Any:
-        """The launch that chooses, in all layers and requests: source, target, count."""
-        from vllm_plugins.kernels.choose import choose_tokens
-
-        return choose_tokens(
-            self.batch.block_ids,
-            self.batch.numbers,
-            self.scores.arrays(),
-            self.rankings,
-            sink_tokens=4,
-            most_candidates=self.batch.most_candidates,
-            most_moves=self.batch.most_moves,
-        )
+        """What chooses, in all layers and requests: source, target, count."""
+        return self.packer.chosen(self.rankings, self.batch, 0, slice(0, self.layers))
 
     def move(self, moves: Any) -> None:
         """The launch that moves."""
-        from vllm_plugins.kernels.pack import move_tokens
-
-        source, target, count = moves
-        move_tokens(
-            self.caches[0],
-            self.offsets,
-            self.batch.block_ids,
-            source,
-            target,
-            count,
-            self.scores.arrays(),
-        )
+        self.packer.move(0, slice(0, self.layers), self.batch.block_ids, *moves)
 
     def entry(self, timer: Timer, bandwidth: float) -> dict[str, Any]:
         """Times and bytes.
 
-        Of choosing, the bytes of the scores that its rankings ask for, read once; the lists of
-        moves are not counted. Of moving, keys, values and scores, read and written.
+        Of choosing, the bytes of the scores and keys that its rankings ask for, read once; the
+        lists of moves are not counted. Of moving, keys, values and scores, read and written.
         """
+        from vllm_plugins.kernels import choose
+
         moves = self.choose()
         num_moves = int(moves[2].sum())
         candidates = self.packs.requests * self.batch.most_candidates
-        read = 8 if self.policy == "h2o" else 12  # position, mass and perhaps peak
+        read = 4 + self.score_bytes
+        if choose.GIVEN in self.rankings:
+            read += self.head_size * ELEMENT_BYTES
         token_bytes = 2 * self.head_size * ELEMENT_BYTES + 12
         num_bytes = {
             "choose": candidates * self.layers * self.kv_heads * read,
@@ -213,4 +211,4 @@ def told(entry: dict[str, Any]) -> str:
         f"{100 * entry[f'{part}_share_of_copy_bandwidth']:5.1f}%"
         for part in ("choose", "move", "both")
     )
-    return f"{entry['shape']:13} {entry['packs']:34} {entry['policy']:4} {'  '.join(parts)}"
+    return f"{entry['shape']:13} {entry['packs']:34} {entry['policy']:20} {'  '.join(parts)}"

@@ -5,7 +5,9 @@ import torch
 
 from tests.kernels.token_cases import (
     check_choice,
+    check_key_difference,
     check_pack,
+    check_pack_by_keys,
     check_pack_of_bytes,
     check_start,
     check_token_mass,
@@ -48,7 +50,13 @@ def test_a_quantised_cache(head_size, scales):
 
 
 @pytest.mark.parametrize(
-    ("policy", "parameters"), [("h2o", {}), ("h2o", {"value_weighted": True}), ("keydiff", {})]
+    ("policy", "parameters"),
+    [
+        ("h2o", {}),
+        ("h2o", {"value_weighted": True}),
+        ("keydiff", {}),
+        ("cab", {"bridge_definition": "key_difference"}),
+    ],
 )
 def test_packing_a_quantised_cache(policy, parameters):
     check_pack_of_bytes(policy, parameters, "cuda")
@@ -57,5 +65,29 @@ def test_packing_a_quantised_cache(policy, parameters):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("blocks", [(9, 6, 3), (29, 28, 12), (150, 40, 600)])
 def test_the_fused_choice_is_that_of_torch(blocks, tied):
-    for rankings in ([("score", 1.0)], [("score", 0.5), ("peak", 0.2)], [("position", 1.0)]):
+    for rankings in (
+        [("score", 1.0)],
+        [("score", 0.5), ("peak", 0.2)],
+        [("position", 1.0)],
+        [("given", 1.0)],
+        [("score", 0.5), ("given", 0.2)],
+    ):
         check_choice(rankings, "cuda", blocks=blocks, tied=tied)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_keys_unlike_the_mean_key(head_size, block_size, dtype):
+    for blocks in ((9, 6, 3), (150, 40, 600)):
+        check_key_difference(
+            "cuda", blocks=blocks, head_size=head_size, block_size=block_size, dtype=dtype
+        )
+
+
+@pytest.mark.parametrize(
+    ("policy", "parameters"),
+    [("keydiff", {}), ("cab", {"bridge_definition": "key_difference"})],
+)
+def test_packing_by_keys(policy, parameters):
+    check_pack_by_keys(policy, parameters, "cuda")

@@ -66,7 +66,8 @@ def test_packing(policy):
     heads = 2 * 2 * 2
     assert heads * 8 < entry["moves"] <= heads * 32
     assert entry["move_bytes"] == 2 * entry["moves"] * (2 * 16 * 2 + 12)
-    assert entry["choose_bytes"] == heads * 80 * (8 if policy == "h2o" else 12)
+    read = {"h2o": 8, "cab": 12, "cab, bridges by keys": 8 + 32, "keydiff": 4 + 32}[policy]
+    assert entry["choose_bytes"] == heads * 80 * read
     assert entry["both_share_of_copy_bandwidth"] == pytest.approx(
         entry["both_bytes"] / 0.5e-3 / BANDWIDTH
     )
@@ -93,6 +94,6 @@ def test_the_record_and_its_tables(monkeypatch, tmp_path):
     assert [row.count("|") for row in scoring.splitlines()] == [9] * (2 + 2 + 4)
     assert "| decode 2 x 40, by token | all | 500 | 500 | 1.00 | 0% | - | - |" in scoring
     assert "| chunk 20 of 40, by token | last 32 | 500 | 500 | 1.00 | - | 0 | 0 |" in scoring
-    assert [row.count("|") for row in packing.splitlines()] == [7] * (2 + 2)
+    assert [row.count("|") for row in packing.splitlines()] == [7] * (2 + len(pack_kernels.POLICIES))
     del record["packing"]
     assert kernels_table(record) == scoring, "as older records are"

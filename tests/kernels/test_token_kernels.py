@@ -9,7 +9,9 @@ from .cases import MIXED
 from .token_cases import (
     check_choice,
     check_isolation,
+    check_key_difference,
     check_pack,
+    check_pack_by_keys,
     check_pack_of_bytes,
     check_positions_alike,
     check_start,
@@ -75,6 +77,7 @@ def test_a_quantised_cache(scales):
         ("h2o", {"value_weighted": True, "selection": "group"}),
         ("key_norm", {}),
         ("keydiff", {}),
+        ("cab", {"bridge_definition": "key_difference"}),
     ],
 )
 def test_packing_a_quantised_cache(policy, parameters, per):
@@ -130,6 +133,8 @@ def test_packing_by_sums():
         [("peak", 0.5), ("score", 0.3)],
         [("score", 0.5), ("peak", 0.0)],
         [("score", 0.0), ("position", 1.0)],
+        [("given", 1.0)],
+        [("score", 0.5), ("given", 0.2)],
     ],
 )
 def test_the_fused_choice_is_that_of_torch(rankings, tied):
@@ -139,6 +144,20 @@ def test_the_fused_choice_is_that_of_torch(rankings, tied):
 
 def test_a_choice_among_more_tokens_than_a_tile():
     check_choice([("score", 0.5), ("peak", 0.2)], blocks=(150, 40), tied=True)
+
+
+@pytest.mark.parametrize("head_size", [8, 80])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_keys_unlike_the_mean_key(head_size, block_size):
+    check_key_difference(head_size=head_size, block_size=block_size)
+
+
+@pytest.mark.parametrize(
+    ("policy", "parameters"),
+    [("keydiff", {}), ("cab", {"bridge_definition": "key_difference"})],
+)
+def test_packing_by_keys(policy, parameters):
+    check_pack_by_keys(policy, parameters)
 
 
 def test_no_list_is_written_beyond_its_end():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
+from vllm_plugins.attention import packing
 from vllm_plugins.attention.packing_cuda import CUDAPacker
 from vllm_plugins.attention.quantised_cache import Scales
 from vllm_plugins.attention.token_choice import Batch, TokenCandidates, choose, moves
 from vllm_plugins.attention.token_scores import UNWRITTEN, TokenScores
 from vllm_plugins.kernels import TOKENS_NEEDED, TOKENS_SCORED, WINDOW_SHIFT
 from vllm_plugins.kernels import choose as fused
+from vllm_plugins.kernels.key_difference import key_difference
+from vllm_plugins.kernels.pack import cache_offsets
 from vllm_plugins.kernels.token_mass import add_token_mass, start_tokens
 from vllm_plugins.packs import Pack
 from vllm_plugins.policies import (
@@ -375,7 +379,16 @@ def check_choice(rankings, device="cpu", *, blocks=(9, 6, 3), tied=False, scorin
             )
         )
         first += count
-    functions = {"score": by_score, "peak": by_peak, "position": by_position}
+    width = max(blocks) + max(blocks) % 2  # ``Batch.of`` pads
+    given = torch.rand(len(blocks), 3, 2, 16 * width, generator=generator).to(device) - 0.5
+    if tied:
+        given = (given * 5).floor()
+    functions = {
+        "score": by_score,
+        "peak": by_peak,
+        "position": by_position,
+        "given": lambda tokens, left: given,
+    }
     rule = TokenRule(recent=0.1, ranked=tuple((functions[n], share) for n, share in rankings))
     batch = Batch.of(packs, rule, 16, 4, torch.device(device))
     every = slice(0, 3)
@@ -395,6 +408,7 @@ def check_choice(rankings, device="cpu", *, blocks=(9, 6, 3), tied=False, scorin
         "score": fused.MEAN if scoring == "mean" else fused.MASS,
         "peak": fused.PEAK,
         "position": fused.POSITION,
+        "given": fused.GIVEN,
     }
     made = fused.choose_tokens(
         batch.block_ids,
@@ -404,12 +418,94 @@ def check_choice(rankings, device="cpu", *, blocks=(9, 6, 3), tied=False, scorin
         sink_tokens=4,
         most_candidates=batch.most_candidates,
         most_moves=batch.most_moves,
+        given=given if "given" in dict(rankings) else None,
     )
     assert torch.equal(made[2], number)
     real = torch.arange(batch.most_moves, device=device) < number[..., None]
     assert torch.equal(made[0] * real, source * real)
     assert torch.equal(made[1] * real, target * real)
     assert int(number.sum()) > 0
+
+
+def check_key_difference(
+    device="cpu", *, blocks=(9, 6, 3), head_size=8, block_size=16, dtype=torch.float32
+):
+    """Against float64, one head at a time; and a request's ranks are those it has alone."""
+    generator = torch.Generator().manual_seed(4)
+    num_blocks, heads = sum(blocks) + 1, 2
+    caches = []
+    for _ in range(3):
+        drawn = torch.randn(num_blocks, heads, block_size, 2 * head_size, generator=generator)
+        drawn += torch.randn(heads, 1, 2 * head_size, generator=generator)  # a mean direction
+        drawn[1, 0, 3, :head_size] = 0.0  # no direction: neither like the mean nor unlike it
+        drawn[:, :, :, head_size:] *= 100  # values do not count
+        caches.append(drawn.to(device, dtype))
+    pool = (torch.randperm(sum(blocks), generator=generator) + 1).split(list(blocks))
+    ids = torch.zeros(len(blocks), max(blocks), dtype=torch.int64)
+    for row, own in enumerate(pool):
+        ids[row, : len(own)] = own
+    numbers = torch.tensor([[n * block_size, 7] for n in blocks])
+    layers = slice(1, 3)
+    every = {"offsets": cache_offsets(caches), "layers": layers}
+    made = key_difference(
+        caches[0],
+        block_ids=ids.to(device),
+        numbers=numbers.to(device),
+        most_candidates=max(blocks) * block_size,
+        **every,
+    )
+    assert made.shape == (len(blocks), 2, heads, max(blocks) * block_size)
+    for row, own in enumerate(pool):
+        tokens = len(own) * block_size
+        alone = key_difference(
+            caches[0],
+            block_ids=own[None].to(device),
+            numbers=numbers[row : row + 1].to(device),
+            most_candidates=tokens,
+            **every,
+        )
+        assert torch.equal(made[row, :, :, :tokens], alone[0])
+        for layer, cache in enumerate(caches[layers]):
+            keys = cache.double()[own.to(device)].transpose(0, 1).flatten(1, 2)[..., :head_size]
+            unit = torch.nn.functional.normalize(keys, dim=-1)
+            mean = torch.nn.functional.normalize(unit.mean(1, keepdim=True), dim=-1)
+            expected = -(unit * mean).sum(-1)
+            torch.testing.assert_close(alone[0, layer].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def check_pack_by_keys(policy, parameters, device="cpu", packer=CUDAPacker):
+    """What is packed with a launch for the keys is what is packed with torch, and what is packed
+    layer by layer."""
+
+    class Torch(packer):
+        def pack_fused(self, rule, batch, group):
+            return False
+
+    packs = {}
+    pool = (torch.randperm(39, generator=torch.Generator().manual_seed(1)) + 1).tolist()
+    args = get_policy(policy).resolve(parameters)
+    packs["a"] = [Pack(0, pool[:17], 6, 9, 700, 11, policy, args)]
+    packs["b"] = [Pack(0, pool[17:26], 4, 6, 500, 12, policy, args)]
+    kept = []
+    for kind, most in ((packer, None), (packer, 1), (Torch, None)):
+        scores, caches = random_state(6, device)
+        generator = torch.Generator().manual_seed(7)
+        places = torch.stack([torch.randperm(640, generator=generator) for _ in range(6)])
+        scores.position.copy_(places.view(3, 2, 40, 16).transpose(1, 2))
+        for cache in caches.values():
+            cache.copy_(torch.randn(cache.shape, generator=generator) + 0.5)
+        options = {"groups": [list(caches)], "scoring": "mean", "sink_tokens": 4}
+        made = kind(kv_caches=caches, tokens=scores, **options)
+        before = scores.position.clone()
+        with pytest.MonkeyPatch.context() as patch:
+            if most:
+                patch.setattr(packing, "MOST_CANDIDATES", most)
+            assert made.pack(packs) == {}
+        assert not torch.equal(scores.position, before)
+        kept.append([*scores.arrays().values(), *caches.values()])
+    for others in kept[1:]:
+        for mine, theirs in zip(kept[0], others, strict=True):
+            assert torch.equal(mine, theirs)
 
 
 def check_positions_alike(device="cpu"):

@@ -128,7 +128,7 @@ class Packer(ABC):
         if self.pack_fused(rule, batch, group):
             return None
         kept = []
-        for layers in self._slices(rule, batch, len(self.caches[group])):
+        for layers in self.slices(rule, batch, len(self.caches[group])):
             candidates = TokenCandidates(
                 self.tokens.gather(batch.block_ids, layers),
                 self.scoring,
@@ -160,7 +160,7 @@ class Packer(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.vectors(group, first_layer + layer, block_ids, heads)
 
-    def _slices(self, rule: TokenRule, batch: Batch, layers: int) -> Iterator[slice]:
+    def slices(self, rule: TokenRule, batch: Batch, layers: int) -> Iterator[slice]:
         """Layers that are ranked together: all, unless they are too many tokens."""
         heads = self.tokens.position.shape[2]
         per_layer = batch.block_ids.numel() * self._block_size * heads

@@ -1,4 +1,5 @@
-"""Packing on the GPU: one launch ranks, one moves, for all layers and requests.
+"""Packing on the GPU: one launch ranks, one moves, for all layers and requests; where a ranking
+looks at keys, one before reads them.
 
 A ranking that the kernel does not know, a third party's say, is computed by torch.
 """
@@ -11,8 +12,16 @@ from typing import Any
 import torch
 
 from ..kernels import choose
+from ..kernels.key_difference import key_difference
 from ..kernels.pack import cache_offsets, move_tokens, words
-from ..policies import TokenRule, by_mass, by_peak, by_position, by_score
+from ..policies import (
+    TokenRule,
+    by_key_difference,
+    by_mass,
+    by_peak,
+    by_position,
+    by_score,
+)
 from ..policies.token_rules import Ranking
 from .packing import Packer
 from .quantised_cache import Scales, dequantised, numbers
@@ -22,6 +31,7 @@ _FUSED: tuple[tuple[Ranking, int], ...] = (
     (by_mass, choose.MASS),
     (by_peak, choose.PEAK),
     (by_position, choose.POSITION),
+    (by_key_difference, choose.GIVEN),
 )
 
 
@@ -36,28 +46,54 @@ class CUDAPacker(Packer):
     def __init__(self, *, scales: Mapping[str, Scales | None] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._scales = [[(scales or {}).get(n) for n in names] for names in kwargs["groups"]]
-        self._words = [[words(cache) for cache in caches] for caches in self.caches]
-        self._offsets = [cache_offsets(caches) for caches in self._words]
+        # Of each group the first layer's cache, as its keys are read and as its tokens are moved,
+        # and where the other layers' lie.
+        self._numbers = [_addressed([numbers(c) for c in caches]) for caches in self.caches]
+        self._words = [_addressed([words(c) for c in caches]) for caches in self.caches]
 
     def pack_fused(self, rule: TokenRule, batch: Batch, group: int) -> bool:
+        rankings = self.rankings(rule)
+        if not rankings:
+            return False
+        every = len(self.caches[group])
+        # Ranks that one launch leaves for the next take memory; nothing else here grows like that.
+        given = choose.GIVEN in rankings
+        for layers in self.slices(rule, batch, every) if given else [slice(0, every)]:
+            moves = self.chosen(rankings, batch, group, layers)
+            self.move(group, layers, batch.block_ids, *moves)
+        return True
+
+    def rankings(self, rule: TokenRule) -> tuple[int, ...]:
+        """A rule's rankings as the kernel knows them; none if it does not know them all."""
         score = choose.MEAN if self.scoring == "mean" else choose.MASS
         kinds = (*_FUSED, (by_score, score))
-        rankings = tuple(
-            kind for ranking, _ in rule.ranked for known, kind in kinds if known is ranking
-        )
-        if rule.selection != "head" or len(rankings) < len(rule.ranked) or len(rankings) > 2:
-            return False
-        moves = choose.choose_tokens(
+        known = tuple(kind for ranking, _ in rule.ranked for of, kind in kinds if of is ranking)
+        fused = rule.selection == "head" and len(known) == len(rule.ranked) <= 2
+        return known if fused else ()
+
+    def chosen(
+        self, rankings: tuple[int, ...], batch: Batch, group: int, layers: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What moves where in some layers of a group (``token_choice.moves``)."""
+        given = None
+        if choose.GIVEN in rankings:
+            given = key_difference(
+                *self._numbers[group],
+                batch.block_ids,
+                batch.numbers,
+                layers=layers,
+                most_candidates=batch.most_candidates,
+            )
+        return choose.choose_tokens(
             batch.block_ids,
             batch.numbers,
-            self.tokens.arrays(len(self.caches[group])),
+            {name: array[layers] for name, array in self.tokens.arrays().items()},
             rankings,
             sink_tokens=self.sink_tokens,
             most_candidates=batch.most_candidates,
             most_moves=batch.most_moves,
+            given=given,
         )
-        self.move(group, slice(0, len(self.caches[group])), batch.block_ids, *moves)
-        return True
 
     def vectors(
         self, group: int, layer: int, block_ids: torch.Tensor, heads: slice
@@ -80,8 +116,7 @@ class CUDAPacker(Packer):
         count: torch.Tensor,
     ) -> None:
         move_tokens(
-            self._words[group][0],
-            self._offsets[group],
+            *self._words[group],
             block_ids,
             source,
             target,
@@ -89,3 +124,7 @@ class CUDAPacker(Packer):
             self.tokens.arrays(),
             first_layer=layers.start,
         )
+
+
+def _addressed(kv_caches: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return kv_caches[0], cache_offsets(kv_caches)

@@ -1,6 +1,7 @@
 """Which tokens every head keeps, for the usual rankings: the first half of packing, in one launch.
 
-``attention/token_choice.py`` says the same in torch, for any ranking; the two agree to the bit.
+``attention/token_choice.py`` says the same in torch, for any ranking; from the same ranks the two
+choose the same tokens.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-MASS, MEAN, PEAK, POSITION = range(4)
-"""Rankings: attention received; per query that saw the token; the highest ever; the most recent."""
-_MASS, _MEAN, _PEAK = (tl.constexpr(kind) for kind in (MASS, MEAN, PEAK))
+MASS, MEAN, PEAK, POSITION, GIVEN = range(5)
+"""Rankings: attention received; per query that saw the token; the highest ever; the most recent;
+what the caller has worked out."""
+_MASS, _MEAN, _PEAK, _GIVEN = (tl.constexpr(kind) for kind in (MASS, MEAN, PEAK, GIVEN))
 _LEAST = tl.constexpr(-(2**31))
 _SMALL_TILE, _LARGE_TILE = 512, 2048
 WARM_UP_TOKENS = (_SMALL_TILE, _LARGE_TILE, 2 * _LARGE_TILE)
@@ -28,7 +30,18 @@ def _ordered(rank):
 
 
 @triton.jit
-def _rank(kind: tl.constexpr, position, now, first_query, mass_ptr, peak_ptr, at, real):
+def _rank(
+    kind: tl.constexpr,
+    position,
+    now,
+    first_query,
+    mass_ptr,
+    peak_ptr,
+    given_ptr,
+    at,
+    place,
+    real,
+):
     if kind == _MASS:
         rank = tl.load(mass_ptr + at, mask=real, other=0.0)
     elif kind == _MEAN:
@@ -37,6 +50,8 @@ def _rank(kind: tl.constexpr, position, now, first_query, mass_ptr, peak_ptr, at
         rank = tl.div_rn(mass, queries.to(tl.float32))
     elif kind == _PEAK:
         rank = tl.load(peak_ptr + at, mask=real, other=0.0)
+    elif kind == _GIVEN:
+        rank = tl.load(given_ptr + place, mask=real, other=0.0)
     else:
         rank = position.to(tl.float32)
     return rank
@@ -53,6 +68,7 @@ def _tile(
     position_ptr,
     mass_ptr,
     peak_ptr,
+    given_ptr,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
     HEADS: tl.constexpr,
@@ -65,11 +81,14 @@ def _tile(
     block = tl.load(ids_ptr + place // BLOCK_SIZE, mask=real, other=0)
     at = block * (HEADS * BLOCK_SIZE) + place % BLOCK_SIZE
     position = tl.load(position_ptr + at, mask=real, other=-1)
-    rank = _rank(FIRST, position, now, first_query, mass_ptr, peak_ptr, at, real)
+    rank = _rank(FIRST, position, now, first_query, mass_ptr, peak_ptr, given_ptr, at, place, real)
     first = _ordered(tl.where(position < sink_tokens, float("inf"), rank))
     second = first
     if SECOND >= 0:
-        second = _ordered(_rank(SECOND, position, now, first_query, mass_ptr, peak_ptr, at, real))
+        rank = _rank(
+            SECOND, position, now, first_query, mass_ptr, peak_ptr, given_ptr, at, place, real
+        )
+        second = _ordered(rank)
     return place, real, position, first, second
 
 
@@ -80,6 +99,7 @@ def _tile(
         "numbers_stride",
         "list_stride",
         "layer_stride",
+        "given_stride",
         "sink_tokens",
     ]
 )
@@ -89,6 +109,7 @@ def _choose_kernel(
     position_ptr,
     mass_ptr,
     peak_ptr,
+    given_ptr,
     source_ptr,
     target_ptr,
     count_ptr,
@@ -96,6 +117,7 @@ def _choose_kernel(
     numbers_stride,
     list_stride,
     layer_stride,
+    given_stride,
     sink_tokens,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
@@ -118,6 +140,7 @@ def _choose_kernel(
     position_ptr += own
     mass_ptr += own
     peak_ptr += own
+    given_ptr += item * given_stride
     least = tl.full([], _LEAST, tl.int64)
 
     if ONE_TILE:
@@ -131,6 +154,7 @@ def _choose_kernel(
             position_ptr,
             mass_ptr,
             peak_ptr,
+            given_ptr,
             FIRST,
             SECOND,
             HEADS,
@@ -167,6 +191,7 @@ def _choose_kernel(
                             position_ptr,
                             mass_ptr,
                             peak_ptr,
+                            given_ptr,
                             FIRST,
                             SECOND,
                             HEADS,
@@ -220,6 +245,7 @@ def _choose_kernel(
                 position_ptr,
                 mass_ptr,
                 peak_ptr,
+                given_ptr,
                 FIRST,
                 SECOND,
                 HEADS,
@@ -254,6 +280,7 @@ def choose_tokens(
     sink_tokens: int,
     most_candidates: int,
     most_moves: int,
+    given: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What moves where so that every head's region holds its best tokens.
 
@@ -269,10 +296,12 @@ def choose_tokens(
             tokens each ranking takes.
         scores: ``position``, and ``mass`` and ``peak`` where a ranking needs them, of all layers
             (``attention.token_scores.TokenScores``).
-        rankings: one or two of ``MASS``, ``MEAN``, ``PEAK``, ``POSITION``.
+        rankings: one or two of ``MASS``, ``MEAN``, ``PEAK``, ``POSITION``, ``GIVEN``.
         sink_tokens: so many first tokens of a sequence always stay.
         most_candidates: no request has more.
         most_moves: no head moves more.
+        given: float32 ``[requests, layers, heads, tokens]``, ranks of the candidates, for
+            ``GIVEN``.
 
     Returns:
         source and target, int32 ``[requests, layers, heads, most_moves]``, and their number, int32
@@ -293,6 +322,7 @@ def choose_tokens(
         position,
         scores.get("mass", position),
         scores.get("peak", position),
+        position if given is None else given,
         source,
         target,
         count,
@@ -300,6 +330,7 @@ def choose_tokens(
         numbers.stride(0),
         most_moves,
         position.stride(0),
+        0 if given is None else given.stride(2),
         sink_tokens,
         FIRST=rankings[0],
         SECOND=rankings[1] if len(rankings) > 1 else -1,
