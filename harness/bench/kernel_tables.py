@@ -8,7 +8,7 @@ from ..report.tables import Row, markdown
 
 _PACKING = (
     "Packing, all layers in one launch: time, bytes, and their share of a copy's bandwidth. Bytes "
-    "are the scores that choosing reads, once, and all that moving reads and writes."
+    "are the scores and keys that choosing reads, once, and all that moving reads and writes."
 )
 
 

@@ -94,6 +94,7 @@ def test_the_record_and_its_tables(monkeypatch, tmp_path):
     assert [row.count("|") for row in scoring.splitlines()] == [9] * (2 + 2 + 4)
     assert "| decode 2 x 40, by token | all | 500 | 500 | 1.00 | 0% | - | - |" in scoring
     assert "| chunk 20 of 40, by token | last 32 | 500 | 500 | 1.00 | - | 0 | 0 |" in scoring
-    assert [row.count("|") for row in packing.splitlines()] == [7] * (2 + len(pack_kernels.POLICIES))
+    rows = 2 + len(pack_kernels.POLICIES)
+    assert [row.count("|") for row in packing.splitlines()] == [7] * rows
     del record["packing"]
     assert kernels_table(record) == scoring, "as older records are"
