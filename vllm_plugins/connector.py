@@ -28,7 +28,7 @@ from .metrics import COUNTERS, ENDED, LIVE_SHARE, EvictionPromMetrics, EvictionS
 from .parsing import EvictionConfigError
 from .platforms import check_settings
 from .policies import GRAPH, KEY_NORM
-from .prefix_sharing import OWN_QUERIES, Unscored
+from .prefix_sharing import Unscored, always_computed
 from .refusals.engine import SENTENCES, check_engine
 from .siblings import Siblings
 from .startup import engine_lines
@@ -208,7 +208,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing is loaded; but a request waits a step for a block that is being computed now."""
         ledger, hashes = self.ledger, request.block_hashes
         place = num_computed_tokens // ledger.block_size
-        own = OWN_QUERIES if ledger.gathers_attention(request.request_id) else 1
+        own = always_computed(ledger.gathers_attention(request.request_id))
         needed = (place + 1) * ledger.block_size <= request.num_tokens - own
         known = needed and place < len(hashes)
         waits = known and ledger.sharing.is_expected(hashes[place], ledger.step)

@@ -26,6 +26,11 @@ Copy = tuple[int, int, int]
 """Layer group, block, and the block that becomes its like."""
 
 
+def always_computed(gathers_attention: bool) -> int:
+    """So many tokens of a prompt's end are computed, whatever the cache holds."""
+    return OWN_QUERIES if gathers_attention else 1
+
+
 class Unscored(list[Any]):
     """Block hashes of a request that gathers no attention.
 

@@ -259,12 +259,12 @@ class Engine:
     def _check_hit(self, prompt_tokens: int, cached_tokens: int, settings: dict[str, Any]) -> None:
         """A hit has whole blocks, of all but the tokens that are always computed."""
         from vllm_plugins.config import EvictionConfig
-        from vllm_plugins.prefix_sharing import OWN_QUERIES
+        from vllm_plugins.prefix_sharing import always_computed
 
         block_size = self.specification.block_size
         config = EvictionConfig.parse(self.specification.eviction)
         scored = config.request_settings(settings, block_size).gathers_attention
-        expected = max(0, prompt_tokens - (OWN_QUERIES if scored else 1))
+        expected = max(0, prompt_tokens - always_computed(scored))
         expected -= expected % block_size
         if cached_tokens < expected:
             raise UnfaithfulRun(

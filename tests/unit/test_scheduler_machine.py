@@ -331,7 +331,7 @@ def remembered(patch):
 SYNC, ASYNC, PRIORITY = (
     (1, 0, 34, False, False),
     (1, 0, 34, False, True),
-    (1, 0, 34, True, False),
+    (1, 0, 20, True, False),
 )
 FAULTS = {
     no_copy: (SYNC, "other contents|another's scores"),
