@@ -7,7 +7,7 @@ from typing import Any
 from ..report.tables import Row, markdown
 
 _PACKING = (
-    "Packing, all layers in one launch: time, bytes, and their share of a copy's bandwidth. Bytes "
+    "Packing, all layers at once: time, bytes, and their share of a copy's bandwidth. Bytes "
     "are the scores and keys that choosing reads, once, and all that moving reads and writes."
 )
 

@@ -145,8 +145,9 @@ class PackCase:
     def entry(self, timer: Timer, bandwidth: float) -> dict[str, Any]:
         """Times and bytes.
 
-        Of choosing, the bytes of the scores and keys that its rankings ask for, read once; the
-        lists of moves are not counted. Of moving, keys, values and scores, read and written.
+        Of choosing, the bytes of the scores and keys that its rankings ask for, read once; what one
+        launch leaves for the next, ranks of keys and lists of moves, is not counted. Of moving,
+        keys, values and scores, read and written.
         """
         from vllm_plugins.kernels import choose
 

@@ -383,6 +383,7 @@ def check_choice(rankings, device="cpu", *, blocks=(9, 6, 3), tied=False, scorin
     given = torch.rand(len(blocks), 3, 2, 16 * width, generator=generator).to(device) - 0.5
     if tied:
         given = (given * 5).floor()
+    given[0, 0, 0, 5] = float("nan")
     functions = {
         "score": by_score,
         "peak": by_peak,
@@ -402,7 +403,7 @@ def check_choice(rankings, device="cpu", *, blocks=(9, 6, 3), tied=False, scorin
         batch.num_candidates,
         lambda layer, heads: None,
     )
-    kept = choose(rule, candidates, batch, 4)
+    kept = choose(rule, candidates, batch, 4, check=False)
     source, target, number = moves(kept, batch.num_kept, batch.most_moves)
     kinds = {
         "score": fused.MEAN if scoring == "mean" else fused.MASS,
@@ -475,26 +476,35 @@ def check_key_difference(
 
 def check_pack_by_keys(policy, parameters, device="cpu", packer=CUDAPacker):
     """What is packed with a launch for the keys is what is packed with torch, and what is packed
-    layer by layer."""
+    layer by layer; in groups of 2 and 1 layers, with a key that holds NaN."""
 
     class Torch(packer):
         def pack_fused(self, rule, batch, group):
             return False
 
+    class Fused(packer):
+        def vectors(self, *args):
+            raise AssertionError("torch ranked")
+
     packs = {}
     pool = (torch.randperm(39, generator=torch.Generator().manual_seed(1)) + 1).tolist()
     args = get_policy(policy).resolve(parameters)
-    packs["a"] = [Pack(0, pool[:17], 6, 9, 700, 11, policy, args)]
+    packs["a"] = [
+        Pack(0, pool[:17], 6, 9, 700, 11, policy, args),
+        Pack(1, pool[26:35], 4, 6, 700, 11, policy, args),
+    ]
     packs["b"] = [Pack(0, pool[17:26], 4, 6, 500, 12, policy, args)]
     kept = []
-    for kind, most in ((packer, None), (packer, 1), (Torch, None)):
+    for kind, most in ((Fused, None), (Fused, 1), (Torch, None)):
         scores, caches = random_state(6, device)
         generator = torch.Generator().manual_seed(7)
         places = torch.stack([torch.randperm(640, generator=generator) for _ in range(6)])
         scores.position.copy_(places.view(3, 2, 40, 16).transpose(1, 2))
         for cache in caches.values():
             cache.copy_(torch.randn(cache.shape, generator=generator) + 0.5)
-        options = {"groups": [list(caches)], "scoring": "mean", "sink_tokens": 4}
+        names = list(caches)
+        caches[names[1]][pool[3], 1, 5, 2] = float("nan")
+        options = {"groups": [names[:2], names[2:]], "scoring": "mean", "sink_tokens": 4}
         made = kind(kv_caches=caches, tokens=scores, **options)
         before = scores.position.clone()
         with pytest.MonkeyPatch.context() as patch:
@@ -502,7 +512,7 @@ def check_pack_by_keys(policy, parameters, device="cpu", packer=CUDAPacker):
                 patch.setattr(packing, "MOST_CANDIDATES", most)
             assert made.pack(packs) == {}
         assert not torch.equal(scores.position, before)
-        kept.append([*scores.arrays().values(), *caches.values()])
+        kept.append([*scores.arrays().values(), *(c.nan_to_num() for c in caches.values())])
     for others in kept[1:]:
         for mine, theirs in zip(kept[0], others, strict=True):
             assert torch.equal(mine, theirs)

@@ -552,6 +552,7 @@ def test_the_committed_studies_are_valid(monkeypatch):
         "fp8",
         "headline",
         "key_bridges",
+        "key_bridges_cpu",
         "layer_groups",
         "long",
         "long_strides",
@@ -566,7 +567,7 @@ def test_the_committed_studies_are_valid(monkeypatch):
         "steady_minutes",
         "tight",
     }
-    beside_streaming = {"beside_streaming", "key_bridges", "long_strides"}
+    beside_streaming = {"beside_streaming", "key_bridges", "key_bridges_cpu", "long_strides"}
     for name, study in studies.items():
         first = "streaming" if name in beside_streaming else "stock"
         assert study.runs()[0].method.policy == first

@@ -56,7 +56,7 @@ class CUDAPacker(Packer):
         if not rankings:
             return False
         every = len(self.caches[group])
-        # Ranks that one launch leaves for the next take memory; nothing else here grows like that.
+        # Ranks that one launch leaves for the next come on top of the lists of moves.
         given = choose.GIVEN in rankings
         for layers in self.slices(rule, batch, every) if given else [slice(0, every)]:
             moves = self.chosen(rankings, batch, group, layers)

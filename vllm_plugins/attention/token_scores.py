@@ -37,10 +37,10 @@ class TokenScores:
         self.mass = torch.zeros(shape if TOKEN_MASS in needs else none, device=device)
         self.peak = torch.zeros(shape if TOKEN_PEAK in needs else none, device=device)
 
-    def arrays(self, num_layers: int | None = None) -> dict[str, torch.Tensor]:
-        """Those that are kept, by name; of the first ``num_layers`` layers, or of all."""
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """Those that are kept, by name."""
         named = {"position": self.position, "mass": self.mass, "peak": self.peak}
-        return {name: array[:num_layers] for name, array in named.items() if array.numel()}
+        return {name: array for name, array in named.items() if array.numel()}
 
     def gather(self, block_ids: torch.Tensor, layers: slice) -> dict[str, torch.Tensor]:
         """What lies in blocks, int64 ``[requests, blocks]``: of each array

@@ -28,7 +28,8 @@ def _unit_keys(
     HEAD_PADDED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Places of a tile of candidates, and their keys at length 1; 0 where there is none."""
+    """Places of a tile of candidates, which are some, and their keys at length 1,
+    ``[TILE, HEAD_PADDED]``; 0 where there is none."""
     place = start + tl.arange(0, TILE)
     dim = tl.arange(0, HEAD_PADDED)
     real = place < num_candidates
@@ -43,6 +44,7 @@ def _unit_keys(
     return place, real, keys / tl.maximum(norm, _SMALLEST)[:, None]
 
 
+# No integer is specialised: each would compile the kernel anew, in the middle of serving.
 @triton.jit(do_not_specialize=["first_layer", "ids_stride", "numbers_stride", "ranks_stride"])
 def _key_difference_kernel(
     cache_ptr,
@@ -134,7 +136,9 @@ def key_difference(
 
     Reads every key twice, the second time from L2 where a program's keys fit into its share of it,
     for 4 or 5 FLOPs a number each time. With the choice behind it, it reaches 4 to 6% of a copy's
-    bandwidth on an H200 (results/kernels-gpu-h200.json).
+    bandwidth on an H200, keys counted once (results/kernels-gpu-h200.json): the distance of two
+    layers' caches is read from memory, so that Triton knows of no alignment and loads numbers one
+    by one.
 
     """
     _, heads, block_size, width = kv_cache.shape
