@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,15 @@ def new_figure(width: float = 6.4, height: float = 4.2, **options: Any) -> tuple
 
 
 def plain_log_axis(axes: Any) -> None:
-    """A logarithmic y axis whose ticks are plain numbers; called when all is drawn."""
+    """A logarithmic y axis whose ticks are plain numbers; called when all is drawn.
+
+    It stays linear where nothing drawn is positive: times per token are 0 where all of an answer
+    arrives at once.
+    """
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+    if not math.isfinite(axes.dataLim.minposy):
+        return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     steps = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 10 * low else (1, 2, 5)

@@ -12,7 +12,7 @@ _NAMES = (
     ("other", ("reshape_and_cache",)),
     ("scores", ("_mass_kernel", "_start_kernel", "_age_kernel", "_key_norm_kernel")),
     ("scores", ("_compact_kernel",)),
-    ("packing", ("_choose_kernel", "_move_kernel")),
+    ("packing", ("_choose_kernel", "_key_difference_kernel", "_move_kernel")),
     ("attention", ("flash",)),
     ("products", ("gemm", "gemv", "nvjet", "cutlass", "cublas", "splitk")),
 )

@@ -20,7 +20,7 @@ from harness.report.comparison import TIMINGS
 from harness.report.expectations import expectation_rows
 from harness.report.experiment import report_experiment
 from harness.report.page import MADE_BY
-from harness.report.styles import styles
+from harness.report.styles import new_figure, plain_log_axis, styles
 from harness.report.tables import markdown_table, test_rows, throughput_rows
 from harness.report.terminal import text_table
 
@@ -303,3 +303,15 @@ def test_budgets_stand_at_their_tokens_not_at_sparsity_0(tmp_path, monkeypatch):
         low, high = panel.get_ylim()
         assert low == 0
         assert all(max(line.get_ydata()) <= high for line in panel.lines)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "scale"), [([0.0, 0.0], "linear"), ([0.0, 2.0], "log"), ([], "linear")]
+)
+def test_an_axis_is_logarithmic_where_something_is_positive(drawn, scale):
+    """Answers that arrive all at once have 0 ms per token."""
+    figure, axes = new_figure()
+    axes.errorbar(range(len(drawn)), drawn)
+    plain_log_axis(axes)
+    figure.canvas.draw()
+    assert axes.get_yscale() == scale
