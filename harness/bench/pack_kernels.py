@@ -12,14 +12,14 @@ from typing import Any
 
 from .shapes import ELEMENT_BYTES, SHAPES
 
-POLICIES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "h2o": ("h2o", {}, 4),
-    "cab": ("cab", {}, 8),
-    "cab, bridges by keys": ("cab", {"bridge_definition": "key_difference"}, 4),
-    "keydiff": ("keydiff", {}, 0),
+POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "h2o": ("h2o", {}),
+    "cab": ("cab", {}),
+    "cab, bridges by keys": ("cab", {"bridge_definition": "key_difference"}),
+    "keydiff": ("keydiff", {}),
 }
-"""A policy, its parameters, and the bytes of scores that its rankings read for a token beside its
-position: rankings by mass, by mass and the largest probability, by mass and keys, by keys."""
+"""A policy and its parameters: they rank by mass, by mass and the largest probability, by mass and
+keys, by keys."""
 Timer = Callable[[Callable[[], Any], Callable[[], Any]], float]
 """``(function, prepare) -> milliseconds`` (``device_time.median_ms_prepared``)."""
 
@@ -97,7 +97,7 @@ class PackCase:
             scoring="mean",
             sink_tokens=4,
         )
-        base, parameters, self.score_bytes = POLICIES[policy]
+        base, parameters = POLICIES[policy]
         known = get_policy(base)
         arguments = known.resolve(parameters)
         assert known.tokens is not None
@@ -154,9 +154,8 @@ class PackCase:
         moves = self.choose()
         num_moves = int(moves[2].sum())
         candidates = self.packs.requests * self.batch.most_candidates
-        read = 4 + self.score_bytes
-        if choose.GIVEN in self.rankings:
-            read += self.head_size * ELEMENT_BYTES
+        key_bytes = self.head_size * ELEMENT_BYTES
+        read = 4 + sum(key_bytes if kind == choose.GIVEN else 4 for kind in self.rankings)
         token_bytes = 2 * self.head_size * ELEMENT_BYTES + 12
         num_bytes = {
             "choose": candidates * self.layers * self.kv_heads * read,

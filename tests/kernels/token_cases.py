@@ -403,7 +403,7 @@ def check_choice(rankings, device="cpu", *, blocks=(9, 6, 3), tied=False, scorin
         batch.num_candidates,
         lambda layer, heads: None,
     )
-    kept = choose(rule, candidates, batch, 4, check=False)
+    kept = choose(rule, candidates, batch, 4, check="given" not in dict(rankings))
     source, target, number = moves(kept, batch.num_kept, batch.most_moves)
     kinds = {
         "score": fused.MEAN if scoring == "mean" else fused.MASS,
