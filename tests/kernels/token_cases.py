@@ -14,7 +14,7 @@ from vllm_plugins.attention.token_scores import UNWRITTEN, TokenScores
 from vllm_plugins.kernels import TOKENS_NEEDED, TOKENS_SCORED, WINDOW_SHIFT
 from vllm_plugins.kernels import choose as fused
 from vllm_plugins.kernels.key_difference import key_difference
-from vllm_plugins.kernels.pack import cache_offsets
+from vllm_plugins.kernels.pack import Caches
 from vllm_plugins.kernels.token_mass import add_token_mass, start_tokens
 from vllm_plugins.packs import Pack
 from vllm_plugins.policies import (
@@ -447,9 +447,8 @@ def check_key_difference(
         ids[row, : len(own)] = own
     numbers = torch.tensor([[n * block_size, 7] for n in blocks])
     layers = slice(1, 3)
-    every = {"offsets": cache_offsets(caches), "layers": layers}
+    every = {"caches": Caches.of(caches), "layers": layers}
     made = key_difference(
-        caches[0],
         block_ids=ids.to(device),
         numbers=numbers.to(device),
         most_candidates=max(blocks) * block_size,
@@ -459,7 +458,6 @@ def check_key_difference(
     for row, own in enumerate(pool):
         tokens = len(own) * block_size
         alone = key_difference(
-            caches[0],
             block_ids=own[None].to(device),
             numbers=numbers[row : row + 1].to(device),
             most_candidates=tokens,

@@ -13,7 +13,7 @@ import torch
 
 from ..kernels import choose
 from ..kernels.key_difference import key_difference
-from ..kernels.pack import cache_offsets, move_tokens, words
+from ..kernels.pack import Caches, move_tokens, words
 from ..policies import (
     TokenRule,
     by_key_difference,
@@ -46,10 +46,9 @@ class CUDAPacker(Packer):
     def __init__(self, *, scales: Mapping[str, Scales | None] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._scales = [[(scales or {}).get(n) for n in names] for names in kwargs["groups"]]
-        # Of each group the first layer's cache, as its keys are read and as its tokens are moved,
-        # and where the other layers' lie.
-        self._numbers = [_addressed([numbers(c) for c in caches]) for caches in self.caches]
-        self._words = [_addressed([words(c) for c in caches]) for caches in self.caches]
+        # Each group's caches, as their keys are read and as their tokens are moved.
+        self._numbers = [Caches.of([numbers(c) for c in caches]) for caches in self.caches]
+        self._words = [Caches.of([words(c) for c in caches]) for caches in self.caches]
 
     def pack_fused(self, rule: TokenRule, batch: Batch, group: int) -> bool:
         rankings = self.rankings(rule)
@@ -78,7 +77,7 @@ class CUDAPacker(Packer):
         given = None
         if choose.GIVEN in rankings:
             given = key_difference(
-                *self._numbers[group],
+                self._numbers[group],
                 batch.block_ids,
                 batch.numbers,
                 layers=layers,
@@ -116,7 +115,7 @@ class CUDAPacker(Packer):
         count: torch.Tensor,
     ) -> None:
         move_tokens(
-            *self._words[group],
+            self._words[group],
             block_ids,
             source,
             target,
@@ -124,7 +123,3 @@ class CUDAPacker(Packer):
             self.tokens.arrays(),
             first_layer=layers.start,
         )
-
-
-def _addressed(kv_caches: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    return kv_caches[0], cache_offsets(kv_caches)

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .pack import Caches
+
 _TILE = 64
 _SMALLEST = tl.constexpr(1e-12)
 """Shorter vectors are divided by this, as ``torch.nn.functional.normalize`` does."""
@@ -59,6 +61,7 @@ def _key_difference_kernel(
     cache_block_stride,
     cache_head_stride,
     cache_token_stride,
+    ALIGNED: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -69,11 +72,13 @@ def _key_difference_kernel(
     layer = tl.program_id(1) // HEADS
     head = tl.program_id(1) % HEADS
     item = request.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    cache_ptr += tl.load(offsets_ptr + first_layer + layer) + head * cache_head_stride
+    offset = tl.multiple_of(tl.load(offsets_ptr + first_layer + layer), ALIGNED)
+    cache_ptr += offset + head * cache_head_stride
     ids_ptr += request * ids_stride
     ranks_ptr += item * ranks_stride
     num_candidates = tl.load(numbers_ptr + request * numbers_stride).to(tl.int32)
-    total = tl.zeros([HEAD_PADDED], tl.float32)
+    # Added up by place in the tile first: a sum over the tile is one of all threads.
+    totals = tl.zeros([TILE, HEAD_PADDED], tl.float32)
     for start in range(0, num_candidates, TILE):
         _, _, unit = _unit_keys(
             start,
@@ -87,8 +92,8 @@ def _key_difference_kernel(
             HEAD_PADDED,
             TILE,
         )
-        total += tl.sum(unit, 0)
-    mean = total / num_candidates
+        totals += unit
+    mean = tl.sum(totals, 0) / num_candidates
     mean = mean / tl.maximum(tl.sqrt(tl.sum(mean * mean, 0)), _SMALLEST)
     for start in range(0, num_candidates, TILE):
         place, real, unit = _unit_keys(
@@ -107,8 +112,7 @@ def _key_difference_kernel(
 
 
 def key_difference(
-    kv_cache: torch.Tensor,
-    offsets: torch.Tensor,
+    caches: Caches,
     block_ids: torch.Tensor,
     numbers: torch.Tensor,
     *,
@@ -122,9 +126,7 @@ def key_difference(
     every head has one.
 
     Args:
-        kv_cache: of the first layer, ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``,
-            keys in the first half of the last axis; float8 as such.
-        offsets: of all layers' caches (``kernels.pack.cache_offsets``).
+        caches: keys in the first half of the last axis; float8 as such.
         block_ids: int64 ``[requests, blocks]``, candidates in order.
         numbers: int64 ``[requests, any]``, tokens that are candidates first.
         layers: some of the caches' layers.
@@ -136,18 +138,17 @@ def key_difference(
 
     Reads every key twice, the second time from L2 where a program's keys fit into its share of it,
     for 4 or 5 FLOPs a number each time. With the choice behind it, it reaches 4 to 6% of a copy's
-    bandwidth on an H200, keys counted once (results/kernels-gpu-h200.json): the distance of two
-    layers' caches is read from memory, so that Triton knows of no alignment and loads numbers one
-    by one.
+    bandwidth on an H200, keys counted once (results/kernels-gpu-h200.json).
 
     """
+    kv_cache = caches.first
     _, heads, block_size, width = kv_cache.shape
     num_layers = layers.stop - layers.start
     shape = (len(block_ids), num_layers, heads, most_candidates)
     ranks = torch.empty(shape, device=kv_cache.device)
     _key_difference_kernel[(len(block_ids), num_layers * heads)](
         kv_cache,
-        offsets,
+        caches.offsets,
         block_ids,
         numbers,
         ranks,
@@ -158,6 +159,7 @@ def key_difference(
         kv_cache.stride(0),
         kv_cache.stride(1),
         kv_cache.stride(2),
+        ALIGNED=caches.aligned,
         HEADS=heads,
         BLOCK_SIZE=block_size,
         HEAD_SIZE=width // 2,

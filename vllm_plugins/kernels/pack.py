@@ -3,10 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+
+_VECTOR = 16
+"""Elements: more than a thread loads at once, whatever their type."""
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Caches of a layer group's layers, as one launch addresses them.
+
+    Attributes:
+        first: the first layer's, ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
+        offsets: of each layer's from that one, int64 ``[layers]``, in elements.
+        aligned: what every offset is a multiple of, 16 or 1. A pointer that a kernel works out from
+            what it reads is of no known alignment, and nothing is loaded from it in vectors.
+
+    """
+
+    first: torch.Tensor
+    offsets: torch.Tensor
+    aligned: int
+
+    @classmethod
+    def of(cls, kv_caches: Sequence[torch.Tensor]) -> Caches:
+        """However vLLM allocated them."""
+        first, size = kv_caches[0].data_ptr(), kv_caches[0].element_size()
+        offsets = [(cache.data_ptr() - first) // size for cache in kv_caches]
+        aligned = _VECTOR if all(offset % _VECTOR == 0 for offset in offsets) else 1
+        device = kv_caches[0].device
+        return cls(kv_caches[0], torch.tensor(offsets, dtype=torch.int64, device=device), aligned)
 
 
 @triton.jit(do_not_specialize=["first_layer", "num_layers", "ids_stride", "list_stride"])
@@ -32,6 +62,7 @@ def _move_kernel(
     BLOCK_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTH_PADDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     MASS: tl.constexpr,
     PEAK: tl.constexpr,
     N: tl.constexpr,
@@ -41,7 +72,8 @@ def _move_kernel(
     head = tl.program_id(1) % HEADS
     item = (request * num_layers + layer) * HEADS + head
     count = tl.load(count_ptr + item)
-    base = cache_ptr + tl.load(offsets_ptr + first_layer + layer) + head * cache_head_stride
+    offset = tl.multiple_of(tl.load(offsets_ptr + first_layer + layer), ALIGNED)
+    base = cache_ptr + offset + head * cache_head_stride
     scores = (first_layer + layer).to(tl.int64) * scores_layer_stride + head * BLOCK_SIZE
     ids_ptr += request * ids_stride
     part = tl.arange(0, WIDTH_PADDED)[None, :]
@@ -76,19 +108,8 @@ def words(kv_cache: torch.Tensor) -> torch.Tensor:
     return kv_cache.view(torch.int16) if kv_cache.element_size() == 1 else kv_cache
 
 
-def cache_offsets(kv_caches: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Of each cache from the first one, int64 ``[layers]``, in elements.
-
-    One launch can then serve all layers, however vLLM allocated them.
-    """
-    first, size = kv_caches[0].data_ptr(), kv_caches[0].element_size()
-    offsets = [(cache.data_ptr() - first) // size for cache in kv_caches]
-    return torch.tensor(offsets, dtype=torch.int64, device=kv_caches[0].device)
-
-
 def move_tokens(
-    kv_cache: torch.Tensor,
-    offsets: torch.Tensor,
+    caches: Caches,
     block_ids: torch.Tensor,
     source: torch.Tensor,
     target: torch.Tensor,
@@ -101,9 +122,7 @@ def move_tokens(
     No slot is both a source and a target, so the order does not matter.
 
     Args:
-        kv_cache: of the first layer, ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``,
-            of ``words``.
-        offsets: of all layers' caches (``cache_offsets``).
+        caches: of ``words``.
         block_ids: int64 ``[requests, blocks]``, candidates.
         source, target: int32 ``[requests, layers, num_kv_heads, most moves]``, places among the
             candidates' slots.
@@ -118,12 +137,13 @@ def move_tokens(
     """
     requests, layers, heads, most = source.shape
     position = scores["position"]
+    kv_cache = caches.first
     block_size, width = kv_cache.shape[2:]
     tile = 8
     grid = (requests, layers * heads, min(16, triton.cdiv(max(1, most), tile)))
     _move_kernel[grid](
         kv_cache,
-        offsets,
+        caches.offsets,
         block_ids,
         source,
         target,
@@ -143,6 +163,7 @@ def move_tokens(
         BLOCK_SIZE=block_size,
         WIDTH=width,
         WIDTH_PADDED=triton.next_power_of_2(width),
+        ALIGNED=caches.aligned,
         MASS="mass" in scores,
         PEAK="peak" in scores,
         N=tile,
