@@ -15,11 +15,11 @@ from .shapes import ELEMENT_BYTES, SHAPES
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "h2o": ("h2o", {}),
     "cab": ("cab", {}),
-    "cab, bridges by keys": ("cab", {"bridge_definition": "key_difference"}),
+    "cab, bridges by peaks": ("cab", {"bridge_definition": "peak"}),
     "keydiff": ("keydiff", {}),
 }
-"""A policy and its parameters: they rank by mass, by mass and the largest probability, by mass and
-keys, by keys."""
+"""A policy and its parameters: they rank by mass, by mass and keys, by mass and the largest
+probability, by keys."""
 Timer = Callable[[Callable[[], Any], Callable[[], Any]], float]
 """``(function, prepare) -> milliseconds`` (``device_time.median_ms_prepared``)."""
 

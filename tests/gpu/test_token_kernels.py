@@ -35,9 +35,12 @@ def test_tokens_start_afresh():
     check_start("cuda")
 
 
-@pytest.mark.parametrize("policy", ["h2o", "cab", "streaming", "random"])
-def test_packing(policy):
-    check_pack(policy, {}, "cuda")
+@pytest.mark.parametrize(
+    ("policy", "parameters"),
+    [("h2o", {}), ("cab", {"bridge_definition": "peak"}), ("streaming", {}), ("random", {})],
+)
+def test_packing(policy, parameters):
+    check_pack(policy, parameters, "cuda")
 
 
 @pytest.mark.parametrize("scales", ["layer", "head"])
@@ -55,7 +58,7 @@ def test_a_quantised_cache(head_size, scales):
         ("h2o", {}),
         ("h2o", {"value_weighted": True}),
         ("keydiff", {}),
-        ("cab", {"bridge_definition": "key_difference"}),
+        ("cab", {}),
     ],
 )
 def test_packing_a_quantised_cache(policy, parameters):
@@ -85,9 +88,14 @@ def test_keys_unlike_the_mean_key(head_size, block_size, dtype):
         )
 
 
+def test_keys_of_caches_that_no_vector_fits():
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        check_key_difference("cuda", head_size=128, dtype=dtype, apart=3)
+
+
 @pytest.mark.parametrize(
     ("policy", "parameters"),
-    [("keydiff", {}), ("cab", {"bridge_definition": "key_difference"})],
+    [("keydiff", {}), ("cab", {})],
 )
 def test_packing_by_keys(policy, parameters):
     check_pack_by_keys(policy, parameters, "cuda")

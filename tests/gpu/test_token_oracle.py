@@ -19,10 +19,16 @@ def mean(token, now):
     return token.mass / (now - token.position)
 
 
+PEAKS = {"kv_policy": "cab", "kv_policy_args": {"bridge_definition": "peak"}}
 CASES = {
-    "h2o": (0.2, token_oracle.ranked((mean, 1.0))),
-    "cab": (0.3, token_oracle.ranked((mean, 0.5), (lambda t, now: t.peak, 0.2))),
-    "streaming": (1.0, token_oracle.ranked((lambda t, now: t.position, 1.0))),
+    "h2o": ({"kv_policy": "h2o"}, 0.2, token_oracle.ranked((mean, 1.0))),
+    "cab": ({"kv_policy": "cab"}, 0.3, token_oracle.then_unlike_the_mean(mean, 0.2)),
+    "cab-peak": (PEAKS, 0.3, token_oracle.ranked((mean, 0.5), (lambda t, now: t.peak, 0.2))),
+    "streaming": (
+        {"kv_policy": "streaming"},
+        1.0,
+        token_oracle.ranked((lambda t, now: t.position, 1.0)),
+    ),
 }
 
 
@@ -42,7 +48,14 @@ def peaked(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("case", "asynchronous"),
-    [("h2o", False), ("cab", False), ("streaming", False), ("cab", True), ("streaming", True)],
+    [
+        ("h2o", False),
+        ("cab", False),
+        ("cab-peak", False),
+        ("streaming", False),
+        ("cab", True),
+        ("streaming", True),
+    ],
     ids=lambda value: {False: "sync", True: "async"}.get(value, value),
 )
 def test_engine_equals_oracle(case, asynchronous, engines, peaked):
@@ -54,7 +67,7 @@ def test_engine_equals_oracle(case, asynchronous, engines, peaked):
     """
     from transformers import LlamaForCausalLM
 
-    recent, choose = CASES[case]
+    method, recent, choose = CASES[case]
     prompt = np.random.default_rng(3).integers(0, 512, size=LENGTH).tolist()
     llm = engines(
         {"granularity": "token"},
@@ -64,7 +77,7 @@ def test_engine_equals_oracle(case, asynchronous, engines, peaked):
         long_prefill_token_threshold=CHUNK,
         async_scheduling=asynchronous,
     )
-    extra = {"kv_policy": case, "kv_budget_tokens": KEEP * 16}
+    extra = {**method, "kv_budget_tokens": KEEP * 16}
     with planned_packs() as packs:
         out, _ = generate(llm, [prompt, prompt[::-1]], extra, 1, prompt_logprobs=0)
     record = records([out])[0]

@@ -66,7 +66,7 @@ def test_packing(policy):
     heads = 2 * 2 * 2
     assert heads * 8 < entry["moves"] <= heads * 32
     assert entry["move_bytes"] == 2 * entry["moves"] * (2 * 16 * 2 + 12)
-    read = {"h2o": 8, "cab": 12, "cab, bridges by keys": 8 + 32, "keydiff": 4 + 32}[policy]
+    read = {"h2o": 8, "cab": 8 + 32, "cab, bridges by peaks": 12, "keydiff": 4 + 32}[policy]
     assert entry["choose_bytes"] == heads * 80 * read
     assert entry["both_share_of_copy_bandwidth"] == pytest.approx(
         entry["both_bytes"] / 0.5e-3 / BANDWIDTH

@@ -77,7 +77,7 @@ def test_a_quantised_cache(scales):
         ("h2o", {"value_weighted": True, "selection": "group"}),
         ("key_norm", {}),
         ("keydiff", {}),
-        ("cab", {"bridge_definition": "key_difference"}),
+        ("cab", {}),
     ],
 )
 def test_packing_a_quantised_cache(policy, parameters, per):
@@ -109,7 +109,7 @@ def test_tokens_start_afresh():
     ("policy", "parameters"),
     [
         ("h2o", {}),
-        ("cab", {}),
+        ("cab", {"bridge_definition": "peak"}),
         ("cab", {"bridge_definition": "mass"}),
         ("streaming", {}),
         ("random", {}),
@@ -154,7 +154,7 @@ def test_keys_unlike_the_mean_key(head_size, block_size):
 
 @pytest.mark.parametrize(
     ("policy", "parameters"),
-    [("keydiff", {}), ("cab", {"bridge_definition": "key_difference"})],
+    [("keydiff", {}), ("cab", {})],
 )
 def test_packing_by_keys(policy, parameters):
     check_pack_by_keys(policy, parameters)

@@ -324,7 +324,7 @@ def wanted(scores, pack, parameters, policy, scoring):
                 p: m / max(1, pack.num_tokens - p) if scoring == "mean" else m for p, m, _ in tokens
             }
             mass, peak = {p: m for p, m, _ in tokens}, {p: k for p, _, k in tokens}
-            bridge = {"peak": peak, "mass": mass}[parameters.get("bridge_definition", "peak")]
+            bridge = {"peak": peak, "mass": mass}.get(parameters.get("bridge_definition"))
             drawn = {p: chance(p, pack.seed, layer * heads + head) for p in score}
             place = {p: p for p in score}
             orders = {
@@ -429,9 +429,10 @@ def check_choice(rankings, device="cpu", *, blocks=(9, 6, 3), tied=False, scorin
 
 
 def check_key_difference(
-    device="cpu", *, blocks=(9, 6, 3), head_size=8, block_size=16, dtype=torch.float32
+    device="cpu", *, blocks=(9, 6, 3), head_size=8, block_size=16, dtype=torch.float32, apart=0
 ):
-    """Against float64, one head at a time; and a request's ranks are those it has alone."""
+    """Against float64, one head at a time; and a request's ranks are those it has alone. ``apart``:
+    elements by which the second and third layer's caches lie beside a vector's place."""
     generator = torch.Generator().manual_seed(4)
     num_blocks, heads = sum(blocks) + 1, 2
     caches = []
@@ -440,14 +441,19 @@ def check_key_difference(
         drawn += torch.randn(heads, 1, 2 * head_size, generator=generator)  # a mean direction
         drawn[1, 0, 3, :head_size] = 0.0  # no direction: neither like the mean nor unlike it
         drawn[:, :, :, head_size:] *= 100  # values do not count
-        caches.append(drawn.to(device, dtype))
+        drawn = drawn.to(device, dtype)
+        room = torch.empty(drawn.numel() + apart, dtype=dtype, device=device)
+        caches.append(room[apart if caches else 0 :][: drawn.numel()].view(drawn.shape))
+        caches[-1].copy_(drawn)
     pool = (torch.randperm(sum(blocks), generator=generator) + 1).split(list(blocks))
     ids = torch.zeros(len(blocks), max(blocks), dtype=torch.int64)
     for row, own in enumerate(pool):
         ids[row, : len(own)] = own
     numbers = torch.tensor([[n * block_size, 7] for n in blocks])
     layers = slice(1, 3)
-    every = {"caches": Caches.of(caches), "layers": layers}
+    addressed = Caches.of(caches)
+    assert addressed.aligned == (1 if apart else 16)
+    every = {"caches": addressed, "layers": layers}
     made = key_difference(
         block_ids=ids.to(device),
         numbers=numbers.to(device),

@@ -231,7 +231,7 @@ def test_a_request_may_choose_the_granularity():
     assert server.request_settings({"kv_granularity": "block"}, 32).rule is None
     settings = server.request_settings({"kv_granularity": "token"}, 32)
     assert settings == server.request_settings({}, 32)
-    assert settings.needs == {"tokens", "token_mass", "token_peak"}
+    assert settings.needs == {"tokens", "token_mass"}, "its bridges are keys"
     assert settings.rule.num_recent(10) == 3
     fixed = EvictionConfig.parse({"request_granularity": "server", "granularity": "token"})
     assert fixed.needs() == {"tokens", "token_mass", "token_peak"}

@@ -29,7 +29,7 @@ from .token_rules import (
 )
 
 DEFAULT = "default"
-BRIDGES = {"block": ("median", "forman"), "token": ("peak", "mass", "median", "key_difference")}
+BRIDGES = {"block": ("median", "forman"), "token": ("key_difference", "peak", "mass", "median")}
 """What a bridge may be at each granularity; the first is what ``default`` means."""
 
 
@@ -92,11 +92,11 @@ def cab(
 def cab_tokens(parameters: Mapping[str, Any]) -> TokenRule:
     """Every head keeps its local tokens, the important ones, and bridges among what is left:
 
-    - ``peak`` (the default): what some query once needed most;
+    - ``key_difference`` (the default): keys unlike the mean key, whatever attention they received,
+      as KeyDiff ranks them (``keydiff.py``): what no query has asked for yet can still be found;
+    - ``peak``: what some query once needed most;
     - ``mass``: what received the most attention over its whole life;
-    - ``median``: the tokens whose score lies closest to the median of what is left;
-    - ``key_difference``: keys unlike the mean key, whatever attention they received, as KeyDiff
-      ranks them (``keydiff.py``).
+    - ``median``: the tokens whose score lies closest to the median of what is left.
     """
     definition = parameters["bridge_definition"]
     ranking = _TOKEN_BRIDGES[BRIDGES["token"][0] if definition == DEFAULT else definition]
@@ -120,10 +120,10 @@ def by_median(tokens: Candidates, left: Any) -> Any:
 
 
 _TOKEN_BRIDGES: Mapping[str, Ranking] = {
+    "key_difference": by_key_difference,
     "peak": by_peak,
     "mass": by_mass,
     "median": by_median,
-    "key_difference": by_key_difference,
 }
 
 
