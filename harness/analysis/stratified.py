@@ -1,4 +1,4 @@
-"""A mean over strata that count alike, its interval, and whether it is 0. Pure."""
+"""Means over strata that count alike: of differences, and what one is of another. Pure."""
 
 from __future__ import annotations
 
@@ -55,3 +55,45 @@ def stratified_test(strata: Sequence[Sequence[float]]) -> dict[str, Any]:
         result["interval_95_t"] = [mean - margin, mean + margin]
         result["paired_t_p"] = float(2 * stats.t.sf(abs(mean) / error, freedom))
     return result
+
+
+def stratified_ratio(strata: Sequence[tuple[Sequence[float], Sequence[float]]]) -> dict[str, Any]:
+    """What the mean over tasks of one method is of another's, every task counted alike.
+
+    The interval is a percentile bootstrap that resamples the pairs of each task for itself.
+
+    Args:
+        strata: of each task the scores of both methods on the same samples, the first one below.
+
+    Returns:
+        ``ratio``, ``interval_95``; both None where the first method's mean is 0.
+
+    Raises:
+        ValueError: no task, or one without samples.
+
+    """
+    if not strata or not all(len(first) == len(second) > 0 for first, second in strata):
+        raise ValueError("a ratio over tasks without samples")
+    scores = np.array([np.concatenate(pair) for pair in zip(*strata, strict=True)], np.float64)
+    stops = np.cumsum([len(first) for first, _ in strata])
+    places = [np.arange(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+
+    def ratio(*drawn: Any, axis: int = -1) -> Any:
+        first, second = (sum(method[place].mean(axis) for place in drawn) for method in scores)
+        return second / first
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = float(ratio(*places))
+        if not math.isfinite(found):
+            return {"ratio": None, "interval_95": None}
+        made = stats.bootstrap(
+            places,
+            ratio,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            batch=500,
+            vectorized=True,
+            rng=0,
+        )
+    interval = made.confidence_interval
+    return {"ratio": found, "interval_95": [float(interval.low), float(interval.high)]}

@@ -10,7 +10,7 @@ from ..inputs.tasks.registry import TASKS
 from .estimate import Estimate
 from .pairs import Runs, by_key, dense_of, is_dense, pair_name, pairs_of
 from .statistics import estimate, holm, paired_test
-from .stratified import stratified_test
+from .stratified import stratified_ratio, stratified_test
 from .task_scores import same_beginning, unigram_f1
 
 FREE_METRICS = ("ended_share", "mean_answer_tokens", "repetition")
@@ -90,6 +90,21 @@ def task_names(records: Iterable[dict[str, Any]]) -> list[str]:
     """Tasks of the records, this program's own first, in their order."""
     names = {record["task"] for record in records}
     return [n for n in TASKS if n in names] + sorted(names - set(TASKS))
+
+
+def share_of_dense(
+    records: Sequence[dict[str, Any]], key: str, names: Sequence[str]
+) -> dict[str, Any]:
+    """``stratified_ratio`` of a key's scores in some tasks to dense's, on the same samples.
+
+    Raises:
+        ValueError: dense or the key has no scored sample of these tasks.
+
+    """
+    runs = by_key(records)
+    a, b = sample_scores(dense_of(runs.values()) or []), sample_scores(runs[key])
+    places = _common(a, b, names)
+    return stratified_ratio([([a[p] for p in at], [b[p] for p in at]) for at in places.values()])
 
 
 def sample_scores(runs: Runs) -> dict[Place, float]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..analysis.aggregate import significance
 from ..analysis.change import AFTER_EVICTION, change_of
-from ..analysis.task_aggregate import aggregate_tasks
+from ..analysis.task_aggregate import aggregate_tasks, share_of_dense, task_names
 from ..errors import UsageError
 from ..records.specifications import DENSE
 from ..records.stored import measured_points, read_records, read_task_records
@@ -79,7 +79,7 @@ def hypotheses_table(folder: Path) -> str:
 
 
 def task_means_table(folder: Path, *methods: str) -> str:
-    """Mean score of the needles, and of all tasks, by method and sparsity.
+    """Mean score of the needles, what that is of dense's, and of all tasks; by method and sparsity.
 
     Raises:
         UsageError: the folder holds no record of a task.
@@ -91,15 +91,17 @@ def task_means_table(folder: Path, *methods: str) -> str:
         {key.removeprefix(f"{e['method']}_") for key, e in results.items() if e["method"] != DENSE},
         key=lambda level: level_order(level_shown(level)),
     )
-    heads = [
-        f"{what}, {level_shown(level)}" for level in levels for what in ("needles", "all tasks")
-    ]
+    parts = ("needles", "of dense's", "all tasks")
+    heads = [f"{part}, {level_shown(level)}" for level in levels for part in parts]
     table: list[Row] = [("method", *heads)]
     for method in methods:
         keys = [f"{method}_{'s0.0' if method == DENSE else level}" for level in levels]
-        cells = [cell for key in keys for cell in _means(results[key])]
+        cells = [cell for key in keys for cell in _means(records, results, key)]
         table.append((method, *cells))
-    told = f"Scores from 0 to 1. {task_caption(records[0])}."
+    told = (
+        "Scores from 0 to 1, and the needles' share of dense's with its 95% interval, a bootstrap "
+        f"over samples within tasks. {task_caption(records[0])}."
+    )
     return f"{told}\n{provenance_line(records[0])}\n\n{markdown(table)}"
 
 
@@ -118,9 +120,17 @@ def task_records(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _means(entry: dict[str, Any]) -> list[str]:
-    needles = [e["mean"] for task, e in entry["tasks"].items() if task.startswith(_NEEDLES)]
-    return [f"{np.mean(needles):.2f}", f"{entry['task_score']['mean']:.2f}"]
+def _means(
+    records: Sequence[dict[str, Any]], results: dict[str, dict[str, Any]], key: str
+) -> list[str]:
+    names = [name for name in task_names(records) if name.startswith(_NEEDLES)]
+    entry, share = results[key], "-"
+    if entry["method"] != DENSE:
+        found = share_of_dense(records, key, names)
+        low, high = found["interval_95"] or (None, None)
+        share = "-" if low is None else f"{found['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+    needles = np.mean([entry["tasks"][name]["mean"] for name in names])
+    return [f"{needles:.2f}", share, f"{entry['task_score']['mean']:.2f}"]
 
 
 def _points(folder: Path) -> list[tuple[str, list[dict[str, Any]]]]:

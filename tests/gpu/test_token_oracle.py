@@ -59,7 +59,9 @@ def peaked(tmp_path_factory):
     ids=lambda value: {False: "sync", True: "async"}.get(value, value),
 )
 def test_engine_equals_oracle(case, asynchronous, engines, peaked):
-    """float16 here, float32 there: near ties fall otherwise, so nearly all of a set agrees.
+    """float16 here, float32 there: near ties fall otherwise, so nearly all of a set agrees. How far
+    that moves log-probs depends on what is ranked: where it is keys, a token that goes may be one
+    that much attention went to. So the oracle itself, in float16, says what rounding may do.
 
     Asynchronous scheduling, CUDA's default, decides while the chunk before is still computed: its
     blocks are no candidates yet, but its queries are scored before the workers pack. The oracle
@@ -84,16 +86,19 @@ def test_engine_equals_oracle(case, asynchronous, engines, peaked):
     decisions = decisions_of(record, packs)
     lags = {scored - processed for scored, processed in decisions.items()}
     assert lags <= ({0, CHUNK} if asynchronous else {0}), decisions
-    expected = token_oracle.run(
-        LlamaForCausalLM.from_pretrained(peaked, dtype=torch.float32),
-        prompt,
-        keep=KEEP,
-        chunk=CHUNK,
-        block_size=16,
-        recent=recent,
-        slack=2,
-        choose=choose,
-        decisions=decisions if asynchronous else None,
+    expected, rounded = (
+        token_oracle.run(
+            LlamaForCausalLM.from_pretrained(peaked, dtype=dtype),
+            prompt,
+            keep=KEEP,
+            chunk=CHUNK,
+            block_size=16,
+            recent=recent,
+            slack=2,
+            choose=choose,
+            decisions=decisions if asynchronous else None,
+        )
+        for dtype in (torch.float32, torch.float16)
     )
     assert record["decisions"] == expected.num_decisions > 0
     scores, region = worker_state().tokens, record["trace"][-1]["region"]
@@ -106,7 +111,9 @@ def test_engine_equals_oracle(case, asynchronous, engines, peaked):
             for array in (scores.mass, scores.peak):
                 assert array[layer, region, head].isfinite().all()
     ours = [out.prompt_logprobs[i][prompt[i]].logprob for i in range(1, LENGTH)]
-    difference = np.array(ours) - expected.log_likelihoods[: LENGTH - 1]
+    exact = np.array(expected.log_likelihoods[: LENGTH - 1])
+    difference = np.array(ours) - exact
+    rounding = np.abs(np.array(rounded.log_likelihoods[: LENGTH - 1]) - exact).mean()
     print(
         case,
         "kept alike",
@@ -115,8 +122,11 @@ def test_engine_equals_oracle(case, asynchronous, engines, peaked):
         "log-probs",
         np.abs(difference).mean(),
         difference.mean(),
+        "rounding",
+        rounding,
     )
     assert np.mean(shares) > 0.95
-    assert np.abs(difference).mean() < 0.05
-    assert abs(difference.mean()) < 0.01
+    most = max(0.05, 2 * rounding)
+    assert np.abs(difference).mean() < most
+    assert abs(difference.mean()) < 0.2 * most
     check_idle(llm)

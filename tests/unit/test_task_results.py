@@ -7,8 +7,13 @@ import pytest
 from scipy import stats
 
 from harness.analysis.estimate import Estimate
-from harness.analysis.stratified import stratified_test
-from harness.analysis.task_aggregate import aggregate_tasks, task_names, task_significance
+from harness.analysis.stratified import stratified_ratio, stratified_test
+from harness.analysis.task_aggregate import (
+    aggregate_tasks,
+    share_of_dense,
+    task_names,
+    task_significance,
+)
 from harness.bench.readme import fill
 from harness.errors import UsageError
 from harness.records.files import read_json, write_json
@@ -73,6 +78,42 @@ def test_no_spread_has_no_interval():
     assert stratified_test([[0.1]])["interval_95_t"] is None
     with pytest.raises(ValueError, match="without samples"):
         stratified_test([[1.0], []])
+
+
+def test_a_ratio_counts_tasks_alike_and_pairs_their_samples():
+    few, many = ([1.0, 1.0], [0.5, 0.5]), ([0.8] * 40, [0.8] * 40)
+    made = stratified_ratio([few, many])
+    assert made["ratio"] == pytest.approx((0.5 + 0.8) / (1.0 + 0.8))
+    assert made["interval_95"] == pytest.approx([made["ratio"]] * 2), "no sample differs"
+    # Both lose the same samples: paired, nothing of that is left in the ratio.
+    lost = [1.0, 0.0] * 20
+    assert stratified_ratio([(lost, lost)])["interval_95"] == [1.0, 1.0]
+
+
+def test_the_interval_of_a_ratio_covers_it():
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(150):
+        drawn = []
+        for share in (0.9, 0.7):
+            first = rng.random(60) < 0.95
+            drawn.append((first.astype(float), (first & (rng.random(60) < share)).astype(float)))
+        low, high = stratified_ratio(drawn)["interval_95"]
+        covered += low <= 0.8 <= high
+    assert 0.88 <= covered / 150 <= 0.99
+
+
+def test_no_ratio_to_nothing():
+    assert stratified_ratio([([0.0, 0.0], [1.0, 0.0])]) == {"ratio": None, "interval_95": None}
+    for strata in ([], [([], [])], [([1.0], [1.0, 0.0])]):
+        with pytest.raises(ValueError, match="without samples"):
+            stratified_ratio(strata)
+
+
+def test_the_share_of_dense(records):
+    made = share_of_dense(records, "h2o_s0.9", ["niah_single"])
+    dense = aggregate_tasks(records)["dense_s0.0"]["tasks"]["niah_single"]["mean"]
+    assert made["ratio"] == pytest.approx(0.25 / dense)
 
 
 def test_scores_by_task_and_their_mean(records, results):

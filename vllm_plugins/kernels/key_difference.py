@@ -137,8 +137,8 @@ def key_difference(
         candidates, anything.
 
     Reads every key twice, the second time from L2 where a program's keys fit into its share of it,
-    for 4 or 5 FLOPs a number each time. With the choice behind it, it reaches 4 to 6% of a copy's
-    bandwidth on an H200, keys counted once (results/kernels-gpu-h200.json).
+    for 4 or 5 FLOPs a number each time. With the choice behind it, it reaches 9 to 26% of a
+    copy's bandwidth on an H100, keys counted once (results/kernels-gpu.json).
 
     """
     kv_cache = caches.first
