@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,7 +67,8 @@ def stratified_ratio(strata: Sequence[tuple[Sequence[float], Sequence[float]]]) 
         strata: of each task the scores of both methods on the same samples, the first one below.
 
     Returns:
-        ``ratio``, ``interval_95``; both None where the first method's mean is 0.
+        ``ratio``, None where the first method's mean is 0, and ``interval_95``, None where it does
+        not exist: fewer than two samples of a task, or resamples in which that mean is 0.
 
     Raises:
         ValueError: no task, or one without samples.
@@ -82,10 +84,13 @@ def stratified_ratio(strata: Sequence[tuple[Sequence[float], Sequence[float]]]) 
         first, second = (sum(method[place].mean(axis) for place in drawn) for method in scores)
         return second / first
 
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         found = float(ratio(*places))
         if not math.isfinite(found):
             return {"ratio": None, "interval_95": None}
+        if min(len(first) for first, _ in strata) < 2:
+            return {"ratio": found, "interval_95": None}
         made = stats.bootstrap(
             places,
             ratio,
@@ -95,5 +100,7 @@ def stratified_ratio(strata: Sequence[tuple[Sequence[float], Sequence[float]]]) 
             vectorized=True,
             rng=0,
         )
+    if not np.isfinite(made.bootstrap_distribution).all():
+        return {"ratio": found, "interval_95": None}
     interval = made.confidence_interval
     return {"ratio": found, "interval_95": [float(interval.low), float(interval.high)]}

@@ -95,15 +95,13 @@ def task_names(records: Iterable[dict[str, Any]]) -> list[str]:
 def share_of_dense(
     records: Sequence[dict[str, Any]], key: str, names: Sequence[str]
 ) -> dict[str, Any]:
-    """``stratified_ratio`` of a key's scores in some tasks to dense's, on the same samples.
-
-    Raises:
-        ValueError: dense or the key has no scored sample of these tasks.
-
-    """
+    """``stratified_ratio`` of a key's scores in some tasks to dense's, on the same samples. Nothing
+    is known where either lacks one of the tasks."""
     runs = by_key(records)
     a, b = sample_scores(dense_of(runs.values()) or []), sample_scores(runs[key])
     places = _common(a, b, names)
+    if not names or list(places) != list(names):
+        return {"ratio": None, "interval_95": None}
     return stratified_ratio([([a[p] for p in at], [b[p] for p in at]) for at in places.values()])
 
 

@@ -124,13 +124,14 @@ def _means(
     records: Sequence[dict[str, Any]], results: dict[str, dict[str, Any]], key: str
 ) -> list[str]:
     names = [name for name in task_names(records) if name.startswith(_NEEDLES)]
-    entry, share = results[key], "-"
-    if entry["method"] != DENSE:
-        found = share_of_dense(records, key, names)
-        low, high = found["interval_95"] or (None, None)
-        share = "-" if low is None else f"{found['ratio']:.3f} [{low:.3f}, {high:.3f}]"
-    needles = np.mean([entry["tasks"][name]["mean"] for name in names])
-    return [f"{needles:.2f}", share, f"{entry['task_score']['mean']:.2f}"]
+    entry, share, needles = results[key], "-", "-"
+    found = share_of_dense(records, key, names)
+    if entry["method"] != DENSE and found["interval_95"]:
+        low, high = found["interval_95"]
+        share = f"{found['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+    if names and entry["tasks"].keys() >= set(names):
+        needles = f"{np.mean([entry['tasks'][name]['mean'] for name in names]):.2f}"
+    return [needles, share, f"{entry['task_score']['mean']:.2f}"]
 
 
 def _points(folder: Path) -> list[tuple[str, list[dict[str, Any]]]]:

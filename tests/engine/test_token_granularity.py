@@ -258,7 +258,7 @@ def test_decisions_with_a_step_in_flight_equal_the_oracle(tiny_engines, tiny_lla
         keep=KEEP,
         block_size=BLOCK,
         recent=0.3,
-        choose=oracle.ranked((mean, 0.5), (peak, 0.2)),
+        choose=oracle.then_unlike_the_mean(mean, 0.2),
         chunk=64,
         slack=1,
         decisions=decisions,

@@ -126,7 +126,8 @@ def test_engine_equals_oracle(case, asynchronous, engines, peaked):
         rounding,
     )
     assert np.mean(shares) > 0.95
-    most = max(0.05, 2 * rounding)
+    assert rounding < 0.1, "a model that rounding throws about shows nothing"
+    most = max(0.05, 1.5 * rounding)
     assert np.abs(difference).mean() < most
     assert abs(difference.mean()) < 0.2 * most
     check_idle(llm)

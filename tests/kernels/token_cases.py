@@ -324,7 +324,8 @@ def wanted(scores, pack, parameters, policy, scoring):
                 p: m / max(1, pack.num_tokens - p) if scoring == "mean" else m for p, m, _ in tokens
             }
             mass, peak = {p: m for p, m, _ in tokens}, {p: k for p, _, k in tokens}
-            bridge = {"peak": peak, "mass": mass}.get(parameters.get("bridge_definition"))
+            definition = parameters["bridge_definition"] if policy == "cab" else "peak"
+            bridge = {"peak": peak, "mass": mass}[definition]
             drawn = {p: chance(p, pack.seed, layer * heads + head) for p in score}
             place = {p: p for p in score}
             orders = {

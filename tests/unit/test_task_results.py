@@ -105,6 +105,8 @@ def test_the_interval_of_a_ratio_covers_it():
 
 def test_no_ratio_to_nothing():
     assert stratified_ratio([([0.0, 0.0], [1.0, 0.0])]) == {"ratio": None, "interval_95": None}
+    assert stratified_ratio([([1.0, 0.0], [1.0, 0.0])]) == {"ratio": 1.0, "interval_95": None}
+    assert stratified_ratio([([1.0], [0.5])]) == {"ratio": 0.5, "interval_95": None}
     for strata in ([], [([], [])], [([1.0], [1.0, 0.0])]):
         with pytest.raises(ValueError, match="without samples"):
             stratified_ratio(strata)
@@ -114,6 +116,9 @@ def test_the_share_of_dense(records):
     made = share_of_dense(records, "h2o_s0.9", ["niah_single"])
     dense = aggregate_tasks(records)["dense_s0.0"]["tasks"]["niah_single"]["mean"]
     assert made["ratio"] == pytest.approx(0.25 / dense)
+    nothing = {"ratio": None, "interval_95": None}
+    assert share_of_dense(records, "h2o_s0.9", ["niah_single", "niah_multikey"]) == nothing
+    assert share_of_dense(records, "h2o_s0.9", []) == nothing
 
 
 def test_scores_by_task_and_their_mean(records, results):

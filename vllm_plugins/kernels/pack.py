@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 _VECTOR = 16
-"""Elements: more than a thread loads at once, whatever their type."""
+"""Elements: as many as a thread loads at once, or more, whatever their type."""
 
 
 @dataclass(frozen=True)
