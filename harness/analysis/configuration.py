@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vllm_plugins.config import EvictionConfig
+from vllm_plugins.parsing import resolve_args
 from vllm_plugins.request_settings import BLOCK
 
 from ..records.former_names import eviction_of
@@ -49,7 +50,8 @@ class Identity(NamedTuple):
 
 
 def identity(record: Record) -> Identity:
-    """Policy, parameters, granularity and budget; of a run that evicts.
+    """Policy, parameters, granularity and budget; of a run that evicts. Of parameters those other
+    than the plain defaults: CAB's bridges are among them, as their default has a meaning.
 
     Raises:
         EvictionConfigError: a policy or parameter that is not there today.
@@ -60,6 +62,9 @@ def identity(record: Record) -> Identity:
     method = stated if isinstance(stated, Mapping) else {"policy": stated}
     args = {**eviction.get("policy_args", {}).get(record["policy"], {}), **method.get("args", {})}
     own = method.get("granularity") or eviction.get("granularity", BLOCK)
+    if "parameters" in record:  # older ones do not say what a default meant
+        plain = resolve_args(record["policy"], {})
+        args = {k: v for k, v in record["parameters"].items() if v != plain[k]}
     return Identity(
         record["policy"],
         json.dumps(args, sort_keys=True),

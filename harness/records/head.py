@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
+from .parameters import policy_parameters
 from .provenance import timestamp
 
 
@@ -12,6 +14,15 @@ class _Named(Protocol):
     def name(self) -> str: ...
     @property
     def policy(self) -> str: ...
+    @property
+    def args(self) -> Mapping[str, Any]: ...
+    @property
+    def granularity(self) -> str | None: ...
+
+
+class _Resource(Protocol):
+    @property
+    def eviction(self) -> Mapping[str, Any] | None: ...
 
 
 class _Budget(Protocol):
@@ -31,6 +42,8 @@ class RecordedRun(Protocol):
     @property
     def method(self) -> _Named: ...
     @property
+    def resource(self) -> _Resource: ...
+    @property
     def budget(self) -> _Budget: ...
     @property
     def level(self) -> str: ...
@@ -45,15 +58,20 @@ class RecordedRun(Protocol):
 def record_head(run: RecordedRun, schema_version: int) -> dict[str, Any]:
     """The first fields of a run's record, finished or failed.
 
-    ``effective_sparsity`` is what the budget comes to; None where requests differ in length.
+    ``parameters`` are the policy's, with what defaults mean. ``effective_sparsity`` is what the
+    budget comes to; None where requests differ in length.
     """
+    method = run.method
     return {
         "schema_version": schema_version,
         "kind": run.kind,
         "timestamp": timestamp(),
         "key": run.key,
-        "method": run.method.name,
-        "policy": run.method.policy,
+        "method": method.name,
+        "policy": method.policy,
+        "parameters": policy_parameters(
+            method.policy, method.args, method.granularity, run.resource.eviction
+        ),
         "sparsity": run.budget.sparsity,
         "budget_tokens": run.budget.tokens,
         "level": run.level,

@@ -13,6 +13,7 @@ from harness.records.files import read_json, write_json
 from harness.report import quality_speed_figure
 from harness.report.quality_speed_figure import draw_quality_speed
 from vllm_plugins.config import EvictionConfig
+from vllm_plugins.policies import get_policy
 
 from .records import batch_record, record
 
@@ -118,6 +119,20 @@ def test_granularity_is_part_of_what_joins_and_a_default_is_what_it_stands_for()
         quality([("h2o", 0.9)]), speed([("h2o", 0.9)], granularity="default"), NAMES
     ).points
     assert point.granularity == "token"
+
+
+def test_what_a_default_meant_is_part_of_what_joins():
+    levels, cab = [("cab", 0.9)], get_policy("cab")
+
+    def meaning(records, bridge="default"):
+        own = cab.meant(cab.resolve({"bridge_definition": bridge}), "token")
+        return [r | {"parameters": own} if r["policy"] == "cab" else r for r in records]
+
+    assert join(meaning(quality(levels)), meaning(speed(levels)), NAMES).points
+    assert join(meaning(quality(levels)), meaning(speed(levels), "key_difference"), NAMES).points
+    for other in (meaning(speed(levels), "peak"), speed(levels)):
+        with pytest.raises(UsageError, match="nothing joins good"):
+            join(meaning(quality(levels)), other, NAMES)
 
 
 def test_a_score_by_name_is_what_the_default_stands_for():

@@ -50,12 +50,33 @@ def test_a_record_of_any_kind_begins_alike(runs, kind):
         "key": "h2o_s0.9_rate4" if kind == "serving" else "h2o_s0.9",
         "method": "h2o",
         "policy": "h2o",
+        "parameters": {
+            "recent": 0.2,
+            "heavy": 0.8,
+            "selection": "head",
+            "value_weighted": False,
+        },
         "sparsity": 0.9,
         "budget_tokens": None,
         "level": "s0.9",
         "effective_sparsity": 0.75,  # 4 of 16 blocks always stay
         "seed": 0,
     }
+
+
+def test_a_record_says_what_a_default_meant(model):
+    def bridges(study):
+        load = {"num_requests": 2, "prompt_tokens": 448, "output_tokens": 64}
+        study = {"model": model, "sparsity": [0.9], "load": load, **study}
+        runs = BenchStudy.parse(study).runs()
+        return [record_head(run, 3)["parameters"].get("bridge_definition") for run in runs]
+
+    blocks = {"policy": "cab", "granularity": "block", "name": "cab-blocks"}
+    peaks = {"policy": "cab", "name": "cab-peak", "args": {"bridge_definition": "peak"}}
+    found = bridges({"methods": ["stock", "h2o", "cab", blocks, peaks]})
+    assert found == [None, None, "key_difference", "median", "peak"]
+    of_engine = {"policy_args": {"cab": {"bridge_definition": "mass"}}}
+    assert bridges({"methods": ["stock", "cab"], "eviction": of_engine})[1:] == ["mass"]
 
 
 def test_a_load_without_a_single_length_has_no_effective_sparsity(model):

@@ -66,6 +66,8 @@ class Policy:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     token_parameters: Mapping[str, Any] = field(default_factory=dict)
     """More parameters, of the form at token granularity alone; ``select`` never sees them."""
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By granularity and name, what the value ``"default"`` of a parameter means there."""
     check: Callable[[Mapping[str, Any]], None] | None = None
     check_granularity: Callable[[Mapping[str, Any], str], None] | None = None
     """Refuses parameters that mean nothing at a granularity (``block`` or ``token``)."""
@@ -89,6 +91,13 @@ class Policy:
         if self.check is not None:
             self.check(merged)
         return merged
+
+    def meant(self, parameters: Mapping[str, Any], granularity: str) -> dict[str, Any]:
+        """Resolved parameters as they act at a granularity (``block`` or ``token``)."""
+        names = {**self.parameters, **(self.token_parameters if granularity == "token" else {})}
+        known = self.defaults.get(granularity, {})
+        own = {name: parameters[name] for name in names}
+        return {n: known.get(n, v) if v == "default" else v for n, v in own.items()}
 
     @property
     def evicts(self) -> bool:

@@ -98,8 +98,8 @@ def cab_tokens(parameters: Mapping[str, Any]) -> TokenRule:
     - ``mass``: what received the most attention over its whole life;
     - ``median``: the tokens whose score lies closest to the median of what is left.
     """
-    definition = parameters["bridge_definition"]
-    ranking = _TOKEN_BRIDGES[BRIDGES["token"][0] if definition == DEFAULT else definition]
+    definition = POLICY.meant(parameters, "token")["bridge_definition"]
+    ranking = _TOKEN_BRIDGES[definition]
     bridges = ((ranking, parameters["bridge"]),) if parameters["bridge"] > 0 else ()
     return TokenRule(
         recent=parameters["local"],
@@ -159,6 +159,7 @@ POLICY = Policy(
     needs=_needs,
     parameters={"local": 0.3, "bridge": 0.2, "importance": 0.5, "bridge_definition": DEFAULT},
     token_parameters={"selection": "head", "value_weighted": False},
+    defaults={where: {"bridge_definition": known[0]} for where, known in BRIDGES.items()},
     check=_check,
     check_granularity=_check_granularity,
 )
