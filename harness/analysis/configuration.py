@@ -15,6 +15,7 @@ from vllm_plugins.parsing import resolve_args
 from vllm_plugins.request_settings import BLOCK
 
 from ..records.former_names import eviction_of
+from ..records.parameters import given_and_granularity
 from ..records.specifications import level
 
 NOT_RECORDED = "not recorded"
@@ -60,15 +61,16 @@ def identity(record: Record) -> Identity:
     run, eviction = record["specification"], eviction_of(record["specification"])
     stated = run["method"]
     method = stated if isinstance(stated, Mapping) else {"policy": stated}
-    args = {**eviction.get("policy_args", {}).get(record["policy"], {}), **method.get("args", {})}
-    own = method.get("granularity") or eviction.get("granularity", BLOCK)
+    args, granularity = given_and_granularity(
+        record["policy"], method.get("args", {}), method.get("granularity"), eviction, BLOCK
+    )
     if "parameters" in record:  # older ones do not say what a default meant
         plain = resolve_args(record["policy"], {})
         args = {k: v for k, v in record["parameters"].items() if v != plain[k]}
     return Identity(
         record["policy"],
         json.dumps(args, sort_keys=True),
-        EvictionConfig().granularity_of(record["policy"], args, own),
+        granularity,
         level(record["sparsity"], record["budget_tokens"]),
     )
 

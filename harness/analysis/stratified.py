@@ -84,13 +84,15 @@ def stratified_ratio(strata: Sequence[tuple[Sequence[float], Sequence[float]]]) 
         first, second = (sum(method[place].mean(axis) for place in drawn) for method in scores)
         return second / first
 
+    result: dict[str, Any] = {"ratio": None, "interval_95": None}
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         found = float(ratio(*places))
         if not math.isfinite(found):
-            return {"ratio": None, "interval_95": None}
-        if min(len(first) for first, _ in strata) < 2:
-            return {"ratio": found, "interval_95": None}
+            return result
+        result["ratio"] = found
+        if min(map(len, places)) < 2:
+            return result
         made = stats.bootstrap(
             places,
             ratio,
@@ -100,7 +102,6 @@ def stratified_ratio(strata: Sequence[tuple[Sequence[float], Sequence[float]]]) 
             vectorized=True,
             rng=0,
         )
-    if not np.isfinite(made.bootstrap_distribution).all():
-        return {"ratio": found, "interval_95": None}
-    interval = made.confidence_interval
-    return {"ratio": found, "interval_95": [float(interval.low), float(interval.high)]}
+    if np.isfinite(made.bootstrap_distribution).all():
+        result["interval_95"] = [float(bound) for bound in made.confidence_interval]
+    return result

@@ -99,8 +99,8 @@ def share_of_dense(
     is known where either lacks one of the tasks."""
     runs = by_key(records)
     a, b = sample_scores(dense_of(runs.values()) or []), sample_scores(runs[key])
-    places = _common(a, b, names)
-    if not names or list(places) != list(names):
+    places = _whole(a, b, names)
+    if not places:
         return {"ratio": None, "interval_95": None}
     return stratified_ratio([([a[p] for p in at], [b[p] for p in at]) for at in places.values()])
 
@@ -131,10 +131,17 @@ def _mean_score(runs: Runs, names: Sequence[str], seeds: Sequence[int]) -> Estim
 
 def _difference(dense: Runs, runs: Runs, names: Sequence[str]) -> dict[str, Any] | None:
     a, b = sample_scores(dense), sample_scores(runs)
-    places = _common(a, b, names)
-    # A mean over some of the tasks would be another figure under the same name.
-    whole = bool(names) and list(places) == list(names)
-    return _stratified(a, b, places) if whole and not is_dense(runs[0]) else None
+    places = _whole(a, b, names)
+    return _stratified(a, b, places) if places and not is_dense(runs[0]) else None
+
+
+def _whole(
+    first: Mapping[Place, float], second: Mapping[Place, float], names: Sequence[str]
+) -> dict[str, list[Place]]:
+    """``_common`` of all tasks, else nothing: a mean over some of them would be another figure
+    under the same name."""
+    places = _common(first, second, names)
+    return places if list(places) == list(names) else {}
 
 
 def _common(

@@ -125,10 +125,11 @@ def _means(
 ) -> list[str]:
     names = [name for name in task_names(records) if name.startswith(_NEEDLES)]
     entry, share, needles = results[key], "-", "-"
-    found = share_of_dense(records, key, names)
-    if entry["method"] != DENSE and found["interval_95"]:
-        low, high = found["interval_95"]
-        share = f"{found['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+    if entry["method"] != DENSE:
+        found = share_of_dense(records, key, names)
+        if found["interval_95"]:
+            low, high = found["interval_95"]
+            share = f"{found['ratio']:.3f} [{low:.3f}, {high:.3f}]"
     if names and entry["tasks"].keys() >= set(names):
         needles = f"{np.mean([entry['tasks'][name]['mean'] for name in names]):.2f}"
     return [needles, share, f"{entry['task_score']['mean']:.2f}"]

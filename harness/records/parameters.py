@@ -28,9 +28,26 @@ def policy_parameters(
         eviction: settings of its engine or server; None without the plug-in.
 
     """
-    if policy == STOCK or eviction is None:
+    if policy == STOCK:
         return {}
-    given = {**eviction.get("policy_args", {}).get(policy, {}), **args}
-    own = granularity or eviction.get("granularity", DEFAULT_GRANULARITY)
-    at = EvictionConfig().granularity_of(policy, given, own)
+    given, at = given_and_granularity(policy, args, granularity, eviction or {})
     return get_policy(policy).meant(resolve_args(policy, given), at)
+
+
+def given_and_granularity(
+    policy: str,
+    args: Mapping[str, Any],
+    granularity: str | None,
+    eviction: Mapping[str, Any],
+    otherwise: str = DEFAULT_GRANULARITY,
+) -> tuple[dict[str, Any], str]:
+    """A run's own parameters over its engine's, and ``block`` or ``token``. ``otherwise``: the
+    engine's granularity where its settings do not say it.
+
+    Raises:
+        EvictionConfigError: a policy or parameter that is not there today.
+
+    """
+    given = {**eviction.get("policy_args", {}).get(policy, {}), **args}
+    own = granularity or eviction.get("granularity", otherwise)
+    return given, EvictionConfig().granularity_of(policy, given, own)

@@ -31,6 +31,10 @@ _LONGEST = 100
 Needs = frozenset[str] | Callable[[Mapping[str, Any]], frozenset[str]]
 
 
+DEFAULT = "default"
+"""The value of a parameter whose meaning depends on the granularity (``Policy.defaults``)."""
+
+
 class PolicyParameterError(ValueError):
     """A policy parameter is unknown or out of range; the message says what to change."""
 
@@ -67,7 +71,7 @@ class Policy:
     token_parameters: Mapping[str, Any] = field(default_factory=dict)
     """More parameters, of the form at token granularity alone; ``select`` never sees them."""
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By granularity and name, what the value ``"default"`` of a parameter means there."""
+    """By granularity and name, what the value ``DEFAULT`` of a parameter means there."""
     check: Callable[[Mapping[str, Any]], None] | None = None
     check_granularity: Callable[[Mapping[str, Any], str], None] | None = None
     """Refuses parameters that mean nothing at a granularity (``block`` or ``token``)."""
@@ -94,10 +98,10 @@ class Policy:
 
     def meant(self, parameters: Mapping[str, Any], granularity: str) -> dict[str, Any]:
         """Resolved parameters as they act at a granularity (``block`` or ``token``)."""
-        names = {**self.parameters, **(self.token_parameters if granularity == "token" else {})}
-        known = self.defaults.get(granularity, {})
-        own = {name: parameters[name] for name in names}
-        return {n: known.get(n, v) if v == "default" else v for n, v in own.items()}
+        names = [*self.parameters, *(self.token_parameters if granularity == "token" else ())]
+        means = self.defaults.get(granularity, {})
+        unnamed = {n: v for n, v in means.items() if parameters[n] == DEFAULT}
+        return {name: unnamed.get(name, parameters[name]) for name in names}
 
     @property
     def evicts(self) -> bool:

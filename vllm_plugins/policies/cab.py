@@ -9,6 +9,7 @@ import numpy as np
 
 from .base import (
     ATTENTION,
+    DEFAULT,
     GRAPH,
     Policy,
     PolicyParameterError,
@@ -28,7 +29,6 @@ from .token_rules import (
     scoring,
 )
 
-DEFAULT = "default"
 BRIDGES = {"block": ("median", "forman"), "token": ("key_difference", "peak", "mass", "median")}
 """What a bridge may be at each granularity; the first is what ``default`` means."""
 
