@@ -284,11 +284,11 @@ class EvictionConfig:
         return needs
 
     def token_settings(self) -> list[RequestSettings]:
-        """The policies that this server's settings name (where any may be asked for, the two most
-        likely), if they have a form at token granularity and requests may use it; any budget."""
+        """The policies that this server's settings name (where any may be asked for, all), if they
+        have a form at token granularity and requests may use it; any budget."""
         if TOKEN not in self.granularities:
             return []
-        offered = ("h2o", "cab") if self.request_policies == "any" else self.request_policies
+        offered = policy_names() if self.request_policies == "any" else self.request_policies
         made = []
         for name in sorted({self.policy, *offered}):
             if get_policy(name).tokens is not None:

@@ -93,10 +93,10 @@ class EvictionCUDAWorker(EvictionWorkerMixin, Worker):
         super()._maybe_activate_jit_monitor()
 
     def _warm_up_packing(self) -> None:
-        """Pack made-up requests under the rules that the server's own settings name.
+        """Pack made-up requests under the rule of every policy that requests may ask for.
 
-        Nobody holds a block yet, so what moves in them is nobody's. A rule that a request brings
-        is compiled when it comes.
+        Nobody holds a block yet, so what moves in them is nobody's. Parameters of a request's own
+        may need other kernels, which are compiled when it comes.
         """
         position = self.eviction.tokens.position
         _, num_blocks, _, block_size = position.shape

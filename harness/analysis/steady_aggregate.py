@@ -22,11 +22,11 @@ def steady_figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ``sub_windows_of_mean``, the slowest and the fastest part of a window against the whole;
         ``last_third``, output tokens per second of a window's, where it takes a minute;
         ``decision_ms_per_step``, the scheduler's time for decisions; ``split``, milliseconds per
-        profiled step by class of kernel, on average over the runs; ``roofline_ms_per_step``.
-        These two and ``last_third`` are None where there are none.
+        profiled step by class of kernel, on average over the runs; ``host``, the like by what the
+        core's thread works at; ``roofline_ms_per_step``. These three and ``last_third`` are None
+        where there are none.
 
     """
-    splits = [run["split"] for run in runs]
     decided = [1e3 * run.get("decision_seconds", 0.0) / run["steps"] for run in runs]
     parts = [p / run["output_tokens_per_second"] for run in runs for p in run["sub_windows"]]
     return {
@@ -35,11 +35,18 @@ def steady_figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "sub_windows_of_mean": [min(parts), max(parts)],
         "last_third": last_third(runs),
         "decision_ms_per_step": fmean(decided),
-        "split": {name: fmean(s[name] for s in splits) for name in splits[0]}
-        if all(splits)
-        else None,
+        "split": _means([run["split"] for run in runs]),
+        "host": _means([run.get("host") for run in runs]),
         "roofline_ms_per_step": least_ms_per_step(runs[0]),
     }
+
+
+def _means(parts: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
+    """Part by part; None where a run has none, as older ones have not."""
+    known = [part for part in parts if part]
+    if not known or len(known) < len(parts):
+        return None
+    return {name: fmean(part[name] for part in known) for name in known[0]}
 
 
 def last_third(runs: Sequence[Mapping[str, Any]]) -> float | None:

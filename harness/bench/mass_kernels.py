@@ -13,10 +13,13 @@ BATCHES = {
     # name: rows of (queries, live tokens)
     "decode 128 x 4096": [(1, 4096)] * 128,
     "decode 96 x 448": [(1, 448)] * 96,
+    "decode 512 x 320, one in 8 scored": [(1, 320)] * 512,
     "chunk 8192 of 8192": [(8192, 8192)],
     "chunk 2048 of 16384": [(2048, 16384)],
     "chunk 2 x 4096": [(4096, 4096)] * 2,
 }
+SCORED_EVERY = {"decode 512 x 320, one in 8 scored": 8}
+"""Of these batches every N-th row is scored, as of many decodes at different places; else each."""
 TOKEN_SCORE_BYTES = 16
 """Of a token and KV head: mass and peak, each float32, read and written."""
 
@@ -29,6 +32,7 @@ class MassCase:
         shape: dict[str, int],
         rows: list[tuple[int, int]],
         block_size: int,
+        every: int = 1,
         device: str = "cuda",
     ) -> None:
         import torch
@@ -36,6 +40,7 @@ class MassCase:
         torch.manual_seed(0)
         self.heads, self.kv_heads = shape["heads"], shape["kv_heads"]
         self.head_size, self.rows = shape["head_size"], rows
+        self.every, self.scored = every, rows[::every]
         width = max(-(-length // block_size) for _, length in rows)
         blocks = sum(-(-length // block_size) for _, length in rows)
         num_tokens = sum(queries for queries, _ in rows)
@@ -58,7 +63,8 @@ class MassCase:
         self.max_len, self.max_queries = max(lens), max(queries for queries, _ in rows)
         starts = torch.tensor([0] + [queries for queries, _ in rows]).cumsum(0)
         self.starts = starts.to(device=device, dtype=torch.int32)
-        self.flags = torch.full((len(rows),), 15, dtype=torch.int32, device=device)
+        self.flags = torch.zeros(len(rows), dtype=torch.int32, device=device)
+        self.flags[::every] = 15
         self.mass = torch.zeros(blocks + 1, dtype=torch.int64, device=device)
         self.token_mass = torch.zeros(blocks + 1, self.kv_heads, block_size, device=device)
         self.token_peak = torch.zeros_like(self.token_mass)
@@ -70,21 +76,23 @@ class MassCase:
 
     @property
     def key_bytes(self) -> int:
-        tokens = sum(length for _, length in self.rows)
+        """Of keys that scoring reads."""
+        tokens = sum(length for _, length in self.scored)
         return tokens * self.kv_heads * self.head_size * ELEMENT_BYTES
 
     def score_bytes(self, by_token: bool) -> int:
         """Of tokens' scores, read and written. A block's are next to nothing."""
-        tokens = sum(length for _, length in self.rows)
+        tokens = sum(length for _, length in self.scored)
         return tokens * self.kv_heads * TOKEN_SCORE_BYTES if by_token else 0
 
-    def product_flops(self, window: int | None = None) -> int:
-        """Of one product of queries with the keys they see; attention itself makes two such.
+    def product_flops(self, rows: list[tuple[int, int]], window: int | None = None) -> int:
+        """Of one product of the queries of ``rows`` with the keys they see; attention itself makes
+        two such.
 
         ``window``: only so many last queries of a row count.
         """
         pairs = 0
-        for queries, length in self.rows:
+        for queries, length in rows:
             scored = queries if window is None else min(queries, window)
             pairs += scored * (2 * length - scored + 1) // 2
         return 2 * self.head_size * self.heads * pairs
@@ -136,6 +144,7 @@ class MassCase:
             "rows": (0, len(self.rows)),
             "max_seq_len": self.max_len,
             "one_query": self.decode,
+            "decode_weight": self.every,
         }
         if by_token:
             add_token_mass(queries, self.token_mass, self.token_peak, **options)
@@ -174,7 +183,7 @@ def measure_mass(
 
     """
     for name, rows in BATCHES.items():
-        case = MassCase(SHAPES[shape], rows, block_size)
+        case = MassCase(SHAPES[shape], rows, block_size, SCORED_EVERY.get(name, 1))
         attention_ms = timer(case.attend)
         windows = (None,) if case.decode else (None, 32)
         for by_token, window in itertools.product((False, True), windows):
@@ -217,7 +226,10 @@ def mass_entry(
     A decode is bound by the bytes it reads and writes, a chunk by its products.
     """
     key_bytes, score_bytes = case.key_bytes, case.score_bytes(by_token)
-    flops, attention_flops = case.product_flops(window), 2 * case.product_flops()
+    flops, attention_flops = (
+        case.product_flops(case.scored, window),
+        2 * case.product_flops(case.rows),
+    )
     return {
         "scores": "tokens" if by_token else "blocks",
         "window": window,

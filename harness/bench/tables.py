@@ -10,6 +10,7 @@ from ..records.batch import study_load
 from ..records.stored import EXPERIMENT, measured_points
 from ..report.bench import bench_results, bench_rows
 from ..report.experiment import point_name
+from ..report.host import host_parts
 from ..report.lines import commit_line
 from ..report.tables import Row, markdown
 from .kernel_tables import kernels_table
@@ -34,7 +35,8 @@ def batches_table(folders: list[Path]) -> str:
         loads.append(({**study_load(records[0]["specification"]), "varied": varied}, results))
         machines.append(commit_line(records[0]))
     told = "\n".join(dict.fromkeys(machines))
-    return f"{told}\n\n{markdown(bench_rows(loads))}"
+    host = host_parts([results for _, results in loads])
+    return "\n\n".join((told, markdown(bench_rows(loads)), *host))
 
 
 def _points(folder: Path) -> list[tuple[Path, str]]:

@@ -17,6 +17,7 @@ from ..records.stored import AGGREGATED, EXPERIMENT, point_of, read_experiment
 from .bench_cells import budget, speed
 from .cells import times
 from .comparison import failures, time_rows
+from .host import host_parts
 from .lines import machine_line
 from .page import write_pages
 from .points import report_points
@@ -73,6 +74,7 @@ def report_bench(folder: Path) -> None:
     all_notes = {**_NOTES, **STEADY_NOTES} if steady else _NOTES
     if notes := [note for column, note in all_notes.items() if column in rows[0]]:
         parts.append(f"{'; '.join(notes)}.")
+    parts += host_parts([results])
     if failed := failures(folder):
         lines = [f"- {f['key']}, seed {f['seed']}: {f['reason']}" for f in failed]
         parts += ["## Failed runs", "\n".join(lines)]

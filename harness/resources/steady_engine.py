@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .eviction_summary import summary
+from .host_profile import host_of_steps
 from .steady_loop import Gauges, Progress
 from .steady_requests import DrawnRequest
 from .step_profile import split_of_steps
@@ -85,6 +86,10 @@ class VllmSteadyEngine:
     def eviction(self) -> dict[str, Any] | None:
         """Over the requests that have ended; None without the plugin."""
         return summary(self._records)
+
+    def host(self, step: Callable[[], Any]) -> dict[str, float] | None:
+        """Of some steps, see ``host_of_steps``."""
+        return host_of_steps(step, self._llm.collective_rpc)
 
     def split(self, step: Callable[[], Any]) -> dict[str, float] | None:
         """Of a few steps, see ``split_of_steps``; None on a CPU."""

@@ -1,8 +1,8 @@
 """A closed loop on an engine, measured in its steady state.
 
 requests        P + age tokens each, as many as the pool holds       one new for each that ends
-time            aged prompts are computed | settle_seconds | the window          | a few steps
-                                                           | measured, unwatched | profiled
+time            aged prompts are computed | settle_seconds | the window          | some steps
+                                                           | measured, unwatched | watched
 """
 
 from __future__ import annotations
@@ -56,8 +56,11 @@ class SteadyEngine(Protocol):
     def eviction(self) -> dict[str, Any] | None:
         """What was evicted, over the requests of this load that have ended."""
 
+    def host(self, step: Callable[[], Any]) -> dict[str, float] | None:
+        """What the host works at in some steps; None where nobody can tell."""
+
     def split(self, step: Callable[[], Any]) -> dict[str, float] | None:
-        """Where the time of a few steps goes; None where nobody can tell."""
+        """Where the time of a few steps goes on the device; None where nobody can tell."""
 
     def stop(self) -> None:
         """End every request that is left."""
@@ -105,7 +108,8 @@ def measure(
         ``tokens_per_step``, ``running`` and ``kv_blocks_used`` (means over its steps), and what
         ``SteadyEngine.counters`` gained; ``sub_windows``, output tokens per second in equal parts
         of it. Of the run: ``num_aged``, ``settling_seconds`` (all before the window),
-        ``kv_blocks`` (the pool's), ``requests_ended``, ``eviction`` over these, ``split``.
+        ``kv_blocks`` (the pool's), ``requests_ended``, ``eviction`` over these, ``host``,
+        ``split``.
 
     """
     aged = num_aged(load, settings, engine.kv_cache_tokens)
@@ -123,7 +127,7 @@ def measure(
         output_tokens = loop.step()
         steps.append(_Step(clock() - begun, output_tokens, engine.gauges()))
     after = engine.counters()
-    split = engine.split(loop.step)
+    host, split = engine.host(loop.step), engine.split(loop.step)
     engine.stop()
     return {
         **_figures(steps),
@@ -133,6 +137,7 @@ def measure(
         "kv_blocks": engine.kv_blocks,
         "requests_ended": loop.ended,
         "eviction": engine.eviction(),
+        "host": host,
         "split": split,
     }
 

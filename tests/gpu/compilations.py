@@ -19,12 +19,13 @@ from .engines import check_idle, generate, records, start
 def compiled_late(model: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Names of the kernels, and how many blocks each request lost.
 
-    ``settings``: of eviction, and under ``engine`` what else the engine is started with.
+    ``settings``: of eviction; under ``engine`` what else the engine is started with, and under
+    ``asked`` the settings that some requests bring.
     """
     from triton import knobs
 
     settings = dict(settings)
-    engine = settings.pop("engine", {})
+    engine, asked = settings.pop("engine", {}), settings.pop("asked", [])
     llm = start({"policy": "h2o", "sparsity": 0.9, **settings}, model=model, **engine)
     compiled = []
     theirs = knobs.runtime.jit_post_compile_hook
@@ -40,6 +41,8 @@ def compiled_late(model: str, settings: dict[str, Any]) -> dict[str, Any]:
     # Alone and together, in one chunk and in several, at lengths that share no divisor.
     prompts = [rng.integers(0, 512, size=n).tolist() for n in (700, 16, 1023, 2048, 333, 3500, 1)]
     made = records([*generate(llm, prompts[:1], None, 150), *generate(llm, prompts, None, 200)])
+    for extra in asked:
+        made += records(generate(llm, prompts[:5], extra, 60))
     check_idle(llm)
     llm.llm_engine.engine_core.shutdown()
     return {"compiled": compiled, "evicted": [record["blocks_evicted"] for record in made]}

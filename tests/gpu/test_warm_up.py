@@ -7,6 +7,7 @@ import pytest
 from ..child import child
 from .engines import NEEDS_GPU
 
+OFFERED = ("streaming", "cab", "random", "key_norm", "tova", "snapkv", "keydiff")
 pytestmark = [*NEEDS_GPU, pytest.mark.usefixtures("no_engine")]
 
 
@@ -17,9 +18,10 @@ pytestmark = [*NEEDS_GPU, pytest.mark.usefixtures("no_engine")]
         {"policy": "cab"},
         {"granularity": "block", "score": "decay"},
         {"policy": "cab", "engine": {"kv_cache_dtype": "fp8"}},
+        {"asked": [{"kv_policy": name} for name in OFFERED]},
         {"policy": "key_norm", "granularity": "block", "engine": {"kv_cache_dtype": "fp8"}},
     ],
-    ids=["h2o", "cab", "blocks", "fp8", "fp8-key-norm"],
+    ids=["h2o", "cab", "blocks", "fp8", "asked", "fp8-key-norm"],
 )
 def test_no_kernel_is_compiled_after_the_start(settings, llama, tmp_path):
     output = tmp_path / "output.json"

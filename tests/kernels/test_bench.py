@@ -26,12 +26,19 @@ def run_once(function, prepare=lambda: None):
 
 
 @pytest.mark.parametrize("by_token", [False, True])
-@pytest.mark.parametrize(("rows", "window"), [([(1, 40)] * 2, None), ([(20, 40), (16, 16)], 8)])
-def test_mass(rows, window, by_token):
-    case = WithoutFlashAttention(SHAPE, rows, 16, "cpu")
+@pytest.mark.parametrize(
+    ("rows", "window", "every"),
+    [([(1, 40)] * 2, None, 1), ([(20, 40), (16, 16)], 8, 1), ([(1, 40)] * 5, None, 2)],
+)
+def test_mass(rows, window, every, by_token):
+    case = WithoutFlashAttention(SHAPE, rows, 16, every, "cpu")
     ms = run_once(lambda: case.score(by_token, window=window))
-    assert (case.token_mass if by_token else case.mass).sum() > 0
+    made = case.token_mass if by_token else case.mass
+    assert (made.flatten(1) if by_token else made[:, None]).any(1).sum() == sum(
+        -(-length // 16) for _, length in rows[::every]
+    )
     entry = mass_kernels.mass_entry(case, by_token, window, ms, 0.25, BANDWIDTH)
+    rows = rows[::every]
     tokens = sum(length for _, length in rows)
     assert entry["key_bytes"] == tokens * 2 * 16 * 2
     assert entry["score_bytes"] == (tokens * 2 * 16 if by_token else 0)

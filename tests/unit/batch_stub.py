@@ -11,6 +11,9 @@ import os
 import sys
 import time
 
+HOST = ("scheduling", "launching", "updating", "requests", "rest", "waiting", "plugin")
+HOST += ("core_cpu", "process_cpu", "client_cpu")
+
 
 def main():
     question = json.loads(sys.stdin.readline())
@@ -79,6 +82,11 @@ def steady(load, stock):
         "decision_seconds": 0.0 if stock else 0.1,
         "scoring_seconds": {},
         "eviction": None if stock else {"policy_errors": 0},
+        "host": {
+            "steps": 200,
+            "ms_per_step": 12.0,
+            **{part: n / 10 for n, part in enumerate(HOST)},
+        },
         "split": {"steps": 20, "ms_per_step": 11.0, **{p: n / 10 for n, p in enumerate(parts)}},
     }
 

@@ -195,6 +195,9 @@ def test_a_steady_load_and_stock_at_as_many_live_tokens(stubs, study, tmp_path):
         ["| 4 x (64 + 8 to 448)", "h2o"],
     ]
     assert "| -2.0% to +2.0% | 11.00 (sd 0.71) | +4.8% | 4 | 40% | 0 | 0.03 | 0.00 |" in rows[2]
+    host = (folder / "report.md").read_text().partition("What the thread")[2].splitlines()[2:]
+    work = "0.00 | 0.10 | 0.20 | 0.30 | 0.40 | 1.00"
+    assert host[4].startswith(f"| h2o | 0.9 | 12.00 | {work} | 0.60 | 0.50 | 0.70 | 0.80 | 0.90 |")
     assert main(study(**settings)) == 0
     assert len(stubs) == 2, "all is there"
 

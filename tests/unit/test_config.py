@@ -7,7 +7,7 @@ import pytest
 from vllm_plugins.config import EvictionConfig
 from vllm_plugins.engine_args import check_has_budget
 from vllm_plugins.parsing import EvictionConfigError
-from vllm_plugins.policies import Policy, registry
+from vllm_plugins.policies import Policy, policy_names, registry
 from vllm_plugins.refusals.server_settings import decode, encode
 from vllm_plugins.request_settings import RequestSettings
 
@@ -129,6 +129,20 @@ def test_a_server_may_narrow_the_policies_and_so_the_scores():
     with pytest.raises(EvictionConfigError, match="random, streaming"):
         server.request_settings({"kv_policy": "h2o"}, 32)
     assert {"attention", "key_norm", "graph"} <= EvictionConfig().needs()
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({}, policy_names()),
+        ({"request_policies": ["h2o", "cab"], "policy": "tova"}, ["cab", "h2o", "tova"]),
+        ({"request_policies": []}, ["h2o"]),
+        ({"request_granularity": "server", "granularity": "block"}, []),
+    ],
+)
+def test_the_rules_that_an_engine_compiles_for_are_those_that_requests_may_ask_for(given, named):
+    made = EvictionConfig.parse(given).token_settings()
+    assert [settings.policy for settings in made] == sorted({*named} - {"dense"})
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,10 @@ class MadeUpEngine:
     def eviction(self):
         return None
 
+    def host(self, step):
+        step()
+        return {"scheduling": 3.0}
+
     def split(self, step):
         for _ in range(3):
             step()
@@ -133,6 +137,7 @@ def test_a_window_of_a_loop():
     assert all(engine.prompts[number] == 5 for number in engine.added[3:])
     assert record["requests_ended"] == len(engine.added) - LOAD.num_sequences
     assert (engine.stopped, engine.profiled, record["split"]) == (True, 3, None)
+    assert record["host"] == {"scheduling": 3.0}
     assert record["seconds"] == pytest.approx(20.0, abs=0.11)
     assert record["ms_per_step"] == pytest.approx(100)
     assert record["running"] == record["tokens_per_step"] == pytest.approx(4)
@@ -254,6 +259,7 @@ def test_figures_over_seeds():
             "output_tokens_per_second": 100.0,
             "sub_windows": [90.0, 105.0 + seed],
             "split": {"attention": 1.0 + seed},
+            "host": {"scheduling": 2.0 + seed},
         }
         for seed in (0, 1)
     ]
@@ -264,6 +270,9 @@ def test_figures_over_seeds():
     falling = [90.0] * 8 + [80.0, 70.0, 60.0, 50.0]
     assert steady_figures([{**runs[0], "sub_windows": falling}])["last_third"] == 65.0
     assert made["split"] == {"attention": 1.5}
+    assert made["host"] == {"scheduling": 2.5}
+    del runs[1]["host"]
+    assert steady_figures(runs)["host"] is None, "as in older records"
     assert made["decision_ms_per_step"] == pytest.approx(1.0)
     assert made["roofline_ms_per_step"] == pytest.approx(16.6, rel=0.02)
     assert steady_figures([{**runs[0], "split": None}])["split"] is None

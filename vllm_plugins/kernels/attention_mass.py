@@ -374,7 +374,9 @@ def launch(
         log2_decay: log2 of the weight lost per token of age within the chunk; 0 = none. By token
             not together with ``skip``: scores would age in either launch.
         tile: shape of the work; by default ``DECODE``, ``CHUNK``, or ``WINDOW`` for few queries.
-        programs: decode rows are split over programs until there are about so many.
+        programs: decode rows are split over programs until about so many have work. Of
+            ``decode_weight`` rows one is expected to: which ones are is known when a graph is
+            replayed, their number when it is captured.
 
     """
     start, stop = rows
@@ -393,7 +395,8 @@ def launch(
     num_rows = max(16, triton.next_power_of_2(group)) if one_query else tile.rows
     num_tiles = triton.cdiv(max_seq_len, keys)
     if one_query:
-        num_tiles = min(num_tiles, max(1, triton.cdiv(programs, (stop - start) * num_kv_heads)))
+        scored = triton.cdiv(stop - start, decode_weight)
+        num_tiles = min(num_tiles, triton.cdiv(programs, scored * num_kv_heads))
     _mass_kernel[(num_kv_heads, num_tiles, stop - start)](
         query,
         kv_cache,
