@@ -54,10 +54,10 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         self._reported_by_label: dict[str, Counter[str]] = {}
         self._ended: dict[str, list[float]] = {name: [] for name in ENDED}
         self.scoring_seconds: Counter[str] = Counter()
+        self._sharing = bool(vllm_config.cache_config.enable_prefix_caching)
         if role == KVConnectorRole.SCHEDULER:
             check_engine(vllm_config)
-            sharing = bool(vllm_config.cache_config.enable_prefix_caching)
-            logger.info("KV eviction: %s", self.config.summary(sharing))
+            logger.info("KV eviction: %s", self.config.summary(self._sharing))
 
     # Scheduler side
 
@@ -125,6 +125,10 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         self.ledger.admit(
             request, settings, crc32(tokens.tobytes(), self.config.seed + seed), refused
         )
+        if not self._sharing:
+            # Where there is a connector, vLLM hashes every block: another may ask for it by its
+            # hash. Nobody does here.
+            request._block_hasher = None
         if not settings.gathers_attention:
             request.block_hashes = Unscored(request.block_hashes)
 
@@ -144,17 +148,17 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         ledger = self.ledger
         scheduled = scheduler_output.num_scheduled_tokens
         cached = scheduler_output.scheduled_cached_reqs
-        before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        before = zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        after = {r: tokens + scheduled[r] for r, tokens in before}
         needs, windows = {}, {}
         for new in scheduler_output.scheduled_new_reqs:
-            before[new.req_id] = new.num_computed_tokens
+            after[new.req_id] = new.num_computed_tokens + scheduled[new.req_id]
             state = ledger.requests.get(new.req_id)
             if state is not None and state.settings.needs:
                 needs[new.req_id] = state.settings.needs
                 if state.settings.window is not None:
                     windows[new.req_id] = state.settings.window
         used = self._pool.num_gpu_blocks - 1 - self._pool.get_num_free_blocks()
-        after = {r: before[r] + n for r, n in scheduled.items() if r in before}
         started = {
             new.req_id: ledger.lost_before(new.req_id)
             for new in scheduler_output.scheduled_new_reqs

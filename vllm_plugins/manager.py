@@ -64,10 +64,16 @@ class EvictableManager(CountedManager, FullAttentionManager):
         worker learns of both in order. (``_remove_blocks_in_range`` is of no use here: it
         stops at the first null.)
         """
-        if self._ledger is None or request_id not in self.req_to_blocks:
+        if self._ledger is None:
             return
-        self._hash_computed(request_id)
-        blocks = self.req_to_blocks[request_id]
+        if request_id in self._unhashed:
+            self._hash_computed(request_id)
+        # Asked at every step for every request, so the usual answer is given here.
+        state = self._ledger.requests.get(request_id)
+        if state is None or processed_computed_tokens < state.due[self._group]:
+            return
+        if (blocks := self.req_to_blocks.get(request_id)) is None:
+            return
         victims = self._ledger.decide(
             request_id, self._group, processed_computed_tokens, blocks, self._own
         )
@@ -109,17 +115,32 @@ class EvictableManager(CountedManager, FullAttentionManager):
             super().cache_blocks(request, num_tokens, **options)
 
     def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, new_computed_blocks: Any, *args: Any, **options: Any
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
     ) -> int:
         """As vLLM's, and the copies of cached blocks that somebody holds.
 
         A prompt is admitted by what it will hold, not by its length: its budget, and what is in
         flight. What a step really takes is counted in full.
         """
-        if options.get("apply_admission_cap") and self._ledger is not None:
+        if apply_admission_cap and self._ledger is not None:
             self.max_admission_blocks_per_request = self._ledger.most_blocks(request_id)
         number = super().get_num_blocks_to_allocate(
-            request_id, num_tokens, new_computed_blocks, *args, **options
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
         )
         if new_computed_blocks and self._holds_alone(request_id):
             number += sum(block.ref_cnt > 0 for block in new_computed_blocks)
@@ -146,7 +167,7 @@ class EvictableManager(CountedManager, FullAttentionManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """As vLLM's; first what was taken from the cache becomes the request's."""
-        if request_id in self._taken and self._ledger is not None:
+        if self._taken and request_id in self._taken and self._ledger is not None:
             self._replace(request_id, self._taken.pop(request_id), in_table=False)
             ids = [block.block_id for block in self.req_to_blocks[request_id]]
             self._ledger.adopt(request_id, ids)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from types import FrameType
@@ -29,6 +30,7 @@ PHASES = {
 """A function of the core's step, and what it is: the outermost one on the stack counts."""
 NAMES = ("scheduling", "launching", "updating", "requests", "rest", "waiting")
 """``rest`` is none of the phases. ``waiting`` is for the device; all before are work."""
+_CORE = "vllm.v1.engine.core"
 _PLUGIN, _VLLM = "vllm_plugins", "vllm"
 
 
@@ -125,7 +127,9 @@ _sampler: _Sampler | None = None
 def _begin(worker: Any) -> bool:
     """In a worker: whether its thread is the core's."""
     global _sampler
-    if not any(function == "run_busy_loop" for _, function in _stack(sys._getframe())):
+    here = [module for module, _ in _stack(sys._getframe())]
+    if _CORE not in here or threading.current_thread() is not threading.main_thread():
+        print(f"the host is not watched: {here}", file=sys.stderr)
         return False
     _sampler = _Sampler()
     return True

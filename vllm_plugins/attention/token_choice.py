@@ -129,24 +129,52 @@ class Batch:
 
     Attributes:
         block_ids: int64 ``[requests, blocks]``; behind a request's last one, any.
-        numbers: int64 ``[requests, 5 + rankings]``, what the other tensors are views of.
-        num_candidates, num_kept: int64 ``[requests, 1, 1, 1]``, tokens of a head.
-        counts: int64 ``[rankings, requests, 1, 1, 1]``, tokens that each ranking takes.
-        num_tokens, first_query, seeds: int64 ``[requests, 1, 1, 1]``.
+        numbers: int64 ``[requests, 5 + rankings]``, of which the other tensors are made where torch
+            ranks; the kernels read these themselves.
         most_candidates, most_moves: of a head, tokens.
+        one_ranking: it takes all that stay, whatever the rule's take.
 
     """
 
     block_ids: torch.Tensor
     numbers: torch.Tensor
-    num_candidates: torch.Tensor
-    num_kept: torch.Tensor
-    counts: torch.Tensor
-    num_tokens: torch.Tensor
-    first_query: torch.Tensor
-    seeds: torch.Tensor
     most_candidates: int
     most_moves: int
+    one_ranking: bool = False
+
+    @cached_property
+    def _columns(self) -> tuple[torch.Tensor, ...]:
+        return self.numbers[:, :, None, None, None].unbind(1)
+
+    @property
+    def num_candidates(self) -> torch.Tensor:
+        """Tokens of a head, int64 ``[requests, 1, 1, 1]`` as the others."""
+        return self._columns[0]
+
+    @property
+    def num_kept(self) -> torch.Tensor:
+        """Of them, those that stay."""
+        return self._columns[1]
+
+    @property
+    def num_tokens(self) -> torch.Tensor:
+        """``Pack.num_tokens``."""
+        return self._columns[2]
+
+    @property
+    def first_query(self) -> torch.Tensor:
+        """``Pack.first_query``."""
+        return self._columns[3]
+
+    @property
+    def seeds(self) -> torch.Tensor:
+        """``Pack.seed``."""
+        return self._columns[4]
+
+    @cached_property
+    def counts(self) -> torch.Tensor:
+        """Tokens that each ranking takes, int64 ``[rankings, requests, 1, 1, 1]``."""
+        return self.num_kept[None] if self.one_ranking else torch.stack(self._columns[5:])
 
     @classmethod
     def of(
@@ -170,24 +198,16 @@ class Batch:
             numbers = [tokens, room, pack.num_tokens, pack.first_query, pack.seed, *counts]
             rows.append([*pack.block_ids, *padding, *numbers])
         table = upload(rows, device)
-        numbers = table[:, width:]
-        columns = numbers[:, :, None, None, None].unbind(1)
         return cls(
             table[:, :width],
-            numbers,
-            columns[0],
-            columns[1],
-            torch.stack(columns[5:]),
-            columns[2],
-            columns[3],
-            columns[4],
+            table[:, width:],
             max(len(p.block_ids) for p in packs) * block_size,
             max(len(p.block_ids) - p.num_kept_blocks for p in packs) * block_size,
         )
 
     def of_one_ranking(self) -> Batch:
         """The same for a rule with a single ranking, which takes all that stay."""
-        return replace(self, counts=self.num_kept[None])
+        return replace(self, one_ranking=True)
 
 
 def choose(
