@@ -39,6 +39,8 @@ STEADY_UNITS = {
     "decision_seconds": "seconds the scheduler spent deciding",
     "scoring_seconds": "by phase",
     "eviction": "over the requests that ended, also before the window",
+    "host": "milliseconds per step by what the thread of vLLM's core works at, right after the "
+    "window; null where that is not told",
     "split": "milliseconds per step on the device, by class of kernel, of profiled steps right "
     "after the window; idle: nothing ran there; null on a CPU",
 }

@@ -36,7 +36,7 @@ class BatchEngine:
     """A running engine.
 
     ``ready``: what it said when it was: ``engine_start_seconds``, ``kv_cache_tokens`` (what the
-    pool holds), ``dtype``.
+    pool holds), ``dtype``, ``own_core_process``.
     """
 
     def __init__(
@@ -134,6 +134,9 @@ def batch_engine(specification: BatchEngineSpecification, log: Path) -> Iterator
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {
+        # vLLM's default. The harness, which looked at the platform first, has set otherwise for
+        # itself (``launch._quiet``), and children inherit it.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         # The profiler of a steady load begins and ends in the engine's own process.
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),

@@ -25,6 +25,7 @@ class Worker:
 
     def __init__(self, question: dict[str, Any]) -> None:
         from vllm import LLM
+        from vllm.v1.engine.core_client import InprocClient
 
         block_size = question["block_size"]
         started = time.perf_counter()
@@ -38,6 +39,7 @@ class Worker:
         self.ready = {
             "engine_start_seconds": time.perf_counter() - started,
             "kv_cache_tokens": blocks * block_size,
+            "own_core_process": not isinstance(self._llm.llm_engine.engine_core, InprocClient),
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
         }
 

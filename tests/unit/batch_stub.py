@@ -21,6 +21,7 @@ def main():
     stock = question["eviction"] is None
     caches = question["prefix_caching"]
     assert stock == (os.environ.get("VLLM_PLUGINS") == "")
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1", "as vLLM starts by default"
     if mode == "no_start":
         answer({"error": "ValueError: this model cannot be"})
         return
