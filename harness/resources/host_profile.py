@@ -106,7 +106,8 @@ class _Sampler:
         self._last = now
 
     def end(self) -> dict[str, float]:
-        """Each part's share of the time since the beginning; more than 1 if threads overlap."""
+        """Each part's share of the time since the beginning. Processor time of a process with
+        several busy threads is more than all of it."""
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, self._former)
         whole = sum(self.seconds[name] for name in NAMES)
@@ -127,9 +128,9 @@ _sampler: _Sampler | None = None
 def _begin(worker: Any) -> bool:
     """In a worker: whether its thread is the core's."""
     global _sampler
-    here = [module for module, _ in _stack(sys._getframe())]
-    if _CORE not in here or threading.current_thread() is not threading.main_thread():
-        print(f"the host is not watched: {here}", file=sys.stderr)
+    modules = {module for module, _ in _stack(sys._getframe())}
+    # Signals are the main thread's.
+    if _CORE not in modules or threading.current_thread() is not threading.main_thread():
         return False
     _sampler = _Sampler()
     return True
