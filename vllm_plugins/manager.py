@@ -167,7 +167,7 @@ class EvictableManager(CountedManager, FullAttentionManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """As vLLM's; first what was taken from the cache becomes the request's."""
-        if self._taken and request_id in self._taken and self._ledger is not None:
+        if request_id in self._taken and self._ledger is not None:
             self._replace(request_id, self._taken.pop(request_id), in_table=False)
             ids = [block.block_id for block in self.req_to_blocks[request_id]]
             self._ledger.adopt(request_id, ids)

@@ -44,7 +44,7 @@ def steady_figures(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _means(parts: Sequence[Mapping[str, float] | None]) -> dict[str, float] | None:
     """Part by part; None where a run has none, as older ones have not."""
     known = [part for part in parts if part]
-    if not known or len(known) < len(parts):
+    if len(known) < len(parts):
         return None
     return {name: fmean(part[name] for part in known) for name in known[0]}
 

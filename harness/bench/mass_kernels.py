@@ -226,10 +226,8 @@ def mass_entry(
     A decode is bound by the bytes it reads and writes, a chunk by its products.
     """
     key_bytes, score_bytes = case.key_bytes, case.score_bytes(by_token)
-    flops, attention_flops = (
-        case.product_flops(case.scored, window),
-        2 * case.product_flops(case.rows),
-    )
+    flops = case.product_flops(case.scored, window)
+    attention_flops = 2 * case.product_flops(case.rows)
     return {
         "scores": "tokens" if by_token else "blocks",
         "window": window,

@@ -11,8 +11,9 @@ import os
 import sys
 import time
 
-HOST = ("scheduling", "launching", "updating", "requests", "rest", "waiting", "plugin")
-HOST += ("core_cpu", "process_cpu", "client_cpu")
+from harness.resources.host_profile import NAMES
+
+HOST = (*NAMES, "plugin", "core_cpu", "process_cpu", "client_cpu")
 
 
 def main():
