@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property, partial
 from typing import Any
 
 from .parsing import (
     EvictionConfigError,
-    check_choice,
     check_renamed,
+    parse_args_by_policy,
+    parse_bool,
+    parse_choice,
     parse_int,
+    parse_policies,
     parse_policy_args,
     parse_score_queries,
     parse_sparsity,
@@ -48,6 +51,7 @@ sample of these too cost H2O 3% of perplexity at 0.9 (results/prompt-stride/ever
 SCORES = ("default", "sum", "mean", "decay")
 DEFAULT_SCORES = {BLOCK: "sum", TOKEN: "mean"}
 """What ``score="default"`` means at each granularity."""
+_GRANULARITIES = (DEFAULT_GRANULARITY, *GRANULARITIES)
 
 
 @dataclass(frozen=True)
@@ -124,71 +128,17 @@ class EvictionConfig:
             EvictionConfigError: the first thing that is wrong, in one sentence.
 
         """
-        known = {f.name for f in fields(cls)}
-        check_renamed(settings)
-        for name in settings:
-            if name not in known:
-                raise EvictionConfigError(
-                    f"unknown eviction setting {name!r}{suggestion(name, known)}"
-                )
-        values = dict(settings)
-        if isinstance(values.get("request_policies"), list):
-            values["request_policies"] = tuple(values["request_policies"])
-        config = cls(**values)
-        config = replace(
-            config,
-            sparsity=parse_sparsity("sparsity", config.sparsity),
-            budget_tokens=None
-            if config.budget_tokens is None
-            else parse_int("budget_tokens", config.budget_tokens, 1),
-            score_queries=parse_score_queries(config.score_queries),
-        )
+        config = cls(**parse_settings(settings))
         config._validate()
         return config
 
     def _validate(self) -> None:
-        for name, least in (
-            ("sink_blocks", 0),
-            ("sink_tokens", 0),
-            ("slack_tokens", 0),
-            ("min_blocks", 2),
-            ("score_half_life", 1),
-            ("score_query_stride", 1),
-            ("score_layer_stride", 1),
-            ("layer_groups", 1),
-            ("seed", 0),
-        ):
-            parse_int(name, getattr(self, name), least)
-        for name in ("check_integrity", "trace_decisions"):
-            if not isinstance(getattr(self, name), bool):
-                raise EvictionConfigError(f"{name} is {getattr(self, name)!r}; give true or false")
-        if self.score_prompt_stride not in PROMPT_STRIDES:
-            raise EvictionConfigError(
-                f"score_prompt_stride is {self.score_prompt_stride!r}; give one of: "
-                f"{', '.join(map(str, PROMPT_STRIDES))}"
-            )
+        """Refuse settings that do not go together."""
         if self.min_blocks <= self.sink_blocks:
             raise EvictionConfigError(
                 f"min_blocks is {self.min_blocks} but {self.sink_blocks} sink blocks and one "
                 f"recent block are protected; set min_blocks to at least {self.sink_blocks + 1}"
             )
-        check_choice("granularity", self.granularity, (DEFAULT_GRANULARITY, *GRANULARITIES))
-        check_choice("request_granularity", self.request_granularity, ("any", "server"))
-        check_choice("request_budgets", self.request_budgets, ("any", "server"))
-        check_choice("score", self.score, SCORES)
-        if not isinstance(self.policy_args, Mapping):
-            raise EvictionConfigError(
-                f'policy_args is {self.policy_args!r}; give a mapping like {{"cab": {{...}}}}'
-            )
-        if self.request_policies != "any":
-            if not isinstance(self.request_policies, tuple):
-                raise EvictionConfigError(
-                    f'request_policies is {self.request_policies!r}; give "any" or a list'
-                )
-            for name in self.request_policies:
-                policy_named(name)
-        for name in self.policy_args:
-            resolve_args(name, self.policy_args[name])
         own = self._own_settings()
         if self.request_budgets == "server" and not own.evicts:
             raise EvictionConfigError(
@@ -269,7 +219,7 @@ class EvictionConfig:
         needs: frozenset[str] = frozenset()
         for granularity in self.granularities:
             for name in {*names, self.policy}:
-                args = resolve_args(name, self.policy_args.get(name))
+                args = resolve_args(name, self.policy_args.get(name, {}))
                 try:
                     get_policy(name).require(granularity, args)
                 except PolicyParameterError:
@@ -361,7 +311,7 @@ class EvictionConfig:
             sparsity, budget = 0.0, None
         granularity = extra.get("kv_granularity", self.granularity)
         if "kv_granularity" in extra:
-            check_choice("kv_granularity", granularity, (DEFAULT_GRANULARITY, *GRANULARITIES))
+            parse_choice("kv_granularity", granularity, _GRANULARITIES)
         overrides = parse_policy_args(extra.get("kv_policy_args"))
         settings = self._settings(policy, sparsity, budget, overrides, granularity, "kv_")
         granularity = settings.granularity
@@ -462,3 +412,68 @@ class EvictionConfig:
         if isinstance(values["request_policies"], tuple):
             values["request_policies"] = list(values["request_policies"])
         return values
+
+
+def _parse_policy(name: str, value: Any) -> str:
+    return policy_named(value).name
+
+
+def _parse_budget(name: str, value: Any) -> int | None:
+    return None if value is None else parse_int(name, value, 1)
+
+
+def _parse_prompt_stride(name: str, value: Any) -> int:
+    stride = parse_int(name, value, 1)
+    if stride not in PROMPT_STRIDES:
+        raise EvictionConfigError(
+            f"{name} is {stride}; give one of: {', '.join(map(str, PROMPT_STRIDES))}"
+        )
+    return stride
+
+
+_LEAST = {
+    "sink_blocks": 0,
+    "sink_tokens": 0,
+    "slack_tokens": 0,
+    "min_blocks": 2,
+    "score_half_life": 1,
+    "score_query_stride": 1,
+    "score_layer_stride": 1,
+    "layer_groups": 1,
+    "seed": 0,
+}
+_CHOICES = {
+    "granularity": _GRANULARITIES,
+    "request_granularity": ("any", "server"),
+    "request_budgets": ("any", "server"),
+    "score": SCORES,
+}
+_PARSERS: dict[str, Callable[[str, Any], Any]] = {
+    "policy": _parse_policy,
+    "sparsity": parse_sparsity,
+    "budget_tokens": _parse_budget,
+    "policy_args": parse_args_by_policy,
+    "score_queries": parse_score_queries,
+    "score_prompt_stride": _parse_prompt_stride,
+    "request_policies": parse_policies,
+    **{name: partial(parse_int, least=least) for name, least in _LEAST.items()},
+    **{name: partial(parse_choice, known=known) for name, known in _CHOICES.items()},
+    **dict.fromkeys(("check_integrity", "trace_decisions"), parse_bool),
+}
+"""One for each field of ``EvictionConfig``."""
+
+
+def parse_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Some fields of ``EvictionConfig``, each of its type: numbers given as text are numbers then.
+
+    Raises:
+        EvictionConfigError: the first that is unknown or wrong by itself.
+
+    """
+    check_renamed(settings)
+    for name in settings:
+        if name not in _PARSERS:
+            raise EvictionConfigError(
+                f"unknown eviction setting {name!r}{suggestion(name, _PARSERS)}"
+            )
+    return {name: _PARSERS[name](name, value) for name, value in settings.items()}

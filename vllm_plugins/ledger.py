@@ -155,12 +155,14 @@ class Ledger:
         if state.settings.needs & BLOCK_SCORES:
             num_processed_tokens = min(num_processed_tokens, state.num_scored_tokens)
         num_full_blocks = min(num_processed_tokens // self.block_size, len(blocks))
-        live = state.extend(group, num_full_blocks, blocks)
-        # A budget never shrinks: until another block is full there is nothing to decide.
-        state.due[group] = (live.num_seen + 1) * self.block_size
+        live = state.groups[group]
+        live.extend(num_full_blocks, blocks)
         keep = state.settings.keep(state.num_tokens, self.block_size, self.config.min_blocks)
         slack = 0 if rule is None else self.config.slack(self.block_size)
-        if len(live.positions) <= keep + slack:
+        # A budget never shrinks: until so many more blocks are full there is nothing to decide.
+        missing = keep + slack + 1 - len(live.positions)
+        state.due[group] = (live.num_seen + max(1, missing)) * self.block_size
+        if missing > 0:
             return []
         started = time.perf_counter()
         kept: np.ndarray | None

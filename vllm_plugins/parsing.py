@@ -71,17 +71,50 @@ def parse_int(name: str, value: Any, least: int) -> int:
     return value
 
 
-def parse_score_queries(value: Any) -> str | int:
+def parse_bool(name: str, value: Any) -> bool:
+    """``value``, if it is a truth value; no text is one."""
+    if not isinstance(value, bool):
+        raise EvictionConfigError(f"{name} is {shown(value)}; give true or false, without quotes")
+    return value
+
+
+def parse_choice(name: str, value: Any, known: tuple[str, ...]) -> str:
+    """``value``, if it is one of ``known``."""
+    if value not in known:
+        raise EvictionConfigError(f"{name} is {shown(value)}; use one of: {', '.join(known)}")
+    return value
+
+
+def parse_score_queries(name: str, value: Any) -> str | int:
     """``all``, or a number of queries."""
     if value == "all":
         return value
     try:
-        return parse_int("score_queries", value, 1)
+        return parse_int(name, value, 1)
     except EvictionConfigError:
         raise EvictionConfigError(
-            f'score_queries is {shown(value)}; give "all" or how many of a chunk\'s last queries '
-            "count"
+            f'{name} is {shown(value)}; give "all" or how many of a chunk\'s last queries count'
         ) from None
+
+
+def parse_policies(name: str, value: Any) -> str | tuple[str, ...]:
+    """``any``, or names of policies."""
+    if value == "any":
+        return value
+    if not isinstance(value, list | tuple):
+        raise EvictionConfigError(f'{name} is {shown(value)}; give "any" or a list')
+    return tuple(policy_named(policy).name for policy in value)
+
+
+def parse_args_by_policy(name: str, value: Any) -> Mapping[str, Mapping[str, Any]]:
+    """Parameters by policy, if every policy takes those under its name."""
+    if not isinstance(value, Mapping):
+        raise EvictionConfigError(
+            f'{name} is {shown(value)}; give a mapping like {{"cab": {{...}}}}'
+        )
+    for policy, args in value.items():
+        resolve_args(policy, args)
+    return value
 
 
 def parse_policy_args(value: Any) -> Mapping[str, Any] | None:
@@ -116,18 +149,12 @@ def policy_named(name: Any) -> Policy:
 def resolve_args(name: str, args: Any) -> dict[str, Any]:
     """Parameters of a policy, complete."""
     policy = policy_named(name)
-    if args is not None and not isinstance(args, Mapping):
+    if not isinstance(args, Mapping):
         raise EvictionConfigError(f"policy_args of {name} is {shown(args)}; give a mapping")
     try:
         return policy.resolve(args)
     except PolicyParameterError as error:
         raise EvictionConfigError(str(error)) from None
-
-
-def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """Refuse a value that is none of ``known``."""
-    if value not in known:
-        raise EvictionConfigError(f"{name} is {shown(value)}; use one of: {', '.join(known)}")
 
 
 def suggestion(name: Any, known: Any) -> str:

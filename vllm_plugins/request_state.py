@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from .live_blocks import BlockLike, LiveBlocks
+from .live_blocks import LiveBlocks
 from .policies import BLOCK_SCORES, get_policy
 from .request_settings import RequestSettings
 from .request_table import RequestTable
@@ -36,8 +35,8 @@ class RequestState:
     """One request: what it follows, its live blocks by layer group, and its record.
 
     ``row``: its numbers in ``table``. ``due``: by layer group, the processed tokens below which
-    nothing new is full, so nothing has to be decided. ``num_adopted_tokens``: the first so many
-    came from the prefix cache.
+    the budget cannot be exceeded, so nothing has to be decided. ``num_adopted_tokens``: the first
+    so many came from the prefix cache.
     """
 
     request: RequestLike
@@ -62,7 +61,7 @@ class RequestState:
         """The state of a request that has just arrived."""
         groups = [LiveBlocks() for _ in range(num_groups)]
         due = [0 if settings.evicts else NEVER] * num_groups
-        row = table.add(bool(settings.needs & BLOCK_SCORES))
+        row = table.add(settings.evicts, bool(settings.needs & BLOCK_SCORES))
         state = cls(request, settings, seed, table, row, groups, due)
         state.record = {
             "policy": settings.policy,
@@ -94,14 +93,6 @@ class RequestState:
         self.due = [0 if due != NEVER else NEVER for due in self.due]
         self.num_adopted_tokens = 0
         self.table.restart(self.row)
-
-    def extend(self, group: int, num_full_blocks: int, blocks: Sequence[BlockLike]) -> LiveBlocks:
-        """The live blocks of a group, with those that became full since the last call."""
-        live = self.groups[group]
-        before = live.num_seen
-        live.extend(num_full_blocks, blocks)
-        self.table.seen[self.row] += live.num_seen - before
-        return live
 
     def fail(self, reason: str, holds_budget: bool) -> None:
         """The policy could not be followed: nothing more is decided.

@@ -16,7 +16,8 @@ class RequestTable:
 
     Attributes:
         scored: tokens that the newest reported scores include; 0 where no report is waited for.
-        seen, evicted: full processed blocks, and those of them that went, over all layer groups.
+        seen, evicted: full blocks of a request that evicts, and those of them that went, over all
+            layer groups.
         steps, block_steps: steps, and the blocks held in each of them, summed.
         peak_blocks: most blocks held in a step, over all layer groups.
         peak_pool: most blocks in use in the whole pool in a step of the request.
@@ -37,23 +38,25 @@ class RequestTable:
         for name in self.columns:
             setattr(self, name, np.zeros(num_rows, dtype=np.int64))
         self._reported = np.zeros(num_rows, dtype=np.int64)
+        self._evicts = np.zeros(num_rows, dtype=np.int64)
         self._life = np.zeros(num_rows, dtype=np.int64)
         """Changes when what is under way no longer concerns a row."""
         self._free = list(range(num_rows))[::-1]
         self._under_way: deque[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = deque()
 
-    def add(self, reported: bool) -> int:
-        """A row of zeros. ``reported``: the workers report scores for its request."""
+    def add(self, evicts: bool, reported: bool) -> int:
+        """A row of zeros, for a request that may lose blocks (``evicts``) and for which the workers
+        report scores (``reported``)."""
         if not self._free:
             num_rows = len(self._life)
-            for name in (*self.columns, "_reported", "_life"):
+            for name in (*self.columns, "_evicts", "_reported", "_life"):
                 column = getattr(self, name)
                 setattr(self, name, np.concatenate((column, np.zeros_like(column))))
             self._free = list(range(num_rows, 2 * num_rows))[::-1]
         row = self._free.pop()
         for name in self.columns:
             getattr(self, name)[row] = 0
-        self._reported[row] = reported
+        self._evicts[row], self._reported[row] = evicts, reported
         self._life[row] += 1
         return row
 
@@ -85,6 +88,7 @@ class RequestTable:
         index, tokens = np.asarray(rows), np.asarray(num_tokens)
         table = -(-tokens // self._block_size) * self._num_groups
         held = table - self.evicted[index]
+        self.seen[index] = tokens // self._block_size * self._num_groups * self._evicts[index]
         self.steps[index] += 1
         self.block_steps[index] += held
         self.peak_blocks[index] = np.maximum(self.peak_blocks[index], held)

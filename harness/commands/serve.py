@@ -14,7 +14,7 @@ from vllm_plugins.policies import policy_names
 
 from ..errors import UsageError
 from ..inputs.models import DEFAULT_MODEL, resolve_model
-from ..resources.passthrough import Passthrough
+from ..resources.passthrough import Passthrough, dashed
 from .eviction_flags import add_eviction_flags, eviction_settings
 from .serve_notes import settings_notes
 
@@ -46,9 +46,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--block-size",
         type=int,
-        default=32,
+        default=None,
         metavar="TOKENS",
-        help="tokens per KV block, the unit of eviction [32]",
+        help=f"tokens per KV block, the unit of eviction [{_BLOCK_SIZE}]",
     )
     parser.add_argument(
         "--request-policies",
@@ -87,8 +87,8 @@ def add_parser(commands: Any) -> None:
     own_flags = [flag for action in shown for flag in action.option_strings]
     parse = parser.parse_known_args
 
-    def hand_on(arguments: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list]:
-        known, rest = parse(arguments, namespace)
+    def hand_on(words: Sequence[str], namespace: Any = None) -> tuple[argparse.Namespace, list]:
+        known, rest = parse([dashed(word, own_flags) for word in words], namespace)
         known.vllm_flags, known.own_flags = rest, own_flags
         return known, []
 
@@ -110,6 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = EvictionConfig.parse(settings)
     flags = Passthrough(arguments.vllm_flags)
     flags.check(config, arguments.own_flags)
+    if arguments.block_size is None:
+        arguments.block_size = _block_size(flags)
     check_has_budget(settings)
     config.check_budget(arguments.block_size)
     given = flags.get("--port")
@@ -122,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_config(model, facts, config.layer_groups, _whole(flags.get("--max-model-len")))
     vllm_flags, notes = _vllm_flags(arguments, settings, flags, model, facts)
     print(shell_line(["vllm", "serve", model, *vllm_flags]), flush=True)
-    for note in (config.summary(_shares_prefixes(vllm_flags)), *notes, _WHAT_FITS):
+    for note in (config.summary(_SHARES_PREFIXES in vllm_flags), *notes, _WHAT_FITS):
         print(f"kv-eviction: {note}", file=sys.stderr, flush=True)
     if arguments.print_command:
         return 0
@@ -138,7 +140,8 @@ _WHAT_FITS = (
     "what fits is known once the engine has its pool: see the lines of its log that begin with "
     "'KV eviction:'"
 )
-_PREFIX_CACHING = ("--enable-prefix-caching", "--no-enable-prefix-caching")
+_BLOCK_SIZE = 32
+_SHARES_PREFIXES = "--enable-prefix-caching"
 _OWN = (
     *("policy", "sparsity", "budget_tokens"),
     *("request_policies", "request_granularity", "request_budgets"),
@@ -171,8 +174,12 @@ def _vllm_flags(
 
     check_block_size(arguments.block_size)
     check_kv_cache_dtype(flags.get("--kv-cache-dtype") or "auto")
+    # vLLM reads the file of --config before these, so they repeat what it says.
+    engine = {**settings, "prefix_caching": flags.switch(_SHARES_PREFIXES) is not False}
+    for name in (_SHARES_PREFIXES, "--no-enable-prefix-caching"):
+        flags.take(name)
     processors = flags.take("--logits-processors")
-    made = [*eviction_flags(arguments.block_size, settings, processors), *flags.flags]
+    made = [*eviction_flags(arguments.block_size, engine, processors), *flags.flags]
     config = EvictionConfig.parse(settings)
     length = max_model_len(flags, facts)
     notes = settings_notes(config, settings, arguments.block_size, length)
@@ -202,10 +209,14 @@ def _vllm_flags(
     return made, notes
 
 
-def _shares_prefixes(vllm_flags: Sequence[str]) -> bool:
-    """What the last flag that speaks of it says, as vLLM's parser reads them."""
-    said = [flag for flag in vllm_flags if flag in _PREFIX_CACHING]
-    return bool(said) and said[-1] == _PREFIX_CACHING[0]
+def _block_size(flags: Passthrough) -> int:
+    """What the file of ``--config`` says, or the default."""
+    text = flags.get("--block-size")
+    if text is None:
+        return _BLOCK_SIZE
+    if not text.isdecimal():
+        raise UsageError(f"block-size in --config is {text!r}; give a whole number of tokens")
+    return int(text)
 
 
 def _score_flags(chunk: int, flags: Passthrough) -> list[str]:
@@ -226,6 +237,11 @@ def _score_flags(chunk: int, flags: Passthrough) -> list[str]:
     ):
         if name in flags:
             raise UsageError(f"--score-chunk sets {name} itself; drop one of the two")
+    if flags.switch("--enable-chunked-prefill") is False:
+        raise UsageError(
+            "--score-chunk computes prompts in chunks, which --no-enable-chunked-prefill rules "
+            "out; drop one of the two"
+        )
     return ["--max-num-batched-tokens", str(chunk), "--max-num-seqs", "1", "--no-async-scheduling"]
 
 

@@ -64,8 +64,10 @@ def host_of_steps(
     Returns:
         ``NAMES``; ``plugin``, the part of all work that is the plug-in's; ``core_cpu`` and
         ``process_cpu``, processor time of that thread and of its whole process; ``client_cpu``, of
-        this process, which makes the load; ``ms_per_step``, ``steps``. None where workers have
-        processes of their own, as the core is not among them.
+        this process, which makes the load; ``ms_per_step``, ``steps``. Steps are counted by who
+        takes their outputs: the core's, as long as ``client_cpu`` is less than ``ms_per_step``,
+        so that it waits for each. None where workers have processes of their own, as the core is
+        not among them.
 
     """
     step()

@@ -22,6 +22,7 @@ from .points import (
     check_file_names,
     check_seeds,
     check_vary,
+    eviction_settings,
     points_of,
     typed_settings,
 )
@@ -98,8 +99,7 @@ class BenchStudy:
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> BenchStudy:
         """From untyped settings."""
-        known = (f.name for f in fields(cls))
-        study = cls(**typed_settings(values, known, _KINDS, "a bench study"))
+        study = cls(**typed_settings(values, cls, _KINDS, "a bench study"))
         study._validate()
         return study
 
@@ -158,7 +158,7 @@ class BenchStudy:
         for name in ("startup_timeout_s", "batch_timeout_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name):g}; give a number above 0")
-        for name in ("eviction", "engine", "environment"):
+        for name in ("engine", "environment"):
             check_json(name, getattr(self, name))
         runs = self.runs()
         check_file_names(runs)
@@ -215,6 +215,8 @@ def _split(entry: Any) -> tuple[Any, dict[str, Any]]:
         raise UsageError(f"start of method {dict(entry)} must be a whole number of at least 1")
     if type(own.get("prefix_caching", False)) is not bool:
         raise UsageError(f"prefix_caching of method {dict(entry)} must be true or false")
+    if "eviction" in own:
+        own["eviction"] = eviction_settings(own["eviction"])
     for name in own:
         check_json(f"{name} of a method", own[name])
     return {k: v for k, v in entry.items() if k not in own}, own

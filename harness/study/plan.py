@@ -20,25 +20,9 @@ from ..records.specifications import DENSE, PERPLEXITY, STOCK
 from .levels import check_levels, levels_for
 from .points import Comparison, comparisons_of
 from .run import Budget, Method, Run
-from .settings import Study, short_name
+from .settings import EVICTION, Study, short_name
 from .specification import Answers, EngineSpecification, Load, OfflineRun, Perplexity, Throughput
 from .tasks import tasks_of
-
-_EVICTION = (
-    "granularity",
-    "layer_groups",
-    "score",
-    "score_half_life",
-    "score_queries",
-    "score_query_stride",
-    "score_prompt_stride",
-    "score_layer_stride",
-    "sink_blocks",
-    "sink_tokens",
-    "slack_tokens",
-    "min_blocks",
-    "policy_args",
-)
 
 
 def comparisons(study: Study, folder: Path, device: str) -> list[Comparison]:
@@ -112,7 +96,7 @@ def _runs(
             "has; use --protocol chunked"
         )
     eviction = EvictionConfig.parse(
-        {"policy": "dense", **{name: getattr(study, name) for name in _EVICTION}}
+        {"policy": "dense", **{name: getattr(study, name) for name in EVICTION}}
     )
     eviction, levels = _settled(eviction, levels)
     path = resolve_model(study.model)

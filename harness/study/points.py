@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from vllm_plugins.config import EvictionConfig, parse_settings
+
 from ..errors import UsageError
 from .run import Run
 
@@ -99,25 +101,39 @@ def check_vary(vary: Mapping[str, Any], can_vary: Iterable[str]) -> None:
 
 
 def typed_settings(
-    values: Mapping[str, Any], known: Iterable[str], kinds: Mapping[str, type], what: str
+    values: Mapping[str, Any], study: type, kinds: Mapping[str, type], what: str
 ) -> dict[str, Any]:
     """``values`` of a study's file, lists as tuples.
 
     Args:
         values: by name, as read.
-        known: names of all settings.
+        study: a dataclass; its fields are the settings, ``eviction`` among them.
         kinds: those that are lists or mappings.
         what: the study, in a sentence.
 
     Raises:
-        UsageError: an unknown setting, or one of another kind.
+        UsageError: an unknown setting, one without a value, or one of another kind.
+        EvictionConfigError: an eviction setting is wrong.
 
     """
-    check_known(values, known, what)
+    check_known(values, (f.name for f in fields(study)), what)
+    check_given(study, values, what)
     for name, kind in kinds.items():
         if not isinstance(values.get(name, kind()), kind):
             raise UsageError(f"{name} of {what} must be a {_KIND_NAMES[kind]}")
-    return {k: tuple(v) if kinds.get(k) is list else v for k, v in values.items()}
+    made = {k: tuple(v) if kinds.get(k) is list else v for k, v in values.items()}
+    return {**made, "eviction": eviction_settings(values.get("eviction", {}))}
+
+
+def eviction_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Server-wide eviction settings of a study or a method, each of its type.
+
+    Raises:
+        UsageError: one has no value. ``EvictionConfigError``: one is unknown or wrong.
+
+    """
+    check_given(EvictionConfig, values, "eviction")
+    return parse_settings(values)
 
 
 def check_known(values: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -133,6 +149,23 @@ def check_known(values: Iterable[str], known: Iterable[str], what: str) -> None:
             close = difflib.get_close_matches(str(name), names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {names}"
             raise UsageError(f"unknown setting {name!r} of {what}; {hint}")
+
+
+def check_given(settings: type, values: Mapping[str, Any], what: str) -> None:
+    """Refuse a setting without a value, as ``seeds:`` is in YAML, unless None is its default.
+
+    Args:
+        settings: a dataclass; its fields have the defaults.
+        values: by field.
+        what: whose they are, in a sentence.
+
+    Raises:
+        UsageError: the first without one.
+
+    """
+    for f in fields(settings):
+        if values.get(f.name, f.default) is None and f.default is not None:
+            raise UsageError(f"{f.name} of {what} is empty; give a value or remove the line")
 
 
 def check_file_names(runs: Sequence[Run[Any, Any]]) -> None:

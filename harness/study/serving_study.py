@@ -85,8 +85,7 @@ class ServingStudy:
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> ServingStudy:
         """From untyped settings."""
-        known = (f.name for f in fields(cls))
-        study = cls(**typed_settings(values, known, _KINDS, "a serving study"))
+        study = cls(**typed_settings(values, cls, _KINDS, "a serving study"))
         study._validate()
         return study
 
@@ -114,7 +113,7 @@ class ServingStudy:
             raise UsageError(
                 f"startup_timeout_s is {self.startup_timeout_s:g}; give a number above 0"
             )
-        for name in ("eviction", "server", "environment"):
+        for name in ("server", "environment"):
             check_json(name, getattr(self, name))
         settings = self.load.get("settings")
         if own := [n for n in _OF_THE_STUDY if isinstance(settings, Mapping) and n in settings]:

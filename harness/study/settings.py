@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from vllm_plugins.config import EvictionConfig
+from vllm_plugins.config import EvictionConfig, parse_settings
 from vllm_plugins.parsing import check_renamed
 from vllm_plugins.platforms import FP8
 
@@ -17,7 +17,8 @@ from ..inputs.models import DEFAULT_MODEL, recorded_name
 from ..inputs.tasks.sample import AFTER, COMPUTED
 from ..inputs.windows import ALL_WINDOWS
 from .hypotheses import check_hypotheses, untestable
-from .points import check_known
+from .levels import method_for
+from .points import check_given, check_known
 from .specification import PROTOCOLS
 from .tasks import check_tasks, tasks_need
 
@@ -27,6 +28,22 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 KV_CACHE_DTYPES = ("auto", *sorted(FP8))
 _NOT_VARIED = ("name", "vary", "tasks", "hypotheses")
 _DEFAULTS = EvictionConfig()
+EVICTION = (
+    "granularity",
+    "layer_groups",
+    "score",
+    "score_half_life",
+    "score_queries",
+    "score_query_stride",
+    "score_prompt_stride",
+    "score_layer_stride",
+    "sink_blocks",
+    "sink_tokens",
+    "slack_tokens",
+    "min_blocks",
+    "policy_args",
+)
+"""Settings that are fields of ``EvictionConfig``, of every engine of a study."""
 ALL_SCORES = {"score_query_stride": 1, "score_prompt_stride": 1, "score_layer_stride": 1}
 """The papers' score, every query and layer, whatever a server samples."""
 
@@ -93,17 +110,19 @@ class Study:
         """From untyped settings.
 
         Raises:
-            UsageError: an unknown or misused setting. ``EvictionConfigError``: one under its
-                former name.
+            UsageError: an unknown or misused setting, or one without a value.
+                ``EvictionConfigError``: one of the plugin is wrong, or under its former name.
 
         """
-        known = {f.name for f in fields(cls)}
         check_renamed(settings)
-        check_known(settings, known, "a study")
-        values = dict(settings)
+        check_known(settings, (f.name for f in fields(cls)), "a study")
+        check_given(cls, settings, "a study")
+        values = {**settings, **parse_settings({k: settings[k] for k in EVICTION if k in settings})}
+        if not isinstance(values.get("vary", {}), Mapping):
+            raise UsageError("vary must be a mapping of a setting to its values")
         if isinstance(values.get("dataset"), (list, tuple)):
             # Several texts are what varies first.
-            vary = {k: v for k, v in (values.get("vary") or {}).items() if k != "dataset"}
+            vary = {k: v for k, v in values.get("vary", {}).items() if k != "dataset"}
             datasets = list(values.pop("dataset"))
             values["vary"] = {"dataset": datasets, **vary}
             if len(datasets) == 1:
@@ -138,6 +157,9 @@ class Study:
                 continue
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value!r}")
+        for name in ("perplexity", "throughput", "enforce_eager"):
+            if getattr(self, name) not in (None, False, True):
+                raise UsageError(f"{name} must be true or false, not {getattr(self, name)!r}")
         several = max(self.num_runs or 1, len(self.seeds or ()))
         if self.num_samples == ALL_WINDOWS and self.measures_perplexity and several > 1:
             raise UsageError(
@@ -156,16 +178,19 @@ class Study:
         if self.protocol not in PROTOCOLS:
             raise UsageError(f"--protocol must be one of: {', '.join(PROTOCOLS)}")
         check_tasks(self)
-        if not isinstance(self.policy_args, Mapping):
-            raise UsageError('policy_args must be a mapping, like {"cab": {"local": 0.6}}')
-        if not isinstance(self.vary, Mapping):
-            raise UsageError("vary must be a mapping of a setting to its values")
+        for method in self.methods:
+            method_for(method)
         check_renamed(self.vary)
         for name, values in self.vary.items():
             if name in _NOT_VARIED or name not in {f.name for f in fields(self)}:
                 raise UsageError(f"vary names {name!r}, which is no setting that can vary")
             if not isinstance(values, list) or not values:
                 raise UsageError(f"vary.{name} must be a list of values")
+        for name in ("model", "dataset", "text_column"):
+            for value in (getattr(self, name), *self.vary.get(name, ())):
+                named = isinstance(value, str) and value != ""
+                if not named and (name != "text_column" or value is not None):
+                    raise UsageError(f"{name} is {value!r}; give a name")
 
     @property
     def measures_perplexity(self) -> bool:
@@ -181,9 +206,13 @@ class Study:
             "score_half_life": ("--score decay", self.score == "decay" or "score" in self.vary),
             "text_column": ("a --dataset of rows", any(map(has_rows, texts))),
         }
-        own = [m.get("granularity") for m in self.methods if isinstance(m, Mapping)]
-        chosen = {self.granularity, *own, *self.vary.get("granularity", ())}
-        by_token, by_block = (chosen - {other, None} != set() for other in ("block", "token"))
+        methods = [method_for(method) for method in self.methods]
+        chosen = [self.granularity, *self.vary.get("granularity", ())]
+        chosen += [method.granularity for method in methods]
+        by_token, by_block = (
+            any(granularity not in (other, None) for granularity in chosen)
+            for other in ("block", "token")
+        )
         for name in ("sink_tokens", "slack_tokens"):
             needed[name] = ("--granularity token", by_token)
         for name in ("sink_blocks", "score_layer_stride"):
@@ -191,8 +220,7 @@ class Study:
         for name in ("load_runs", "load_requests", "load_output_tokens"):
             needed[name] = ("--throughput", self.throughput or "throughput" in self.vary)
         needed |= tasks_need(self)
-        named = [m.get("name", m["policy"]) if isinstance(m, Mapping) else m for m in self.methods]
-        return untestable(self.hypotheses, named) + [
+        return untestable(self.hypotheses, [method.name for method in methods]) + [
             f"--{name.replace('_', '-')} has no effect without {what}"
             for name, (what, there) in needed.items()
             if name in given and not there

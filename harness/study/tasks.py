@@ -36,9 +36,6 @@ def check_tasks(study: Study) -> None:
         raise UsageError(f"--task-question must be one of: {', '.join(QUESTIONS)}")
     if study.task_prefix not in PREFIXES:
         raise UsageError(f"--task-prefix must be one of: {', '.join(PREFIXES)}")
-    for name in ("perplexity", "throughput"):
-        if getattr(study, name) not in (None, False, True):
-            raise UsageError(f"{name} must be true or false, not {getattr(study, name)!r}")
     if not study.tasks and not study.measures_perplexity:
         raise UsageError("nothing to measure; name --tasks, or drop --no-perplexity")
     if study.throughput and not study.measures_perplexity:

@@ -59,9 +59,10 @@ def peaked(tmp_path_factory):
     ids=lambda value: {False: "sync", True: "async"}.get(value, value),
 )
 def test_engine_equals_oracle(case, asynchronous, engines, peaked):
-    """float16 here, float32 there: near ties fall otherwise, so nearly all of a set agrees. How far
-    that moves log-probs depends on what is ranked: where it is keys, a token that goes may be one
-    that much attention went to. So the oracle itself, in float16, says what rounding may do.
+    """float16 here, float32 there: near ties fall otherwise, so nearly all of a set agrees. How
+    near ties are, and how far they move log-probs, depends on what is ranked: of keys, a token
+    that goes may be one that much attention went to. So the oracle itself, in float16, says what
+    rounding may do to sets and log-probs; the engine may be half as far again from it.
 
     Asynchronous scheduling, CUDA's default, decides while the chunk before is still computed: its
     blocks are no candidates yet, but its queries are scored before the workers pack. The oracle
@@ -102,12 +103,13 @@ def test_engine_equals_oracle(case, asynchronous, engines, peaked):
     )
     assert record["decisions"] == expected.num_decisions > 0
     scores, region = worker_state().tokens, record["trace"][-1]["region"]
-    shares = []
+    shares, by_rounding = [], []
     for layer, heads in enumerate(expected.kept):
         for head, kept in enumerate(heads):
             ours = scores.position[layer, region, head].flatten().tolist()
             assert len(set(ours)) == len(ours) == len(kept)
             shares.append(len(set(ours) & set(kept)) / len(kept))
+            by_rounding.append(len(set(rounded.kept[layer][head]) & set(kept)) / len(kept))
             for array in (scores.mass, scores.peak):
                 assert array[layer, region, head].isfinite().all()
     ours = [out.prompt_logprobs[i][prompt[i]].logprob for i in range(1, LENGTH)]
@@ -119,14 +121,17 @@ def test_engine_equals_oracle(case, asynchronous, engines, peaked):
         "kept alike",
         min(shares),
         np.mean(shares),
+        "by rounding",
+        np.mean(by_rounding),
         "log-probs",
         np.abs(difference).mean(),
         difference.mean(),
         "rounding",
         rounding,
     )
-    assert np.mean(shares) > 0.95
+    assert np.mean(by_rounding) > 0.9, "a model that rounding throws about shows nothing"
     assert rounding < 0.1, "a model that rounding throws about shows nothing"
+    assert 1 - np.mean(shares) < max(0.05, 1.5 * (1 - np.mean(by_rounding)))
     most = max(0.05, 1.5 * rounding)
     assert np.abs(difference).mean() < most
     assert abs(difference.mean()) < 0.2 * most

@@ -1,6 +1,7 @@
 """Settings are refused with a sentence that says what to change."""
 
 import re
+from dataclasses import fields
 
 import pytest
 
@@ -23,6 +24,7 @@ BAD = [
     ({"policy_args": {"cab": {"local": 0.9}}}, "sum to 1"),
     ({"policy_args": {"h2o": 3}}, "give a mapping"),
     ({"policy_args": 3}, "give a mapping"),
+    ({"policy_args": {"h2o": None}}, "policy_args of h2o is None; give a mapping"),
     ({"policy": "dense", "sparsity": 0.5}, "would do nothing"),
     ({"sparsity": 0.5, "budget_tokens": 512}, "not both"),
     ({"budget_tokens": 0}, "budget_tokens is 0"),
@@ -33,6 +35,9 @@ BAD = [
     ({"score": "max"}, "sum, mean, decay"),
     ({"score_queries": 0}, 'give "all"'),
     ({"score_queries": "last"}, 'give "all"'),
+    ({"score_prompt_stride": 3}, "score_prompt_stride is 3; give one of: 1, 2, 4, 8, 16"),
+    ({"score_prompt_stride": True}, "score_prompt_stride is True; give a whole number"),
+    ({"seed": None}, "seed is None; give a whole number"),
     ({"request_policies": ["h2o", "nope"]}, "unknown policy 'nope'"),
     ({"request_policies": 3}, 'give "any" or a list'),
     ({"check_integrity": "yes"}, "true or false"),
@@ -47,6 +52,43 @@ def test_bad_server_settings(settings, sentence):
         EvictionConfig.parse(settings)
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+AS_TEXT = {
+    "policy": ("cab", "cab"),
+    "sparsity": ("0.5", 0.5),
+    "budget_tokens": ("512", 512),
+    "policy_args": ("cab", EvictionConfigError),
+    "granularity": ("block", "block"),
+    "request_granularity": ("server", "server"),
+    "request_budgets": ("any", "any"),
+    "sink_blocks": ("0", 0),
+    "sink_tokens": ("0", 0),
+    "slack_tokens": ("32", 32),
+    "min_blocks": ("4", 4),
+    "score": ("decay", "decay"),
+    "score_half_life": ("128", 128),
+    "score_queries": ("32", 32),
+    "score_query_stride": ("8", 8),
+    "score_prompt_stride": ("4", 4),
+    "score_layer_stride": ("2", 2),
+    "layer_groups": ("2", 2),
+    "request_policies": ("h2o", EvictionConfigError),
+    "seed": ("3", 3),
+    "check_integrity": ("true", EvictionConfigError),
+    "trace_decisions": ("false", EvictionConfigError),
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(EvictionConfig)])
+def test_text_is_what_a_setting_takes_or_refused(name):
+    text, meant = AS_TEXT[name]
+    if meant is EvictionConfigError:
+        with pytest.raises(EvictionConfigError, match=rf"^{name} is '{text}'; give [^\n]+$"):
+            EvictionConfig.parse({name: text})
+    else:
+        value = getattr(EvictionConfig.parse({name: text}), name)
+        assert (type(value), value) == (type(meant), meant)
 
 
 def test_settings_survive_json():

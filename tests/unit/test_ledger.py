@@ -260,6 +260,7 @@ def test_more_requests_than_rows_are_not_counted_twice():
     for i in range(100):
         request = FakeRequest(f"r{i}", 80, 80)
         ledger.admit(request, config.request_settings(None, BLOCK), seed=i)
+        ledger.schedule({request.request_id: 80}, 0)
         ledger.decide(request.request_id, 0, 80, blocks)
     assert ledger.live_share == 0.5
     assert int(ledger.table.seen.sum()) == 100 * 20

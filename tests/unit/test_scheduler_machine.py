@@ -35,7 +35,7 @@ from vllm_plugins.live_blocks import LiveBlocks
 from vllm_plugins.manager import EvictableManager
 from vllm_plugins.policies import get_policy
 from vllm_plugins.prefix_sharing import PrefixSharing
-from vllm_plugins.request_state import RequestState
+from vllm_plugins.request_state import NEVER, RequestState
 from vllm_plugins.request_table import RequestTable
 
 from .simulated_scheduler import REPORTS, SchedulerOverMemory
@@ -294,6 +294,19 @@ def no_sink(patch):
     patch.setattr(LiveBlocks, "retain", lambda live, kept: retain(live, kept[1:]))
 
 
+def asked_too_late(patch):
+    """A request is not looked at although it exceeds its budget."""
+    decide = Ledger.decide
+
+    def late(ledger, request_id, group, *args):
+        evicted = decide(ledger, request_id, group, *args)
+        due = ledger.requests[request_id].due
+        due[group] = min(NEVER, due[group] + 2 * BLOCK_SIZE) if due[group] else 0
+        return evicted
+
+    patch.setattr(Ledger, "decide", late)
+
+
 def nothing_goes(patch):
     """Nobody is ever evicted."""
     patch.setattr(Ledger, "decide", lambda *args: [])
@@ -343,6 +356,7 @@ FAULTS = {
     scores_of_a_former_life: (SYNC, "before its last token was known|blocks that it lost"),
     plans_outlive_their_blocks: (PRIORITY, "which lost its blocks"),
     no_sink: (SYNC, "lost its first block"),
+    asked_too_late: (SYNC, r"keeps \d+ of \d+ blocks"),
     nothing_goes: (SYNC, "blocks are known, 0 judged"),
     a_leak: (SYNC, "free and used blocks are not all|references, 0 holders"),
     freed_twice: (SYNC, "references, . holders|and it is held"),

@@ -143,7 +143,9 @@ def test_the_record_holds_the_sparsity_that_was_in_force(tmp_path, capsys):
         status, record = load(address, tmp_path, "--kv-policy", "h2o", "--kv-sparsity", "0.9")
     assert status == 0
     share = record["memory"]["kv_eviction_live_share"]
-    values = record["samples"]["kv_eviction_live_share"]
+    samples, (first, last) = record["samples"], record["summary"]["steady"]["span_s"]
+    sampled = zip(samples["time_s"], samples["kv_eviction_live_share"], strict=True)
+    values = [value for time, value in sampled if first <= time <= last]
     assert share == {"mean": pytest.approx(sum(values) / len(values)), "min": min(values)}
     assert record["memory"]["evicted_share"] == pytest.approx(1 - share["mean"])
     assert "of the blocks that dense would hold" in capsys.readouterr().out

@@ -210,6 +210,8 @@ def test_a_lone_window_still_gets_an_engine_for_two(model):
         ),
         ({"throughput": True, "load_output_tokens": 1024}, "leaves no prompt"),
         ({"num_runs": 2, "seeds": [1]}, "drop one"),
+        ({"dataset": [None]}, "dataset is None; give a name"),
+        ({"dataset": ""}, "dataset is ''; give a name"),
         ({"dataset": "text:/nowhere.txt"}, "cannot read /nowhere.txt"),
     ],
 )

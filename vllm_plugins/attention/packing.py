@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -100,7 +99,7 @@ class Packer(ABC):
         alike: dict[tuple[int, str, str], list[tuple[str, Pack]]] = {}
         for request_id, planned in packs.items():
             for pack in planned:
-                rule = json.dumps(dict(pack.policy_args), sort_keys=True, default=str)
+                rule = repr(sorted(pack.policy_args.items()))
                 alike.setdefault((pack.group, pack.policy, rule), []).append((request_id, pack))
         layers, _, heads, _ = self.tokens.position.shape
         for members in alike.values():

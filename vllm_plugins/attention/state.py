@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from ..config import EvictionConfig
 from ..messages import EvictionPlan, ScoreReport
@@ -22,7 +23,6 @@ from ..policies import BLOCK_SCORES, TOKEN_NEEDS
 from ..prefix_sharing import Copy, Takeover
 from ..refusals.engine import SENTENCES, check_kv_cache_dtype, is_configured
 from .token_scores import TokenScores
-from .upload import upload
 
 BLOCKS_AT_ONCE = 512
 """Copied together; of a layer they take this many blocks of memory for a moment."""
@@ -99,7 +99,8 @@ class WorkerState(ABC):
     scores of single tokens; ``layers_of`` a group are its layers in order, and ``layer_places``
     says which of them a layer is. Layers with a sliding window are none of these.
     ``kv_cache_groups``: vLLM's number of each layer group. ``pack_failures``: request to the reason
-    why its policy was not followed, not reported yet.
+    why its policy was not followed, not reported yet. ``active``: whether any block's
+    score is kept at all just now.
     """
 
     def __init__(self, config: EvictionConfig) -> None:
@@ -112,6 +113,7 @@ class WorkerState(ABC):
         self.scored_layers: frozenset[str] = frozenset()
         self.step = 0
         self.needs: dict[str, frozenset[str]] = {}
+        self.active = False
         self.windows: dict[str, int] = {}
         self.mass = self.num_queries = self.norm = torch.empty(0)
         self.kv_caches: dict[str, torch.Tensor] = {}
@@ -185,6 +187,8 @@ class WorkerState(ABC):
             self.windows.pop(request_id, None)
         self.needs.update(plan.needs)
         self.windows.update(plan.windows)
+        if finished or plan.needs:
+            self.active = any(needs & BLOCK_SCORES for needs in self.needs.values())
 
     def copy_blocks(self, copies: Iterable[Copy]) -> None:
         """Copy blocks with all that belongs to them, as if one after the other."""
@@ -207,7 +211,7 @@ class WorkerState(ABC):
         for group, block, copy in copies:
             by_group.setdefault(group, []).append((block, copy))
         for group, pairs in by_group.items():
-            both = upload(pairs, self.mass.device)
+            both = async_tensor_h2d(pairs, self.mass.device, torch.int64)
             self._copy(group, both[:, 0], both[:, 1])
 
     def adopt(self, takeovers: Iterable[Takeover]) -> None:
@@ -216,7 +220,7 @@ class WorkerState(ABC):
         for afresh in (True, False):
             adopted = [pair for t in takeovers if t.starts_afresh is afresh for pair in t.adopted]
             if adopted:
-                pairs = upload(adopted, self.mass.device)
+                pairs = async_tensor_h2d(adopted, self.mass.device, torch.int64)
                 self._adopt(pairs[:, 0], pairs[:, 1], afresh)
 
     def _copy(self, group: int, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -239,11 +243,6 @@ class WorkerState(ABC):
                 if scores.numel():
                     scores[:, blocks] = 0.0
             self.mass[blocks] = self.num_queries[blocks] = 0
-
-    @property
-    def active(self) -> bool:
-        """Whether any block's score is kept at all just now."""
-        return any(needs & BLOCK_SCORES for needs in self.needs.values())
 
     def scores_decode(self, position: Any, window: Any) -> Any:
         """Whether a decode's query at ``position`` is scored (chunks always are); ints or arrays.

@@ -8,10 +8,10 @@ from functools import cached_property
 
 import torch
 from torch.nn.functional import avg_pool1d, normalize
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from ..packs import Pack
 from ..policies import TokenRule, by_position, chance
-from .upload import upload
 
 FALLBACK = TokenRule(recent=0.0, ranked=((by_position, 1.0),))
 """Where a policy's ranking fails, the most recent tokens stay: some have to, as the scheduler has
@@ -197,7 +197,7 @@ class Batch:
             tokens = len(pack.block_ids) * block_size
             numbers = [tokens, room, pack.num_tokens, pack.first_query, pack.seed, *counts]
             rows.append([*pack.block_ids, *padding, *numbers])
-        table = upload(rows, device)
+        table = async_tensor_h2d(rows, device, torch.int64)
         return cls(
             table[:, :width],
             table[:, width:],

@@ -26,7 +26,7 @@ def add_block_mass(queries: Queries, mass: torch.Tensor, **options: Any) -> None
     of ``Q K^T``, half of FlashAttention's FLOPs, and as many exponentials.
 
     On an H100 (results/kernels-gpu.json) decode reads at 92% of a copy's bandwidth with 128 rows of
-    4,096 tokens, at 61% with 96 of 448. All queries of a chunk take 0.76 to 0.90 of
+    4,096 tokens, at 59% with 96 of 448. All queries of a chunk take 0.82 to 0.93 of
     FlashAttention's time.
 
     """

@@ -34,7 +34,7 @@ def add_token_mass(
     per token and KV head.
 
     On an H100 (results/kernels-gpu.json) decode reaches 84% of a copy's bandwidth with 128 rows of
-    4,096 tokens, 59% with 96 of 448. All queries of a chunk take 0.77 to 0.88 of FlashAttention's
+    4,096 tokens, 57% with 96 of 448. All queries of a chunk take 0.83 to 0.92 of FlashAttention's
     time.
 
     """
