@@ -175,9 +175,7 @@ def _vllm_flags(
     check_block_size(arguments.block_size)
     check_kv_cache_dtype(flags.get("--kv-cache-dtype") or "auto")
     # vLLM reads the file of --config before these, so they repeat what it says.
-    engine = {**settings, "prefix_caching": flags.switch(_SHARES_PREFIXES) is not False}
-    for name in (_SHARES_PREFIXES, "--no-enable-prefix-caching"):
-        flags.take(name)
+    engine = {**settings, "prefix_caching": flags.take_switch(_SHARES_PREFIXES) is not False}
     processors = flags.take("--logits-processors")
     made = [*eviction_flags(arguments.block_size, engine, processors), *flags.flags]
     config = EvictionConfig.parse(settings)

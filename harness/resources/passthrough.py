@@ -51,12 +51,17 @@ _ABOVE_ONE = {
 }
 _KV_CACHE_DTYPES = ("auto", *PLAIN_CACHES, *FP8)
 """Which of them the model and the platform allow is known later."""
+
+
+def _off(switch: str) -> str:
+    return f"--no-{switch.removeprefix('--')}"
+
+
 _SWITCHES = ("--enable-prefix-caching", "--enable-chunked-prefill")
 """On unless told, and read by ``kv-eviction serve``."""
 _READ = (
     *(*_ALWAYS, *_ABOVE_ONE, "--kv-cache-dtype", "--disable-hybrid-kv-cache-manager"),
-    *("--logits-processors", *_SWITCHES),
-    *("--no-enable-prefix-caching", "--no-enable-chunked-prefill"),
+    *("--logits-processors", *_SWITCHES, *map(_off, _SWITCHES)),
 )
 """Known by a unique beginning, too."""
 _SHORTEST = len("--kv-t")
@@ -98,6 +103,13 @@ class Passthrough:
         pairs = (*_pairs(self._of_file), *_pairs(self.flags))
         said = [given for given, _ in pairs if given in both]
         return said[-1] == name if said else None
+
+    def take_switch(self, name: str) -> bool | None:
+        """Remove ``--name`` and ``--no-name`` from the flags; what ``switch`` told before."""
+        said = self.switch(name)
+        for both in (name, _off(name)):
+            self.take(both)
+        return said
 
     def take(self, name: str) -> list[str]:
         """Remove ``name`` from the flags; its values, or the file's where no flag had it."""
@@ -168,10 +180,6 @@ def _whole_name(flag: str) -> str:
     name = name.replace("_", "-")
     begun = [whole for whole in _READ if whole.startswith(name) and len(name) >= _SHORTEST]
     return begun[0] if len(begun) == 1 else name
-
-
-def _off(switch: str) -> str:
-    return f"--no-{switch.removeprefix('--')}"
 
 
 def _split(flags: Sequence[str], name: str) -> tuple[list[str], list[str]]:
