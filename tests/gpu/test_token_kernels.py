@@ -29,6 +29,8 @@ def test_token_mass(head_size, block_size, dtype):
     check_token_mass("cuda", dtype=dtype, options=options, **shape)
     rows = [(1, 40), (0, 0), (1, 16), (1, 3001)] + [(1, 500)] * 20
     check_token_mass("cuda", dtype=dtype, rows=rows, one_query=True, **shape)
+    several = {"one_query": True, "options": {"decode_weight": 8}, "programs": 64, **shape}
+    check_token_mass("cuda", dtype=dtype, rows=rows, unscored=[2, *range(9, 24)], **several)
 
 
 def test_tokens_start_afresh():

@@ -71,6 +71,16 @@ def test_decode_rows(dtype, programs):
     compare(mass, 9 * expected_mass(batch))
 
 
+def test_decode_rows_outside_the_range_are_left_alone():
+    """Whatever the range's place among the rows that one program looks through."""
+    rows = [(1, 30 + row) for row in range(12)]
+    everything = make_batch(rows)
+    mass = torch.zeros(len(everything.kv_cache), dtype=torch.int64)
+    add(everything, mass, rows=(2, 9), one_query=True, decode_weight=4)
+    batch = make_batch(rows, unscored=[0, 1, 9, 10, 11])
+    compare(mass, 4 * expected_mass(batch))
+
+
 @pytest.mark.parametrize("scales", ["layer", "head"])
 @pytest.mark.parametrize("soft_cap", [0.0, 3.0])
 def test_a_quantised_cache(scales, soft_cap):

@@ -199,7 +199,7 @@ def test_kernels_by_their_names(name, kind):
 def test_every_kernel_of_ours_has_a_class():
     source = "\n".join(path.read_text() for path in KERNELS.glob("*.py"))
     ours = set(re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE))
-    assert {"_mass_kernel", "_start_kernel", "_choose_kernel", "_move_kernel"} <= ours
+    assert {"_decode_mass_kernel", "_start_kernel", "_choose_kernel", "_move_kernel"} <= ours
     packing = {"_choose_kernel", "_key_difference_kernel", "_move_kernel"}
     assert {name: class_of(name) for name in ours} == {
         name: "packing" if name in packing else "scores" for name in ours
