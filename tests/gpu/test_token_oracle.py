@@ -13,6 +13,10 @@ from .models import make_llama
 
 pytestmark = NEEDS_GPU
 CHUNK, KEEP, LENGTH = 64, 14, 700
+TWO_DECISIONS = 420
+"""Tokens for what ranks keys. Rounding alone, of weights and in seven ways, leaves 0.975 to 0.987
+of such sets alike after two decisions, and 0.88 to 0.94 after the six of ``LENGTH``: that shows
+nothing any more."""
 
 
 def mean(token, now):
@@ -21,10 +25,21 @@ def mean(token, now):
 
 PEAKS = {"kv_policy": "cab", "kv_policy_args": {"bridge_definition": "peak"}}
 CASES = {
-    "h2o": ({"kv_policy": "h2o"}, 0.2, token_oracle.ranked((mean, 1.0))),
-    "cab": ({"kv_policy": "cab"}, 0.3, token_oracle.then_unlike_the_mean(mean, 0.2)),
-    "cab-peak": (PEAKS, 0.3, token_oracle.ranked((mean, 0.5), (lambda t, now: t.peak, 0.2))),
+    "h2o": (LENGTH, {"kv_policy": "h2o"}, 0.2, token_oracle.ranked((mean, 1.0))),
+    "cab": (
+        TWO_DECISIONS,
+        {"kv_policy": "cab"},
+        0.3,
+        token_oracle.then_unlike_the_mean(mean, 0.2),
+    ),
+    "cab-peak": (
+        LENGTH,
+        PEAKS,
+        0.3,
+        token_oracle.ranked((mean, 0.5), (lambda t, now: t.peak, 0.2)),
+    ),
     "streaming": (
+        LENGTH,
         {"kv_policy": "streaming"},
         1.0,
         token_oracle.ranked((lambda t, now: t.position, 1.0)),
@@ -60,9 +75,9 @@ def peaked(tmp_path_factory):
 )
 def test_engine_equals_oracle(case, asynchronous, engines, peaked):
     """float16 here, float32 there: near ties fall otherwise, so nearly all of a set agrees. How
-    near ties are, and how far they move log-probs, depends on what is ranked: of keys, a token
-    that goes may be one that much attention went to. So the oracle itself, in float16, says what
-    rounding may do to sets and log-probs; the engine may be half as far again from it.
+    far they move log-probs depends on what is ranked: of keys, a token that goes may be one that
+    much attention went to. So the oracle itself, in float16, says what rounding may do to
+    log-probs; the engine may be half as far again from it.
 
     Asynchronous scheduling, CUDA's default, decides while the chunk before is still computed: its
     blocks are no candidates yet, but its queries are scored before the workers pack. The oracle
@@ -70,8 +85,8 @@ def test_engine_equals_oracle(case, asynchronous, engines, peaked):
     """
     from transformers import LlamaForCausalLM
 
-    method, recent, choose = CASES[case]
-    prompt = np.random.default_rng(3).integers(0, 512, size=LENGTH).tolist()
+    length, method, recent, choose = CASES[case]
+    prompt = np.random.default_rng(3).integers(0, 512, size=length).tolist()
     llm = engines(
         {"granularity": "token"},
         model=peaked,
@@ -103,35 +118,31 @@ def test_engine_equals_oracle(case, asynchronous, engines, peaked):
     )
     assert record["decisions"] == expected.num_decisions > 0
     scores, region = worker_state().tokens, record["trace"][-1]["region"]
-    shares, by_rounding = [], []
+    shares = []
     for layer, heads in enumerate(expected.kept):
         for head, kept in enumerate(heads):
             ours = scores.position[layer, region, head].flatten().tolist()
             assert len(set(ours)) == len(ours) == len(kept)
             shares.append(len(set(ours) & set(kept)) / len(kept))
-            by_rounding.append(len(set(rounded.kept[layer][head]) & set(kept)) / len(kept))
             for array in (scores.mass, scores.peak):
                 assert array[layer, region, head].isfinite().all()
-    ours = [out.prompt_logprobs[i][prompt[i]].logprob for i in range(1, LENGTH)]
-    exact = np.array(expected.log_likelihoods[: LENGTH - 1])
+    ours = [out.prompt_logprobs[i][prompt[i]].logprob for i in range(1, length)]
+    exact = np.array(expected.log_likelihoods[: length - 1])
     difference = np.array(ours) - exact
-    rounding = np.abs(np.array(rounded.log_likelihoods[: LENGTH - 1]) - exact).mean()
+    rounding = np.abs(np.array(rounded.log_likelihoods[: length - 1]) - exact).mean()
     print(
         case,
         "kept alike",
         min(shares),
         np.mean(shares),
-        "by rounding",
-        np.mean(by_rounding),
         "log-probs",
         np.abs(difference).mean(),
         difference.mean(),
         "rounding",
         rounding,
     )
-    assert np.mean(by_rounding) > 0.9, "a model that rounding throws about shows nothing"
     assert rounding < 0.1, "a model that rounding throws about shows nothing"
-    assert 1 - np.mean(shares) < max(0.05, 1.5 * (1 - np.mean(by_rounding)))
+    assert np.mean(shares) > 0.95
     most = max(0.05, 1.5 * rounding)
     assert np.abs(difference).mean() < most
     assert abs(difference.mean()) < 0.2 * most

@@ -101,42 +101,59 @@ def _keys(
 
 
 @triton.jit
-def _add(
-    total,
-    highest,
-    weight,
-    older,
+def _known(
     start,
     seq_len,
     ids,
     kv_head,
     mass_ptr,
     peak_ptr,
-    table_ptr,
     scores_block_stride,
     BLOCK_SIZE: tl.constexpr,
     N: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     PEAK: tl.constexpr,
 ):
-    """To the scores of the tokens from ``start`` on; ``total`` counts ``weight`` times, what a
-    token of a head had ``older`` times."""
+    """Mass and peak that a head's tokens from ``start`` on have so far, and where they lie."""
+    place = start + tl.arange(0, N)
+    score = ids * scores_block_stride + kv_head * BLOCK_SIZE + place % BLOCK_SIZE
+    mass = tl.zeros([N], tl.float32)
+    peak = tl.zeros([N], tl.float32)
+    if BY_TOKEN:
+        mass = tl.load(mass_ptr + score, mask=place < seq_len, other=0.0)
+        if PEAK:
+            peak = tl.load(peak_ptr + score, mask=place < seq_len, other=0.0)
+    return mass, peak, score
+
+
+@triton.jit
+def _store(
+    mass,
+    peak,
+    score,
+    start,
+    seq_len,
+    mass_ptr,
+    peak_ptr,
+    table_ptr,
+    BLOCK_SIZE: tl.constexpr,
+    N: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    PEAK: tl.constexpr,
+):
+    """By token what a head's tokens have now; by block what is to be added to all of a block."""
     if BY_TOKEN:
         # No other program of the launch comes to this head's key: no atomics.
-        place = start + tl.arange(0, N)
-        real = place < seq_len
-        score = ids * scores_block_stride + kv_head * BLOCK_SIZE + place % BLOCK_SIZE
-        known = tl.load(mass_ptr + score, mask=real, other=0.0)
-        tl.store(mass_ptr + score, known * older + total * weight, mask=real)
+        real = start + tl.arange(0, N) < seq_len
+        tl.store(mass_ptr + score, mass, mask=real)
         if PEAK:
-            known = tl.load(peak_ptr + score, mask=real, other=0.0)
-            tl.store(peak_ptr + score, tl.maximum(known, highest), mask=real)
+            tl.store(peak_ptr + score, peak, mask=real)
     else:
-        by_block = tl.sum(tl.reshape(total, [N // BLOCK_SIZE, BLOCK_SIZE]), 1)
+        by_block = tl.sum(tl.reshape(mass, [N // BLOCK_SIZE, BLOCK_SIZE]), 1)
         column = start // BLOCK_SIZE + tl.arange(0, N // BLOCK_SIZE)
         real = column * BLOCK_SIZE < seq_len
         owner = tl.load(table_ptr + column, mask=real, other=0)
-        tl.atomic_add(mass_ptr + owner, (by_block * (weight * _ONE)).to(tl.int64), mask=real)
+        tl.atomic_add(mass_ptr + owner, (by_block * _ONE).to(tl.int64), mask=real)
 
 
 @triton.jit(
@@ -192,17 +209,25 @@ def _decode_mass_kernel(
     PEAK: tl.constexpr,
 ):
     """A program has a share of the tiles of ``ROWS`` rows. Few of these are scored, and which ones
-    is known only here: one program for each would mostly start in order to end."""
+    is known only here: of programs for single rows most would start only to end."""
     kv_head = tl.program_id(0)
     programs = tl.num_programs(1)
     first_row += tl.program_id(2) * ROWS
     lane = tl.arange(0, ROWS_PADDED)
-    flags = tl.load(
-        flags_ptr + first_row + lane, mask=(lane < ROWS) & (first_row + lane < end_row), other=0
-    )
-    scored = tl.sum(tl.where((flags & FLAG) != 0, 1 << lane, 0))
-    if scored == 0:
+    row = first_row + lane
+    real = (lane < ROWS) & (row < end_row)
+    scored = real & ((tl.load(flags_ptr + row, mask=real, other=0) & FLAG) != 0)
+    # A row of the padding has no query.
+    query_start = tl.load(query_start_ptr + row, mask=real, other=0)
+    scored &= tl.load(query_start_ptr + row + 1, mask=real, other=0) > query_start
+    lens = tl.load(lens_ptr + row, mask=scored, other=0)
+    num_tiles = tl.sum((lens + N - 1) // N)
+    # The tiles of all scored rows in one line; a program has so many in a row.
+    share = (num_tiles + programs - 1) // programs
+    begin = tl.program_id(1) * share
+    if begin >= num_tiles:
         return
+    which = tl.sum(tl.where(scored, 1 << lane, 0))
     if query_scale_ptr is not None:
         scale *= tl.load(query_scale_ptr + kv_head * query_scale_stride)
     if key_scale_ptr is not None:
@@ -211,69 +236,77 @@ def _decode_mass_kernel(
     aged = 1.0
     if DECAY:
         aged = tl.exp2(log2_decay * weight)
-    # The tiles of all scored rows in one line, dealt out to the programs in turn.
-    turn = tl.program_id(1)
-    for lane_of_row in range(ROWS):
-        if (scored >> lane_of_row) & 1:
-            row = first_row + lane_of_row
-            query_start = tl.load(query_start_ptr + row)
-            num_queries = tl.load(query_start_ptr + row + 1) - query_start
-            seq_len = tl.where(num_queries > 0, tl.load(lens_ptr + row), 0)
-            # A window of this one query forgets what was before.
-            own = tl.load(flags_ptr + row) >> _WINDOW_SHIFT
-            older = tl.where(own == 1, 0.0, aged)
-            queries, lse, _ = _query_rows(
-                0,
-                tl.where(turn * N < seq_len, GROUP, 0),
-                query_ptr,
-                lse_ptr,
-                query_token_stride,
-                query_head_stride,
-                lse_head_stride,
-                query_start,
-                1,
-                kv_head * GROUP,
-                GROUP,
-                HEAD_SIZE,
-                HEAD_PADDED,
-                M,
-            )
-            row_table_ptr = table_ptr + row * table_stride
-            for start in range(turn * N, seq_len, programs * N):
-                keys, ids, place = _keys(
-                    start,
-                    seq_len,
-                    cache_ptr + kv_head * cache_head_stride,
-                    row_table_ptr,
-                    cache_block_stride,
-                    cache_token_stride,
+    for r in range(ROWS):
+        if (which >> r) & 1:
+            seq_len = tl.load(lens_ptr + first_row + r)
+            tiles = (seq_len + N - 1) // N
+            first = tl.maximum(begin, 0)
+            stop = tl.minimum(begin + share, tiles)
+            if first < stop:
+                # A window of this one query forgets what was before.
+                own = tl.load(flags_ptr + first_row + r) >> _WINDOW_SHIFT
+                older = tl.where(own == 1, 0.0, aged)
+                queries, lse, _ = _query_rows(
+                    0,
+                    GROUP,
+                    query_ptr,
+                    lse_ptr,
+                    query_token_stride,
+                    query_head_stride,
+                    lse_head_stride,
+                    tl.load(query_start_ptr + first_row + r),
+                    1,
+                    kv_head * GROUP,
+                    GROUP,
                     HEAD_SIZE,
                     HEAD_PADDED,
-                    BLOCK_SIZE,
-                    N,
+                    M,
                 )
-                p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
-                p = tl.where((place < seq_len)[:, None], p, 0.0)
-                _add(
-                    tl.sum(p, 1),
-                    tl.max(p, 1),
-                    weight,
-                    older,
-                    start,
-                    seq_len,
-                    ids,
-                    kv_head,
-                    mass_ptr,
-                    peak_ptr,
-                    row_table_ptr,
-                    scores_block_stride,
-                    BLOCK_SIZE,
-                    N,
-                    BY_TOKEN,
-                    PEAK,
-                )
-            tiles = (seq_len + N - 1) // N
-            turn = (turn + programs - tiles % programs) % programs
+                row_table_ptr = table_ptr + (first_row + r) * table_stride
+                for start in range(first * N, stop * N, N):
+                    keys, ids, place = _keys(
+                        start,
+                        seq_len,
+                        cache_ptr + kv_head * cache_head_stride,
+                        row_table_ptr,
+                        cache_block_stride,
+                        cache_token_stride,
+                        HEAD_SIZE,
+                        HEAD_PADDED,
+                        BLOCK_SIZE,
+                        N,
+                    )
+                    # Asked for before the product, so that it comes meanwhile.
+                    mass, peak, score = _known(
+                        start,
+                        seq_len,
+                        ids,
+                        kv_head,
+                        mass_ptr,
+                        peak_ptr,
+                        scores_block_stride,
+                        BLOCK_SIZE,
+                        N,
+                        BY_TOKEN,
+                        PEAK,
+                    )
+                    p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
+                    p = tl.where((place < seq_len)[:, None], p, 0.0)
+                    _store(
+                        mass * older + tl.sum(p, 1) * weight,
+                        tl.maximum(peak, tl.max(p, 1)),
+                        score,
+                        start,
+                        seq_len,
+                        mass_ptr,
+                        peak_ptr,
+                        row_table_ptr,
+                        BLOCK_SIZE,
+                        N,
+                        BY_TOKEN,
+                        PEAK,
+                    )
+            begin -= tiles
 
 
 @triton.jit(
@@ -440,19 +473,28 @@ def _chunk_mass_kernel(
                 age = seq_len - 1 - first_place - after
                 p *= tl.exp2(log2_decay * age.to(tl.float32))[None, :]
             total += tl.sum(p, 1)
-        _add(
-            total,
-            highest,
-            weight,
-            older,
+        mass, peak, score = _known(
             start,
             seq_len,
             ids,
             kv_head,
             mass_ptr,
             peak_ptr,
-            table_ptr,
             scores_block_stride,
+            BLOCK_SIZE,
+            N,
+            BY_TOKEN,
+            PEAK,
+        )
+        _store(
+            mass * older + total * weight,
+            tl.maximum(peak, highest),
+            score,
+            start,
+            seq_len,
+            mass_ptr,
+            peak_ptr,
+            table_ptr,
             BLOCK_SIZE,
             N,
             BY_TOKEN,
