@@ -159,7 +159,7 @@ def tiles(decode: bool, sweep: bool) -> list[Any]:
     if not sweep:
         return [None]
     if decode:
-        return [Tile(16, n, w, s) for n in (64, 128, 256) for w in (2, 4, 8) for s in (2, 3, 4)]
+        return [Tile(16, n, w, s) for n in (64, 128, 256) for w in (1, 2, 4) for s in (1, 2, 3, 4)]
     return [
         Tile(m, n, w, s) for m in (64, 128) for n in (64, 128, 256) for w in (4, 8) for s in (2, 3)
     ]
@@ -182,6 +182,8 @@ def measure_mass(
         timer: gives milliseconds (``device_time.median_ms``).
 
     """
+    from vllm_plugins.kernels.attention_mass import PROGRAMS
+
     for name, rows in BATCHES.items():
         case = MassCase(SHAPES[shape], rows, block_size, SCORED_EVERY.get(name, 1))
         attention_ms = timer(case.attend)
@@ -189,7 +191,7 @@ def measure_mass(
         for by_token, window in itertools.product((False, True), windows):
             made = []
             for tile in tiles(case.decode, sweep):
-                for programs in (1024, 2048, 4096) if case.decode and sweep else (2048,):
+                for programs in (512, 1024, 2048) if case.decode and sweep else (PROGRAMS,):
                     options = {"tile": tile, "window": window, "programs": programs}
                     try:
                         ms = timer(partial(case.score, by_token, **options))

@@ -27,8 +27,12 @@ class Tile:
 MAX_ROWS = 16
 """Decode rows that one program looks through."""
 
-# The fastest of a sweep on an H100 (scripts/bench_kernels --sweep).
-DECODE = Tile(rows=16, keys=64, warps=2, stages=4)
+PROGRAMS = 1024
+"""A decode's rows are split over about so many."""
+
+# The fastest of a sweep on an H100 (scripts/bench_kernels --sweep). A decode's program has so few
+# tiles that a pipeline does not pay: its room is better used by more programs.
+DECODE = Tile(rows=16, keys=64, warps=2, stages=1)
 CHUNK = Tile(rows=128, keys=128, warps=4, stages=2)
 WINDOW = Tile(rows=64, keys=256, warps=4, stages=2)
 
@@ -83,7 +87,7 @@ def launch(
     stride: int = 1,
     log2_decay: float = 0.0,
     tile: Tile | None = None,
-    programs: int = 2048,
+    programs: int = PROGRAMS,
 ) -> None:
     """Add the attention of a step's queries to ``mass``, and take its maximum into ``peak``.
 
