@@ -243,13 +243,13 @@ def test_labels_hide_no_marker_and_no_other_label(monkeypatch, tmp_path):
 
 
 def test_the_committed_page_follows_from_committed_records(tmp_path):
-    for name in ("as-served", "serving-gpu/as-served-one-process"):
+    for name in ("as-served", "serving-gpu/as-served"):
         shutil.copytree(
             RESULTS / name,
             tmp_path / name,
             ignore=shutil.ignore_patterns("*.png", "*.md", "*.html"),
         )
-    good, fast = tmp_path / "as-served", tmp_path / "serving-gpu" / "as-served-one-process"
+    good, fast = tmp_path / "as-served", tmp_path / "serving-gpu" / "as-served"
     assert main(["report", str(good), "--speed", str(fast)]) == 0
     for kind in ("md", "png"):
         kept = RESULTS / "as-served" / f"quality-speed.{kind}"

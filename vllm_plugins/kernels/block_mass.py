@@ -25,8 +25,8 @@ def add_block_mass(queries: Queries, mass: torch.Tensor, **options: Any) -> None
     attention reads, and ``2 * head_size`` FLOPs per token and query head. Chunk: the causal half
     of ``Q K^T``, half of FlashAttention's FLOPs, and as many exponentials.
 
-    On an H100 (results/kernels-gpu.json) decode reads at 92% of a copy's bandwidth with 128 rows of
-    4,096 tokens, at 59% with 96 of 448. All queries of a chunk take 0.82 to 0.93 of
+    On an H100 (results/kernels-gpu.json) decode reads at 91% of a copy's bandwidth with 128 rows of
+    4,096 tokens, at 57% with 96 of 448. All queries of a chunk take 0.83 to 0.95 of
     FlashAttention's time.
 
     """

@@ -33,8 +33,8 @@ def add_token_mass(
     sum every time. Cost: as ``add_block_mass``, and 8 bytes (16 with ``peak``) read and written
     per token and KV head.
 
-    On an H100 (results/kernels-gpu.json) decode reaches 84% of a copy's bandwidth with 128 rows of
-    4,096 tokens, 57% with 96 of 448. All queries of a chunk take 0.83 to 0.92 of FlashAttention's
+    On an H100 (results/kernels-gpu.json) decode reaches 86% of a copy's bandwidth with 128 rows of
+    4,096 tokens, 60% with 96 of 448. All queries of a chunk take 0.85 to 0.96 of FlashAttention's
     time.
 
     """
