@@ -14,9 +14,9 @@ from .models import make_llama
 pytestmark = NEEDS_GPU
 CHUNK, KEEP, LENGTH = 64, 14, 700
 TWO_DECISIONS = 420
-"""Tokens for what ranks keys. Rounding alone, of weights and in seven ways, leaves 0.975 to 0.987
-of such sets alike after two decisions, and 0.88 to 0.94 after the six of ``LENGTH``: that shows
-nothing any more."""
+"""Tokens for what ranks keys. The oracle in float16, its weights as they are and with six errors of
+half a last place, keeps 0.989 to 0.995 of such sets alike after two decisions, and 0.937 to 0.966
+after the six of ``LENGTH``: too little to judge by."""
 
 
 def mean(token, now):
@@ -116,14 +116,15 @@ def test_engine_equals_oracle(case, asynchronous, engines, peaked):
         )
         for dtype in (torch.float32, torch.float16)
     )
-    assert record["decisions"] == expected.num_decisions > 0
+    assert record["decisions"] == expected.num_decisions >= 2
     scores, region = worker_state().tokens, record["trace"][-1]["region"]
-    shares = []
+    shares, by_rounding = [], []
     for layer, heads in enumerate(expected.kept):
         for head, kept in enumerate(heads):
             ours = scores.position[layer, region, head].flatten().tolist()
             assert len(set(ours)) == len(ours) == len(kept)
             shares.append(len(set(ours) & set(kept)) / len(kept))
+            by_rounding.append(len(set(rounded.kept[layer][head]) & set(kept)) / len(kept))
             for array in (scores.mass, scores.peak):
                 assert array[layer, region, head].isfinite().all()
     ours = [out.prompt_logprobs[i][prompt[i]].logprob for i in range(1, length)]
@@ -135,6 +136,8 @@ def test_engine_equals_oracle(case, asynchronous, engines, peaked):
         "kept alike",
         min(shares),
         np.mean(shares),
+        "by rounding",
+        np.mean(by_rounding),
         "log-probs",
         np.abs(difference).mean(),
         difference.mean(),

@@ -13,6 +13,7 @@ from vllm_plugins.attention.token_choice import Batch, TokenCandidates, choose, 
 from vllm_plugins.attention.token_scores import UNWRITTEN, TokenScores
 from vllm_plugins.kernels import TOKENS_NEEDED, TOKENS_SCORED, WINDOW_SHIFT
 from vllm_plugins.kernels import choose as fused
+from vllm_plugins.kernels.attention_mass import PROGRAMS
 from vllm_plugins.kernels.key_difference import key_difference
 from vllm_plugins.kernels.pack import Caches
 from vllm_plugins.kernels.token_mass import add_token_mass, start_tokens
@@ -89,7 +90,7 @@ def check_token_mass(
     rows=MIXED,
     unscored=(),
     options=None,
-    programs=2048,
+    programs=PROGRAMS,
     **shape,
 ):
     """One step over a mixed batch, on top of older scores."""

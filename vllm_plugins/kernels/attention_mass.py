@@ -30,8 +30,9 @@ MAX_ROWS = 16
 PROGRAMS = 1024
 """A decode's rows are split over about so many."""
 
-# The fastest of a sweep on an H100 (scripts/bench_kernels --sweep). A decode's program has so few
-# tiles that a pipeline does not pay: its room is better used by more programs.
+# The fastest of sweeps on an H100 at heads of 128 (scripts/bench_kernels --sweep). A decode's
+# program has so few tiles that a pipeline does not pay: its room is better used by more programs.
+# Its rows are the query heads of a group.
 DECODE = Tile(rows=16, keys=64, warps=2, stages=1)
 CHUNK = Tile(rows=128, keys=128, warps=4, stages=2)
 WINDOW = Tile(rows=64, keys=256, warps=4, stages=2)
@@ -112,8 +113,9 @@ def launch(
             not together with ``skip``: scores would age in either launch.
         tile: shape of the work; by default ``DECODE``, ``CHUNK``, or ``WINDOW`` for few queries.
         programs: decode rows are split over about so many. Of ``decode_weight`` rows one is
-            expected to be scored, so a program looks through so many: which of them are is known
-            when a graph is replayed, their number when it is captured.
+            expected to be scored, so a program looks through so many, ``MAX_ROWS`` at most: which
+            of them are is known when a graph is replayed, their number when it is captured. Where
+            all are scored at once, as of requests in step, each program does so much more.
 
     """
     start, stop = rows

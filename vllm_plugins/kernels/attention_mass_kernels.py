@@ -114,7 +114,8 @@ def _known(
     BY_TOKEN: tl.constexpr,
     PEAK: tl.constexpr,
 ):
-    """Mass and peak that a head's tokens from ``start`` on have so far, and where they lie."""
+    """Mass and peak, both finite, that a head's tokens from ``start`` on have so far, and where
+    they lie."""
     place = start + tl.arange(0, N)
     score = ids * scores_block_stride + kv_head * BLOCK_SIZE + place % BLOCK_SIZE
     mass = tl.zeros([N], tl.float32)
