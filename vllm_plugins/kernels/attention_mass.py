@@ -175,10 +175,10 @@ def launch(
         "num_stages": tile.stages,
     }
     if one_query:
-        scored = triton.cdiv(stop - start, decode_weight)
-        shares = min(num_tiles, triton.cdiv(programs, scored * num_kv_heads))
         in_one = min(decode_weight, MAX_ROWS)
-        _decode_mass_kernel[(num_kv_heads, shares, triton.cdiv(stop - start, in_one))](
+        groups = triton.cdiv(stop - start, in_one)
+        shares = min(num_tiles, triton.cdiv(programs, groups * num_kv_heads))
+        _decode_mass_kernel[(num_kv_heads, shares, groups)](
             *tensors,
             start,
             stop,

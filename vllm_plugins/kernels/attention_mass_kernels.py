@@ -312,7 +312,7 @@ def _decode_mass_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "row_offset",
+        "first_row",
         "window",
         "decode_weight",
         "skip",
@@ -334,7 +334,7 @@ def _chunk_mass_kernel(
     peak_ptr,
     query_scale_ptr,
     key_scale_ptr,
-    row_offset,
+    first_row,
     window,
     decode_weight,
     skip,
@@ -364,7 +364,7 @@ def _chunk_mass_kernel(
     BY_TOKEN: tl.constexpr,
     PEAK: tl.constexpr,
 ):
-    row = row_offset + tl.program_id(2)
+    row = first_row + tl.program_id(2)
     # Heads run fastest: a block's heads lie side by side, and in a chunk the tiles with the most
     # queries (the first keys) start first.
     kv_head = tl.program_id(0)
