@@ -14,12 +14,15 @@ BATCHES = {
     "decode 128 x 4096": [(1, 4096)] * 128,
     "decode 96 x 448": [(1, 448)] * 96,
     "decode 512 x 320, one in 8 scored": [(1, 320)] * 512,
+    "decode 512 x 320, one in 8 by chance": [(1, 320)] * 512,
     "chunk 8192 of 8192": [(8192, 8192)],
     "chunk 2048 of 16384": [(2048, 16384)],
     "chunk 2 x 4096": [(4096, 4096)] * 2,
 }
-SCORED_EVERY = {"decode 512 x 320, one in 8 scored": 8}
-"""Of these batches every N-th row is scored, as of many decodes at different places; else each."""
+SCORED_EVERY = {"decode 512 x 320, one in 8 scored": 8, "decode 512 x 320, one in 8 by chance": 8}
+"""Of these batches one row in N is scored, as of many decodes at different places; else each."""
+BY_CHANCE = {"decode 512 x 320, one in 8 by chance"}
+"""Of these the scored rows are drawn; else it is every N-th."""
 TOKEN_SCORE_BYTES = 16
 """Of a token and KV head: mass and peak, each float32, read and written."""
 
@@ -33,14 +36,18 @@ class MassCase:
         rows: list[tuple[int, int]],
         block_size: int,
         every: int = 1,
+        by_chance: bool = False,
         device: str = "cuda",
     ) -> None:
         import torch
 
         torch.manual_seed(0)
+        scored = torch.arange(0, len(rows), every)
+        if by_chance:
+            scored = torch.randperm(len(rows))[: len(scored)]
         self.heads, self.kv_heads = shape["heads"], shape["kv_heads"]
         self.head_size, self.rows = shape["head_size"], rows
-        self.every, self.scored = every, rows[::every]
+        self.every, self.scored = every, [rows[row] for row in scored.tolist()]
         width = max(-(-length // block_size) for _, length in rows)
         blocks = sum(-(-length // block_size) for _, length in rows)
         num_tokens = sum(queries for queries, _ in rows)
@@ -64,7 +71,7 @@ class MassCase:
         starts = torch.tensor([0] + [queries for queries, _ in rows]).cumsum(0)
         self.starts = starts.to(device=device, dtype=torch.int32)
         self.flags = torch.zeros(len(rows), dtype=torch.int32, device=device)
-        self.flags[::every] = 15
+        self.flags[scored.to(device)] = 15
         self.mass = torch.zeros(blocks + 1, dtype=torch.int64, device=device)
         self.token_mass = torch.zeros(blocks + 1, self.kv_heads, block_size, device=device)
         self.token_peak = torch.zeros_like(self.token_mass)
@@ -185,7 +192,8 @@ def measure_mass(
     from vllm_plugins.kernels.attention_mass import PROGRAMS
 
     for name, rows in BATCHES.items():
-        case = MassCase(SHAPES[shape], rows, block_size, SCORED_EVERY.get(name, 1))
+        every = SCORED_EVERY.get(name, 1)
+        case = MassCase(SHAPES[shape], rows, block_size, every, name in BY_CHANCE)
         attention_ms = timer(case.attend)
         windows = (None,) if case.decode else (None, 32)
         for by_token, window in itertools.product((False, True), windows):

@@ -27,11 +27,16 @@ def run_once(function, prepare=lambda: None):
 
 @pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "window", "every"),
-    [([(1, 40)] * 2, None, 1), ([(20, 40), (16, 16)], 8, 1), ([(1, 40)] * 5, None, 2)],
+    ("rows", "window", "every", "by_chance"),
+    [
+        ([(1, 40)] * 2, None, 1, False),
+        ([(20, 40), (16, 16)], 8, 1, False),
+        ([(1, 40)] * 5, None, 2, False),
+        ([(1, 40)] * 5, None, 2, True),
+    ],
 )
-def test_mass(rows, window, every, by_token):
-    case = WithoutFlashAttention(SHAPE, rows, 16, every, "cpu")
+def test_mass(rows, window, every, by_chance, by_token):
+    case = WithoutFlashAttention(SHAPE, rows, 16, every, by_chance, "cpu")
     ms = run_once(lambda: case.score(by_token, window=window))
     made = case.token_mass if by_token else case.mass
     assert (made.flatten(1) if by_token else made[:, None]).any(1).sum() == sum(

@@ -72,7 +72,7 @@ def test_decode_rows(dtype, programs):
 
 
 def test_decode_rows_outside_the_range_are_left_alone():
-    """Whatever the range's place among the rows that one program looks through."""
+    """Whatever the range's place among the rows that are dealt out together."""
     rows = [(1, 30 + row) for row in range(12)]
     everything = make_batch(rows)
     mass = torch.zeros(len(everything.kv_cache), dtype=torch.int64)

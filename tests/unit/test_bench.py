@@ -559,6 +559,7 @@ def test_the_committed_studies_are_valid(monkeypatch):
         "chunk",
         "crossover",
         "default",
+        "default_real",
         "fp8",
         "headline",
         "key_bridges",
@@ -575,6 +576,7 @@ def test_the_committed_studies_are_valid(monkeypatch):
         "steady",
         "steady_long",
         "steady_minutes",
+        "steady_ten_minutes",
         "tight",
     }
     beside_streaming = {"beside_streaming", "key_bridges", "key_bridges_cpu", "long_strides"}

@@ -24,8 +24,8 @@ class Tile:
     stages: int
 
 
-MAX_ROWS = 16
-"""Decode rows that one program looks through."""
+DECODE_ROWS = 64
+"""So many decode rows are dealt out together."""
 
 PROGRAMS = 1024
 """A decode's rows are split over about so many."""
@@ -112,10 +112,8 @@ def launch(
         log2_decay: log2 of the weight lost per token of age within the chunk; 0 = none. By token
             not together with ``skip``: scores would age in either launch.
         tile: shape of the work; by default ``DECODE``, ``CHUNK``, or ``WINDOW`` for few queries.
-        programs: decode rows are split over about so many. Of ``decode_weight`` rows one is
-            expected to be scored, so a program looks through so many, ``MAX_ROWS`` at most: which
-            of them are is known when a graph is replayed, their number when it is captured. Where
-            all are scored at once, as of requests in step, each program does so much more.
+        programs: the tiles of decode rows are dealt out to about so many: which rows are scored is
+            known when a graph is replayed, the number of programs when it is captured.
 
     """
     start, stop = rows
@@ -175,9 +173,8 @@ def launch(
         "num_stages": tile.stages,
     }
     if one_query:
-        in_one = min(decode_weight, MAX_ROWS)
-        groups = triton.cdiv(stop - start, in_one)
-        shares = min(num_tiles, triton.cdiv(programs, groups * num_kv_heads))
+        groups = triton.cdiv(stop - start, DECODE_ROWS)
+        shares = min(num_tiles * (stop - start), triton.cdiv(programs, groups * num_kv_heads))
         _decode_mass_kernel[(num_kv_heads, shares, groups)](
             *tensors,
             start,
@@ -185,8 +182,7 @@ def launch(
             decode_weight,
             *scales_and_strides,
             M=max(16, triton.next_power_of_2(group)),
-            ROWS=in_one,
-            ROWS_PADDED=triton.next_power_of_2(in_one),
+            ROWS=DECODE_ROWS,
             **options,
         )
         return

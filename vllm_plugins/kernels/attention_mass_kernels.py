@@ -202,7 +202,6 @@ def _decode_mass_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     ROWS: tl.constexpr,
-    ROWS_PADDED: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     DECAY: tl.constexpr,
     FLAG: tl.constexpr,
@@ -214,21 +213,21 @@ def _decode_mass_kernel(
     kv_head = tl.program_id(0)
     programs = tl.num_programs(1)
     first_row += tl.program_id(2) * ROWS
-    lane = tl.arange(0, ROWS_PADDED)
-    row = first_row + lane
-    real = (lane < ROWS) & (row < end_row)
+    row = first_row + tl.arange(0, ROWS)
+    real = row < end_row
     scored = real & ((tl.load(flags_ptr + row, mask=real, other=0) & FLAG) != 0)
     # A row of the padding has no query.
     query_start = tl.load(query_start_ptr + row, mask=real, other=0)
     scored &= tl.load(query_start_ptr + row + 1, mask=real, other=0) > query_start
-    lens = tl.load(lens_ptr + row, mask=scored, other=0)
-    num_tiles = tl.sum((lens + N - 1) // N)
+    tiles = (tl.load(lens_ptr + row, mask=scored, other=0) + N - 1) // N
     # The tiles of all scored rows in one line; a program has so many in a row.
+    until = tl.cumsum(tiles)
+    num_tiles = tl.sum(tiles)
     share = (num_tiles + programs - 1) // programs
-    begin = tl.program_id(1) * share
-    if begin >= num_tiles:
+    tile = tl.program_id(1) * share
+    end = tl.minimum(tile + share, num_tiles)
+    if tile >= end:
         return
-    which = tl.sum(tl.where(scored, 1 << lane, 0))
     if query_scale_ptr is not None:
         scale *= tl.load(query_scale_ptr + kv_head * query_scale_stride)
     if key_scale_ptr is not None:
@@ -237,77 +236,76 @@ def _decode_mass_kernel(
     aged = 1.0
     if DECAY:
         aged = tl.exp2(log2_decay * weight)
-    for r in range(ROWS):
-        if (which >> r) & 1:
-            seq_len = tl.load(lens_ptr + first_row + r)
-            tiles = (seq_len + N - 1) // N
-            first = tl.maximum(begin, 0)
-            stop = tl.minimum(begin + share, tiles)
-            if first < stop:
-                # A window of this one query forgets what was before.
-                own = tl.load(flags_ptr + first_row + r) >> _WINDOW_SHIFT
-                older = tl.where(own == 1, 0.0, aged)
-                queries, lse, _ = _query_rows(
-                    0,
-                    GROUP,
-                    query_ptr,
-                    lse_ptr,
-                    query_token_stride,
-                    query_head_stride,
-                    lse_head_stride,
-                    tl.load(query_start_ptr + first_row + r),
-                    1,
-                    kv_head * GROUP,
-                    GROUP,
-                    HEAD_SIZE,
-                    HEAD_PADDED,
-                    M,
-                )
-                row_table_ptr = table_ptr + (first_row + r) * table_stride
-                for start in range(first * N, stop * N, N):
-                    keys, ids, place = _keys(
-                        start,
-                        seq_len,
-                        cache_ptr + kv_head * cache_head_stride,
-                        row_table_ptr,
-                        cache_block_stride,
-                        cache_token_stride,
-                        HEAD_SIZE,
-                        HEAD_PADDED,
-                        BLOCK_SIZE,
-                        N,
-                    )
-                    # Asked for before the product, so that it comes meanwhile.
-                    mass, peak, score = _known(
-                        start,
-                        seq_len,
-                        ids,
-                        kv_head,
-                        mass_ptr,
-                        peak_ptr,
-                        scores_block_stride,
-                        BLOCK_SIZE,
-                        N,
-                        BY_TOKEN,
-                        PEAK,
-                    )
-                    p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
-                    p = tl.where((place < seq_len)[:, None], p, 0.0)
-                    _store(
-                        mass * older + tl.sum(p, 1) * weight,
-                        tl.maximum(peak, tl.max(p, 1)),
-                        score,
-                        start,
-                        seq_len,
-                        mass_ptr,
-                        peak_ptr,
-                        row_table_ptr,
-                        BLOCK_SIZE,
-                        N,
-                        BY_TOKEN,
-                        PEAK,
-                    )
-            begin -= tiles
+    while tile < end:
+        passed = until <= tile
+        before = tl.sum(tl.where(passed, tiles, 0))
+        owner = first_row + tl.sum(passed.to(tl.int32))
+        seq_len = tl.load(lens_ptr + owner)
+        stop = tl.minimum(end - before, (seq_len + N - 1) // N)
+        # A window of this one query forgets what was before.
+        own = tl.load(flags_ptr + owner) >> _WINDOW_SHIFT
+        older = tl.where(own == 1, 0.0, aged)
+        queries, lse, _ = _query_rows(
+            0,
+            GROUP,
+            query_ptr,
+            lse_ptr,
+            query_token_stride,
+            query_head_stride,
+            lse_head_stride,
+            tl.load(query_start_ptr + owner),
+            1,
+            kv_head * GROUP,
+            GROUP,
+            HEAD_SIZE,
+            HEAD_PADDED,
+            M,
+        )
+        row_table_ptr = table_ptr + owner * table_stride
+        for start in range((tile - before) * N, stop * N, N):
+            keys, ids, place = _keys(
+                start,
+                seq_len,
+                cache_ptr + kv_head * cache_head_stride,
+                row_table_ptr,
+                cache_block_stride,
+                cache_token_stride,
+                HEAD_SIZE,
+                HEAD_PADDED,
+                BLOCK_SIZE,
+                N,
+            )
+            # Asked for before the product, so that it comes meanwhile.
+            mass, peak, score = _known(
+                start,
+                seq_len,
+                ids,
+                kv_head,
+                mass_ptr,
+                peak_ptr,
+                scores_block_stride,
+                BLOCK_SIZE,
+                N,
+                BY_TOKEN,
+                PEAK,
+            )
+            p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
+            p = tl.where((place < seq_len)[:, None], p, 0.0)
+            _store(
+                mass * older + tl.sum(p, 1) * weight,
+                tl.maximum(peak, tl.max(p, 1)),
+                score,
+                start,
+                seq_len,
+                mass_ptr,
+                peak_ptr,
+                row_table_ptr,
+                BLOCK_SIZE,
+                N,
+                BY_TOKEN,
+                PEAK,
+            )
+        tile = before + stop
 
 
 @triton.jit(
@@ -369,9 +367,9 @@ def _chunk_mass_kernel(
     # queries (the first keys) start first.
     kv_head = tl.program_id(0)
     seq_len = tl.load(lens_ptr + row)
-    first_key = tl.program_id(1) * N
+    start = tl.program_id(1) * N
     flags = tl.load(flags_ptr + row)
-    if (flags & FLAG) == 0 or first_key >= seq_len:
+    if (flags & FLAG) == 0 or start >= seq_len:
         return
     query_start = tl.load(query_start_ptr + row)
     num_queries = tl.load(query_start_ptr + row + 1) - query_start
@@ -394,7 +392,7 @@ def _chunk_mass_kernel(
     first_place = seq_len - last
     first_place += (stride - first_place % stride) % stride
     end_place = seq_len - skip
-    if first_place >= end_place or first_key >= end_place:
+    if first_place >= end_place or start >= end_place:
         return
     num_rows = (end_place - first_place + stride - 1) // stride * GROUP
     first_token = query_start + num_queries - seq_len + first_place
@@ -404,100 +402,99 @@ def _chunk_mass_kernel(
     if key_scale_ptr is not None:
         scale *= tl.load(key_scale_ptr + kv_head * key_scale_stride)
     table_ptr += row * table_stride
-    for start in range(first_key, seq_len, tl.num_programs(1) * N):
-        keys, ids, place = _keys(
-            start,
-            seq_len,
-            cache_ptr + kv_head * cache_head_stride,
-            table_ptr,
-            cache_block_stride,
-            cache_token_stride,
+    keys, ids, place = _keys(
+        start,
+        seq_len,
+        cache_ptr + kv_head * cache_head_stride,
+        table_ptr,
+        cache_block_stride,
+        cache_token_stride,
+        HEAD_SIZE,
+        HEAD_PADDED,
+        BLOCK_SIZE,
+        N,
+    )
+    total = tl.zeros([N], tl.float32)
+    highest = tl.zeros([N], tl.float32)
+    # Queries before `start` see none of these keys, those from the tile's end on all.
+    begin = tl.maximum(start - first_place, 0) // stride * GROUP // M * M
+    full = (tl.maximum(start + N - 1 - first_place, 0) + stride - 1) // stride
+    diagonal = tl.minimum(full * GROUP, num_rows)
+    diagonal = (diagonal + M - 1) // M * M
+    for r in range(begin, diagonal, M):
+        queries, lse, after = _query_rows(
+            r,
+            num_rows,
+            query_ptr,
+            lse_ptr,
+            query_token_stride,
+            query_head_stride,
+            lse_head_stride,
+            first_token,
+            stride,
+            first_head,
+            GROUP,
             HEAD_SIZE,
             HEAD_PADDED,
-            BLOCK_SIZE,
-            N,
+            M,
         )
-        total = tl.zeros([N], tl.float32)
-        highest = tl.zeros([N], tl.float32)
-        # Queries before `start` see none of these keys, those from the tile's end on all.
-        begin = tl.maximum(start - first_place, 0) // stride * GROUP // M * M
-        full = (tl.maximum(start + N - 1 - first_place, 0) + stride - 1) // stride
-        diagonal = tl.minimum(full * GROUP, num_rows)
-        diagonal = (diagonal + M - 1) // M * M
-        for r in range(begin, diagonal, M):
-            queries, lse, after = _query_rows(
-                r,
-                num_rows,
-                query_ptr,
-                lse_ptr,
-                query_token_stride,
-                query_head_stride,
-                lse_head_stride,
-                first_token,
-                stride,
-                first_head,
-                GROUP,
-                HEAD_SIZE,
-                HEAD_PADDED,
-                M,
-            )
-            p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
-            p = tl.where(place[:, None] <= (first_place + after)[None, :], p, 0.0)
-            if PEAK:
-                highest = tl.maximum(highest, tl.max(p, 1))
-            if DECAY:
-                age = seq_len - 1 - first_place - after
-                p *= tl.exp2(log2_decay * age.to(tl.float32))[None, :]
-            total += tl.sum(p, 1)
-        for r in range(tl.maximum(begin, diagonal), num_rows, M):
-            queries, lse, after = _query_rows(
-                r,
-                num_rows,
-                query_ptr,
-                lse_ptr,
-                query_token_stride,
-                query_head_stride,
-                lse_head_stride,
-                first_token,
-                stride,
-                first_head,
-                GROUP,
-                HEAD_SIZE,
-                HEAD_PADDED,
-                M,
-            )
-            p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
-            if PEAK:
-                highest = tl.maximum(highest, tl.max(p, 1))
-            if DECAY:
-                # Rows past the end would weigh more than 1, times a probability of 0.
-                age = seq_len - 1 - first_place - after
-                p *= tl.exp2(log2_decay * age.to(tl.float32))[None, :]
-            total += tl.sum(p, 1)
-        mass, peak, score = _known(
-            start,
-            seq_len,
-            ids,
-            kv_head,
-            mass_ptr,
-            peak_ptr,
-            scores_block_stride,
-            BLOCK_SIZE,
-            N,
-            BY_TOKEN,
-            PEAK,
+        p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
+        p = tl.where(place[:, None] <= (first_place + after)[None, :], p, 0.0)
+        if PEAK:
+            highest = tl.maximum(highest, tl.max(p, 1))
+        if DECAY:
+            age = seq_len - 1 - first_place - after
+            p *= tl.exp2(log2_decay * age.to(tl.float32))[None, :]
+        total += tl.sum(p, 1)
+    for r in range(tl.maximum(begin, diagonal), num_rows, M):
+        queries, lse, after = _query_rows(
+            r,
+            num_rows,
+            query_ptr,
+            lse_ptr,
+            query_token_stride,
+            query_head_stride,
+            lse_head_stride,
+            first_token,
+            stride,
+            first_head,
+            GROUP,
+            HEAD_SIZE,
+            HEAD_PADDED,
+            M,
         )
-        _store(
-            mass * older + total * weight,
-            tl.maximum(peak, highest),
-            score,
-            start,
-            seq_len,
-            mass_ptr,
-            peak_ptr,
-            table_ptr,
-            BLOCK_SIZE,
-            N,
-            BY_TOKEN,
-            PEAK,
-        )
+        p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
+        if PEAK:
+            highest = tl.maximum(highest, tl.max(p, 1))
+        if DECAY:
+            # Rows past the end would weigh more than 1, times a probability of 0.
+            age = seq_len - 1 - first_place - after
+            p *= tl.exp2(log2_decay * age.to(tl.float32))[None, :]
+        total += tl.sum(p, 1)
+    mass, peak, score = _known(
+        start,
+        seq_len,
+        ids,
+        kv_head,
+        mass_ptr,
+        peak_ptr,
+        scores_block_stride,
+        BLOCK_SIZE,
+        N,
+        BY_TOKEN,
+        PEAK,
+    )
+    _store(
+        mass * older + total * weight,
+        tl.maximum(peak, highest),
+        score,
+        start,
+        seq_len,
+        mass_ptr,
+        peak_ptr,
+        table_ptr,
+        BLOCK_SIZE,
+        N,
+        BY_TOKEN,
+        PEAK,
+    )
