@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..records.batch import study_load
@@ -66,7 +67,28 @@ def _decisions(record: dict[str, Any]) -> str:
     return markdown(table)
 
 
+def _scheduling(record: dict[str, Any]) -> str:
+    table: list[Row] = [
+        ("prefix caching", "method", "schedule, ms", "update, ms", "more than stock", "by seed")
+    ]
+    times: dict[tuple[bool, str], dict[int, tuple[float, float]]] = {}
+    for entry in record["measured"]:
+        of_seed = times.setdefault((entry["prefix_caching"], entry["method"]), {})
+        of_seed[entry["seed"]] = entry["schedule_ms"], entry["update_ms"]
+    for (caching, method), by_seed in times.items():
+        schedule, update = (fmean(part) for part in zip(*by_seed.values(), strict=True))
+        stock = times[caching, "stock"]
+        more = [sum(by_seed[seed]) / sum(stock[seed]) - 1.0 for seed in by_seed]
+        told = (f"{100 * fmean(more):+.0f}%", f"{100 * min(more):+.1f} to {100 * max(more):+.1f}%")
+        cells = ("-", "-") if method == "stock" else told
+        table.append(
+            ("on" if caching else "off", method, f"{schedule:.2f}", f"{update:.2f}", *cells)
+        )
+    return markdown(table)
+
+
 _TABLES = {
     "kernels": kernels_table,
     "decisions": _decisions,
+    "scheduling": _scheduling,
 }

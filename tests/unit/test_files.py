@@ -7,7 +7,7 @@ from hashlib import sha256
 
 import pytest
 
-from harness.bench import decisions, kernels
+from harness.bench import decisions, kernels, scheduling
 from harness.cli import main
 from harness.errors import UnreadableFile, UnwritableFile, UsageError
 from harness.inputs import models, packages
@@ -90,7 +90,7 @@ def test_a_download_that_cannot_be_kept_leaves_nothing_half(tmp_path, monkeypatc
     assert packages.fetch_member(*wanted, tmp_path / "there.txt").read_text() == "words"
 
 
-@pytest.mark.parametrize("benchmark", [decisions, kernels])
+@pytest.mark.parametrize("benchmark", [decisions, kernels, scheduling])
 def test_a_benchmark_finds_out_first_that_it_cannot_write(benchmark, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("sys.argv", ["benchmark", "--output", str(tmp_path / "file" / "a.json")])
