@@ -180,6 +180,8 @@ class Ledger:
             state.record["decisions_deferred"] += 1
             return []
         evicted = live.retain(kept)
+        room = keep + slack + 1 - len(live.positions)
+        state.due[group] = (live.num_seen + max(1, room)) * self.block_size
         seconds = time.perf_counter() - started
         state.note_decision(group, num_processed_tokens, len(evicted), seconds)
         self.totals["decisions"] += 1

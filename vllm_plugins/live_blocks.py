@@ -36,9 +36,10 @@ class LiveBlocks:
         """Take in blocks that became full and processed since the last call."""
         if num_full_blocks <= self.num_seen:
             return
-        new = range(self.num_seen, num_full_blocks)
-        ids = np.fromiter((blocks[i].block_id for i in new), dtype=np.int64, count=len(new))
-        self.positions = np.concatenate((self.positions, np.arange(new.start, new.stop)))
+        full = blocks[self.num_seen : num_full_blocks]
+        ids = np.array([block.block_id for block in full], dtype=np.int64)
+        new = np.arange(self.num_seen, num_full_blocks)
+        self.positions = np.concatenate((self.positions, new))
         self.block_ids = np.concatenate((self.block_ids, ids))
         self.num_seen = num_full_blocks
 

@@ -23,8 +23,9 @@ class EvictableManager(CountedManager, FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._group = 0
-        # Requests whose blocks may still be shared, with what vLLM told us to hash them by.
-        self._unhashed: dict[str, tuple[Any, dict[str, Any]]] = {}
+        # Requests with blocks to be shared once they are computed: how many blocks they have then,
+        # and what vLLM told us to hash them by.
+        self._unhashed: dict[str, tuple[Any, int, dict[str, Any]]] = {}
         # Requests that took cached blocks, and those positions among them that somebody holds,
         # until there is a block to copy each to.
         self._taken: dict[str, list[int]] = {}
@@ -94,25 +95,30 @@ class EvictableManager(CountedManager, FullAttentionManager):
         if self._ledger is None:
             super().cache_blocks(request, num_tokens, *args, **options)
             return
-        sharing, request_id = self._ledger.sharing, request.request_id
-        num_cached = self.num_cached_block.setdefault(request_id, 0)
-        if num_tokens > sharing.num_exact(request_id):
+        request_id, num_full = request.request_id, num_tokens // self.block_size
+        # Asked twice at every step for every request, so the usual answer is given here.
+        num_cached = self.num_cached_block.get(request_id)
+        if num_cached is None:
+            num_cached = self.num_cached_block[request_id] = 0
+        sharing = self._ledger.sharing
+        if num_full <= num_cached or num_tokens > sharing.num_exact(request_id):
             return
-        self._unhashed[request_id] = (request, options)
-        if self._group == 0 and num_cached < num_tokens // self.block_size:
-            hashes = request.block_hashes[num_cached : num_tokens // self.block_size]
-            sharing.expect(hashes, self._ledger.step)
+        self._unhashed[request_id] = (request, num_full, options)
+        if self._group == 0:
+            sharing.expect(request.block_hashes[num_cached:num_full], self._ledger.step)
 
     def _hash_computed(self, request_id: str) -> None:
         """Let others share what is computed, as far as it saw the whole cache before it."""
-        request, options = self._unhashed.get(request_id, (None, {}))
-        if request is None or self._ledger is None:
+        if request_id not in self._unhashed or self._ledger is None:
             return
+        request, num_full, options = self._unhashed[request_id]
+        num_exact = self._ledger.sharing.num_exact(request_id)
         # With steps in flight more may be computed than is known.
-        num_tokens = min(request.num_computed_tokens, request.num_tokens)
-        num_tokens = min(num_tokens, self._ledger.sharing.num_exact(request_id))
+        num_tokens = min(request.num_computed_tokens, request.num_tokens, num_exact)
         if num_tokens // self.block_size > self.num_cached_block.get(request_id, 0):
             super().cache_blocks(request, num_tokens, **options)
+        if num_tokens >= min(num_full * self.block_size, num_exact):
+            del self._unhashed[request_id]
 
     def get_num_blocks_to_allocate(
         self,

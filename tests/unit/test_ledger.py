@@ -326,6 +326,15 @@ def test_a_pack_names_the_candidates_and_frees_what_lies_between():
     assert bench.ledger.take_evictions() == {"r": {0: victims}}
 
 
+def test_after_a_pack_nothing_is_due_until_the_slack_is_full_again():
+    bench = Bench({"kv_granularity": "token", "kv_sparsity": 0.5}, slack_tokens=4 * BLOCK)
+    assert bench.decide(60)
+    due = bench.ledger.requests["r"].due[0]
+    assert due == 80, "15 blocks have been seen, and four may come before one is too many"
+    assert bench.decide(due - 1) == []
+    assert bench.decide(due)
+
+
 def test_a_pack_waits_for_no_score():
     token = {"kv_policy": "cab", "kv_sparsity": 0.5, "kv_granularity": "token"}
     assert len(Bench(token).decide(80)) == 10

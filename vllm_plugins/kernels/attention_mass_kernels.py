@@ -367,9 +367,9 @@ def _chunk_mass_kernel(
     # queries (the first keys) start first.
     kv_head = tl.program_id(0)
     seq_len = tl.load(lens_ptr + row)
-    start = tl.program_id(1) * N
+    first_key = tl.program_id(1) * N
     flags = tl.load(flags_ptr + row)
-    if (flags & FLAG) == 0 or start >= seq_len:
+    if (flags & FLAG) == 0 or first_key >= seq_len:
         return
     query_start = tl.load(query_start_ptr + row)
     num_queries = tl.load(query_start_ptr + row + 1) - query_start
@@ -392,7 +392,7 @@ def _chunk_mass_kernel(
     first_place = seq_len - last
     first_place += (stride - first_place % stride) % stride
     end_place = seq_len - skip
-    if first_place >= end_place or start >= end_place:
+    if first_place >= end_place or first_key >= end_place:
         return
     num_rows = (end_place - first_place + stride - 1) // stride * GROUP
     first_token = query_start + num_queries - seq_len + first_place
@@ -402,99 +402,101 @@ def _chunk_mass_kernel(
     if key_scale_ptr is not None:
         scale *= tl.load(key_scale_ptr + kv_head * key_scale_stride)
     table_ptr += row * table_stride
-    keys, ids, place = _keys(
-        start,
-        seq_len,
-        cache_ptr + kv_head * cache_head_stride,
-        table_ptr,
-        cache_block_stride,
-        cache_token_stride,
-        HEAD_SIZE,
-        HEAD_PADDED,
-        BLOCK_SIZE,
-        N,
-    )
-    total = tl.zeros([N], tl.float32)
-    highest = tl.zeros([N], tl.float32)
-    # Queries before `start` see none of these keys, those from the tile's end on all.
-    begin = tl.maximum(start - first_place, 0) // stride * GROUP // M * M
-    full = (tl.maximum(start + N - 1 - first_place, 0) + stride - 1) // stride
-    diagonal = tl.minimum(full * GROUP, num_rows)
-    diagonal = (diagonal + M - 1) // M * M
-    for r in range(begin, diagonal, M):
-        queries, lse, after = _query_rows(
-            r,
-            num_rows,
-            query_ptr,
-            lse_ptr,
-            query_token_stride,
-            query_head_stride,
-            lse_head_stride,
-            first_token,
-            stride,
-            first_head,
-            GROUP,
+    # It runs once: every tile has a program. Without the loop the compiled kernel is slower.
+    for start in range(first_key, seq_len, tl.num_programs(1) * N):
+        keys, ids, place = _keys(
+            start,
+            seq_len,
+            cache_ptr + kv_head * cache_head_stride,
+            table_ptr,
+            cache_block_stride,
+            cache_token_stride,
             HEAD_SIZE,
             HEAD_PADDED,
-            M,
+            BLOCK_SIZE,
+            N,
         )
-        p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
-        p = tl.where(place[:, None] <= (first_place + after)[None, :], p, 0.0)
-        if PEAK:
-            highest = tl.maximum(highest, tl.max(p, 1))
-        if DECAY:
-            age = seq_len - 1 - first_place - after
-            p *= tl.exp2(log2_decay * age.to(tl.float32))[None, :]
-        total += tl.sum(p, 1)
-    for r in range(tl.maximum(begin, diagonal), num_rows, M):
-        queries, lse, after = _query_rows(
-            r,
-            num_rows,
-            query_ptr,
-            lse_ptr,
-            query_token_stride,
-            query_head_stride,
-            lse_head_stride,
-            first_token,
-            stride,
-            first_head,
-            GROUP,
-            HEAD_SIZE,
-            HEAD_PADDED,
-            M,
+        total = tl.zeros([N], tl.float32)
+        highest = tl.zeros([N], tl.float32)
+        # Queries before `start` see none of these keys, those from the tile's end on all.
+        begin = tl.maximum(start - first_place, 0) // stride * GROUP // M * M
+        full = (tl.maximum(start + N - 1 - first_place, 0) + stride - 1) // stride
+        diagonal = tl.minimum(full * GROUP, num_rows)
+        diagonal = (diagonal + M - 1) // M * M
+        for r in range(begin, diagonal, M):
+            queries, lse, after = _query_rows(
+                r,
+                num_rows,
+                query_ptr,
+                lse_ptr,
+                query_token_stride,
+                query_head_stride,
+                lse_head_stride,
+                first_token,
+                stride,
+                first_head,
+                GROUP,
+                HEAD_SIZE,
+                HEAD_PADDED,
+                M,
+            )
+            p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
+            p = tl.where(place[:, None] <= (first_place + after)[None, :], p, 0.0)
+            if PEAK:
+                highest = tl.maximum(highest, tl.max(p, 1))
+            if DECAY:
+                age = seq_len - 1 - first_place - after
+                p *= tl.exp2(log2_decay * age.to(tl.float32))[None, :]
+            total += tl.sum(p, 1)
+        for r in range(tl.maximum(begin, diagonal), num_rows, M):
+            queries, lse, after = _query_rows(
+                r,
+                num_rows,
+                query_ptr,
+                lse_ptr,
+                query_token_stride,
+                query_head_stride,
+                lse_head_stride,
+                first_token,
+                stride,
+                first_head,
+                GROUP,
+                HEAD_SIZE,
+                HEAD_PADDED,
+                M,
+            )
+            p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
+            if PEAK:
+                highest = tl.maximum(highest, tl.max(p, 1))
+            if DECAY:
+                # Rows past the end would weigh more than 1, times a probability of 0.
+                age = seq_len - 1 - first_place - after
+                p *= tl.exp2(log2_decay * age.to(tl.float32))[None, :]
+            total += tl.sum(p, 1)
+        mass, peak, score = _known(
+            start,
+            seq_len,
+            ids,
+            kv_head,
+            mass_ptr,
+            peak_ptr,
+            scores_block_stride,
+            BLOCK_SIZE,
+            N,
+            BY_TOKEN,
+            PEAK,
         )
-        p = _probabilities(keys, queries, lse, scale, soft_cap, SOFT_CAP)
-        if PEAK:
-            highest = tl.maximum(highest, tl.max(p, 1))
-        if DECAY:
-            # Rows past the end would weigh more than 1, times a probability of 0.
-            age = seq_len - 1 - first_place - after
-            p *= tl.exp2(log2_decay * age.to(tl.float32))[None, :]
-        total += tl.sum(p, 1)
-    mass, peak, score = _known(
-        start,
-        seq_len,
-        ids,
-        kv_head,
-        mass_ptr,
-        peak_ptr,
-        scores_block_stride,
-        BLOCK_SIZE,
-        N,
-        BY_TOKEN,
-        PEAK,
-    )
-    _store(
-        mass * older + total * weight,
-        tl.maximum(peak, highest),
-        score,
-        start,
-        seq_len,
-        mass_ptr,
-        peak_ptr,
-        table_ptr,
-        BLOCK_SIZE,
-        N,
-        BY_TOKEN,
-        PEAK,
-    )
+        _store(
+            mass * older + total * weight,
+            tl.maximum(peak, highest),
+            score,
+            start,
+            seq_len,
+            mass_ptr,
+            peak_ptr,
+            table_ptr,
+            BLOCK_SIZE,
+            N,
+            BY_TOKEN,
+            PEAK,
+        )
