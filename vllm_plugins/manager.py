@@ -90,7 +90,8 @@ class EvictableManager(CountedManager, FullAttentionManager):
         """Blocks that this step computes are hashed when the next one is scheduled.
 
         vLLM hashes them now, and a request of this same step may share them. Here it could have to
-        copy them, which happens before they are computed.
+        copy them, which happens before they are computed. A block that an earlier step filled, with
+        tokens that were not known then, is hashed at once.
         """
         if self._ledger is None:
             super().cache_blocks(request, num_tokens, *args, **options)
@@ -104,7 +105,9 @@ class EvictableManager(CountedManager, FullAttentionManager):
         if num_full <= num_cached or num_tokens > sharing.num_exact(request_id):
             return
         self._unhashed[request_id] = (request, num_full, options)
-        if self._group == 0:
+        if request.num_computed_tokens >= num_full * self.block_size:
+            self._hash_computed(request_id)
+        elif self._group == 0:
             sharing.expect(request.block_hashes[num_cached:num_full], self._ledger.step)
 
     def _hash_computed(self, request_id: str) -> None:

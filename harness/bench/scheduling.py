@@ -7,7 +7,7 @@ steady state (``analysis/renewal.py``), a step each in turn. What workers would 
 token for whoever has computed all it has. Each has a pool for everybody, so nobody waits, and what
 differs is the plug-in's. Timed are ``schedule`` and ``update_from_output``, the two parts of a step
 that run on the host whatever the device (``vllm/v1/engine/core.py``, ``step_with_batch_queue``).
-Workers' own part, telling them and launching packs, is not in it.
+Workers' own part is not in it, nor are their reports of scores.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def scheduler(
             block_size=BLOCK_SIZE, prefix_caching=prefix_caching, **settings
         )
     config = EngineArgs(**arguments).create_engine_config()
+    # vLLM puts it out on CPUs, whose workers run a step at a time. There are none here.
+    config.scheduler_config.async_scheduling = True
     num_blocks = num_sequences * (max_model_len // BLOCK_SIZE + 1) + 1
     config.cache_config.num_gpu_blocks = num_blocks
     spec = FullAttentionSpec(
