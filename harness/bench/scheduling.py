@@ -203,6 +203,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=output_file, required=True)
     arguments = parser.parse_args()
+    if min(arguments.sequences, arguments.steps) < 1 or arguments.settle_steps < 0:
+        parser.error("--sequences and --steps must be at least 1, --settle-steps at least 0")
     measured = []
     for prefix_caching in (False, True):
         for seed in arguments.seeds:

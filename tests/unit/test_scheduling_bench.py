@@ -1,5 +1,7 @@
 """The benchmark of vLLM's scheduling: its loops, on vLLM's own scheduler."""
 
+import pytest
+
 from harness.bench import scheduling
 from harness.bench.tables import bench_table
 
@@ -79,3 +81,13 @@ def test_a_table_compares_with_stock_of_the_same_seed():
         "| off | stock | 4.50 | 1.50 | - | - |",
         "| off | h2o | 5.50 | 1.50 | +15% | +10.0 to +20.0% |",
     ]
+
+
+def test_a_loop_without_sequences_or_steps_is_refused(tmp_path, monkeypatch, capsys):
+    for flag in ("--sequences", "--steps"):
+        arguments = ["benchmark", "--output", str(tmp_path / "a.json"), flag, "0"]
+        monkeypatch.setattr("sys.argv", arguments)
+        with pytest.raises(SystemExit) as ended:
+            scheduling.main()
+        assert ended.value.code == 2
+        assert "must be at least 1" in capsys.readouterr().err
