@@ -161,8 +161,8 @@ class Ledger:
         slack = 0 if rule is None else self.config.slack(self.block_size)
         # A budget never shrinks: until so many more blocks are full there is nothing to decide.
         missing = keep + slack + 1 - len(live.positions)
-        state.due[group] = (live.num_seen + max(1, missing)) * self.block_size
         if missing > 0:
+            state.due[group] = (live.num_seen + missing) * self.block_size
             return []
         started = time.perf_counter()
         kept: np.ndarray | None
@@ -180,8 +180,8 @@ class Ledger:
             state.record["decisions_deferred"] += 1
             return []
         evicted = live.retain(kept)
-        room = keep + slack + 1 - len(live.positions)
-        state.due[group] = (live.num_seen + max(1, room)) * self.block_size
+        missing = keep + slack + 1 - len(live.positions)
+        state.due[group] = (live.num_seen + missing) * self.block_size
         seconds = time.perf_counter() - started
         state.note_decision(group, num_processed_tokens, len(evicted), seconds)
         self.totals["decisions"] += 1
