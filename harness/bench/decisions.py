@@ -54,6 +54,7 @@ def measure(policy: str, parameters: dict, num_blocks: int, keep: int, repeats: 
         request = _Request(num_blocks * BLOCK_SIZE)
         extra = {
             "kv_policy": policy,
+            "kv_granularity": "block",
             "kv_budget_tokens": keep * BLOCK_SIZE,
             "kv_policy_args": parameters,
         }
