@@ -20,9 +20,8 @@ from vllm_plugins.ledger import Ledger
 from vllm_plugins.live_blocks import LiveBlocks
 from vllm_plugins.policies import ATTENTION, KEY_NORM, get_policy, policy_names
 
-from ..records.files import write_json
-from ..records.provenance import SCHEMA_VERSION, provenance, timestamp
-from .output import output_file
+from ..records.provenance import provenance
+from .output import output_file, write_record
 
 BLOCK_SIZE = 16
 WARM_UP = 5
@@ -105,14 +104,10 @@ def main() -> None:
                         "seconds": [round(s, 9) for s in seconds],
                     }
                 )
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "timestamp": timestamp(),
-        "benchmark": "decisions",
+    fields = {
         "measured": measured,
-        **provenance([__spec__.name]),
     }
-    write_json(arguments.output, record)
+    write_record(arguments.output, "decisions", fields, provenance([__spec__.name]))
 
 
 if __name__ == "__main__":

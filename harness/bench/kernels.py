@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..records.files import write_json
-from ..records.provenance import SCHEMA_VERSION, provenance, timestamp
+from ..records.provenance import provenance
 from .device_time import copy_bandwidth, median_ms, median_ms_prepared
 from .mass_kernels import measure_mass
-from .output import output_file
+from .output import output_file, write_record
 from .pack_kernels import measure_packing
 from .shapes import SHAPES
 
@@ -40,16 +39,12 @@ def main() -> None:
             packing += measure_packing(shape, block_size, bandwidth, median_ms_prepared)
         if "mass" in arguments.parts:
             measured += measure_mass(shape, block_size, bandwidth, arguments.sweep, median_ms)
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "timestamp": timestamp(),
-        "benchmark": "kernels",
+    fields = {
         "copy_bandwidth_bytes_per_second": bandwidth,
         "measured": measured,
         "packing": packing,
-        **provenance([__spec__.name], "cuda"),
     }
-    write_json(arguments.output, record)
+    write_record(arguments.output, "kernels", fields, provenance([__spec__.name], "cuda"))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.renewal import length_at_hand, new_length
-from ..records.files import write_json
-from ..records.provenance import SCHEMA_VERSION, provenance, timestamp
-from .output import output_file
+from ..records.provenance import provenance
+from .output import output_file, write_record
 
 MODEL = Path(__file__).parent / "llama-3.1-8b"
 BLOCK_SIZE = 32  # what CPUs know, too
@@ -230,17 +229,13 @@ def main() -> None:
                         "seconds": [[round(part, 6) for part in step] for step in seconds],
                     }
                 )
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "timestamp": timestamp(),
-        "benchmark": "scheduling",
+    fields = {
         "prompt_tokens": PROMPT_TOKENS,
         "output_tokens": OUTPUT_TOKENS,
         "block_size": BLOCK_SIZE,
         "measured": measured,
-        **provenance([__spec__.name]),
     }
-    write_json(arguments.output, record)
+    write_record(arguments.output, "scheduling", fields, provenance([__spec__.name]))
 
 
 if __name__ == "__main__":
