@@ -23,9 +23,10 @@ def draw_serving(
             (_latency(entries, folder), "Latency against request rate"),
             (_goodput(entries, folder), "Goodput and throughput against request rate"),
         ]
-    else:
+    elif len(entries) > 1:
         shown.append((_bars(entries, folder), "Methods side by side"))
-    shown.append((_throughput(entries, folder), "Output throughput against sparsity"))
+    if len(entries) > 1:
+        shown.append((_throughput(entries, folder), "Output throughput against sparsity"))
     shown.append((_memory(records, folder), "KV pool and batch over time, first seed"))
     if any(entry["perplexity"] for entry in entries):
         shown.append((_pareto(entries, folder), "KV memory against perplexity at equal load"))
@@ -225,7 +226,8 @@ def _memory(records: Sequence[Mapping[str, Any]], folder: Path) -> str:
             axes.plot(times, samples[name], label=label(record["run"]), **look)
         axes.set_xlabel("seconds")
         axes.set_title(title, fontsize=9)
-        axes.set_ylim(bottom=0)
+        most = axes.dataLim.ymax
+        axes.set_ylim(bottom=0, top=None if most > 0 else 1)
         axes.grid(alpha=0.3)
     if rate is not None:
         grid.flat[0].set_ylabel(f"at {rate:g} requests/s")

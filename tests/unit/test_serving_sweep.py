@@ -120,6 +120,8 @@ def test_records_of_another_study_are_not_mixed_in(stub_servers, tmp_path, capsy
     arguments = study(tmp_path, rates=[50], seeds=[0], methods=["dense"], load=changed)
     assert main([*arguments, "--redo"]) == 0
     assert records(tmp_path)["dense_s0.0_rate50_seed0"]["counts"]["planned"] == 5
+    pictures = {path.stem for path in (tmp_path / "out" / "demo").glob("*.png")}
+    assert pictures == {"kv_memory"}, "one method at one rate has nothing beside it"
 
 
 def test_a_record_that_cannot_be_read_is_measured_again(stub_servers, tmp_path, capsys):
