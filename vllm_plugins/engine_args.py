@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import EvictionConfig
-from .parsing import EvictionConfigError
+from .parsing import EvictionConfigError, parse_int
 from .platforms import platform
 from .policies import get_policy
 from .refusals.server_settings import encode
@@ -37,6 +37,7 @@ def eviction_engine_args(
 
     """
     config = EvictionConfig.parse(settings)
+    block_size = parse_int("block_size", block_size, 1)
     config.check_budget(block_size)
     check_has_budget(settings)
     current = platform()

@@ -42,6 +42,9 @@ def check_json(name: str, values: Any) -> None:
         UsageError: naming ``name``.
 
     """
+    names = values if isinstance(values, Mapping) else ()
+    if other := [key for key in names if not isinstance(key, str)]:
+        raise UsageError(f"{name} has {other[0]!r} where a name belongs; give a text")
     try:
         json.dumps(values, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError) as error:

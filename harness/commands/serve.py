@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_plugins.config import EvictionConfig
 from vllm_plugins.engine_args import check_has_budget
+from vllm_plugins.parsing import parse_int
 from vllm_plugins.policies import policy_names
 
 from ..errors import UsageError
@@ -210,11 +211,7 @@ def _vllm_flags(
 def _block_size(flags: Passthrough) -> int:
     """What the file of ``--config`` says, or the default."""
     text = flags.get("--block-size")
-    if text is None:
-        return _BLOCK_SIZE
-    if not text.isdecimal():
-        raise UsageError(f"block-size in --config is {text!r}; give a whole number of tokens")
-    return int(text)
+    return _BLOCK_SIZE if text is None else parse_int("block-size in --config", text, 1)
 
 
 def _score_flags(chunk: int, flags: Passthrough) -> list[str]:

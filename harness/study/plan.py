@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_plugins.config import EvictionConfig
+from vllm_plugins.policies.base import shown
 from vllm_plugins.request_settings import DEFAULT_GRANULARITY
 
 from ..errors import UsageError
@@ -23,6 +24,9 @@ from .run import Budget, Method, Run
 from .settings import EVICTION, Study, short_name
 from .specification import Answers, EngineSpecification, Load, OfflineRun, Perplexity, Throughput
 from .tasks import tasks_of
+
+MOST_RUNS = 10_000
+"""Of one method at one level: far more than anybody waits for."""
 
 
 def comparisons(study: Study, folder: Path, device: str) -> list[Comparison]:
@@ -55,8 +59,8 @@ def seeds_for(num_runs: int | None, seeds: Sequence[int] | None) -> tuple[int, .
 
     """
     if seeds is None:
-        if num_runs is not None and num_runs < 1:
-            raise UsageError("--num-runs must be at least 1")
+        if num_runs is not None and not 1 <= num_runs <= MOST_RUNS:
+            raise UsageError(f"--num-runs is {shown(num_runs)}; give 1 to {MOST_RUNS:,}")
         return tuple(range(num_runs if num_runs is not None else 1))
     if num_runs is not None and num_runs != len(seeds):
         raise UsageError(f"--num-runs is {num_runs} but --seeds names {len(seeds)}; drop one")

@@ -21,6 +21,7 @@ from .own_settings import own_settings
 from .points import (
     Comparison,
     check_file_names,
+    check_given,
     check_seeds,
     check_vary,
     points_of,
@@ -115,6 +116,7 @@ class ServingStudy:
             )
         for name in ("server", "environment"):
             check_json(name, getattr(self, name))
+        check_given(LoadSpecification, self.load, "load")
         settings = self.load.get("settings")
         if own := [n for n in _OF_THE_STUDY if isinstance(settings, Mapping) and n in settings]:
             raise UsageError(

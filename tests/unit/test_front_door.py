@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from vllm_plugins import eviction_engine_args
+from vllm_plugins.parsing import EvictionConfigError
 from vllm_plugins.refusals.count import refused_requests
 from vllm_plugins.refusals.http import RequestCheck, misplaced
 
@@ -59,6 +60,13 @@ def test_what_this_server_cannot_follow_is_refused_in_every_front_end(extra, sen
         validate(extra, **server)
     validate({"kv_policy": "h2o", "kv_budget_tokens": 128}, **server)
     assert num_refused() == before + 1
+
+
+def test_a_block_size_may_be_text_and_is_refused_in_a_sentence():
+    arguments = eviction_engine_args(policy="h2o", sparsity=0.5, block_size="64")
+    assert arguments["block_size"] == 64
+    with pytest.raises(EvictionConfigError, match="block_size is 'big'; give a whole number"):
+        eviction_engine_args(policy="h2o", sparsity=0.5, block_size="big")
 
 
 def test_the_v2_runner_finds_the_validator_by_the_same_name():

@@ -229,6 +229,7 @@ def of_load(**values):
         (of_load(slo={"time_to_first_token_ms": float("nan")}), "time_to_first_token_ms:nan"),
         (of_load(timeout_s=float("inf")), "--timeout is inf"),
         (of_load(dataset=5), "dataset is 5; give a text"),
+        (of_load(input_length=None), "input_length of load is empty; give a value"),
         ({"slo": {"time_to_first_token_ms": {"p99": float("nan")}}}, "has p99: nan"),
         ({"slo": {"time_to_first_token_ms": {"p99": True}}}, "has p99: True"),
         ({"rates": ["fast"]}, "rates has 'fast'; give finite numbers"),
@@ -245,6 +246,7 @@ def of_load(**values):
         ({"eviction": {"policy_args": None}}, "policy_args of eviction is empty; give a value"),
         ({"eviction": {"policy_args": "cab"}}, "policy_args is 'cab'; give a mapping"),
         ({"server": {"x": float("inf")}}, "server cannot be put into a record"),
+        ({"server": {None: 1}}, "server has None where a name belongs; give a text"),
         ({"server": {"since": datetime(2024, 1, 1)}}, "server cannot be put into a record"),
         (
             {"eviction": {"policy_args": {"cab": {"local": float("nan")}}}},

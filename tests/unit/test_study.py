@@ -192,6 +192,7 @@ def test_a_lone_window_still_gets_an_engine_for_two(model):
         ({"prefil_chunk": 64}, "did you mean 'prefill_chunk'"),
         ({"num_samples": 0}, "--num-samples must be at least 1"),
         ({"num_samples": "8"}, "--num-samples must be at least 1"),
+        ({"num_runs": 2**70}, "give 1 to 10,000"),
         ({"min_context": 1024}, "leaves no token"),
         ({"document_mode": "split"}, "concatenate, whole"),
         ({"protocol": "greedy"}, "chunked, decode"),
