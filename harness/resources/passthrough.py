@@ -75,8 +75,8 @@ class Passthrough:
         flags: as given, in order.
 
     Raises:
-        UsageError: ``--config`` names no YAML file of settings, or a switch in it is off in a
-            spelling that vLLM ignores.
+        UsageError: ``--config`` is there twice, or names no YAML file of settings, or a switch in
+            it is off in a spelling that vLLM ignores.
 
     """
 
@@ -84,6 +84,8 @@ class Passthrough:
         self.flags: list[str] = []
         for flag in flags:  # vLLM reads a file only where --config is a word of its own
             self.flags += flag.split("=", 1) if flag.startswith("--config=") else [flag]
+        if [flag for flag, _ in _pairs(self.flags)].count("--config") > 1:
+            raise UsageError("--config is given more than once, and vLLM reads one file; give one")
         given = dict(_pairs(self.flags))
         path = given.get("--config")
         self._settings = {} if path is None else _read(path)

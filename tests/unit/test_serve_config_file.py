@@ -112,6 +112,13 @@ def test_what_the_file_cannot_set_is_refused(settings, sentence, tmp_path, capsy
     assert sentence in refused(tmp_path, capsys, "--config", str(file))
 
 
+def test_two_files_are_refused(tmp_path, capsys):
+    file = tmp_path / "server.yaml"
+    file.write_text("port: 8001")
+    for flags in (["--config", str(file)] * 2, [f"--config={file}"] * 2):
+        assert "--config is given more than once" in refused(tmp_path, capsys, *flags)
+
+
 @pytest.mark.parametrize(
     ("settings", "flags", "sentence"),
     [
