@@ -104,10 +104,8 @@ def main() -> None:
                         "seconds": [round(s, 9) for s in seconds],
                     }
                 )
-    fields = {
-        "measured": measured,
-    }
-    write_record(arguments.output, "decisions", fields, provenance([__spec__.name]))
+    made = provenance([__spec__.name])
+    write_record(arguments.output, "decisions", {"measured": measured}, made)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,6 @@ def scheduler(
         "max_model_len": max_model_len,
         "max_num_seqs": num_sequences,
         "max_num_batched_tokens": 8192,
-        "async_scheduling": True,
         "block_size": BLOCK_SIZE,
         "enable_prefix_caching": prefix_caching,
     }
@@ -77,7 +76,7 @@ def scheduler(
             block_size=BLOCK_SIZE, prefix_caching=prefix_caching, **settings
         )
     config = EngineArgs(**arguments).create_engine_config()
-    # vLLM puts it out on CPUs, whose workers run a step at a time. There are none here.
+    # Set here, as vLLM puts it out on CPUs, whose workers run a step at a time. There are none.
     config.scheduler_config.async_scheduling = True
     num_blocks = num_sequences * (max_model_len // BLOCK_SIZE + 1) + 1
     config.cache_config.num_gpu_blocks = num_blocks

@@ -226,8 +226,7 @@ def _memory(records: Sequence[Mapping[str, Any]], folder: Path) -> str:
             axes.plot(times, samples[name], label=label(record["run"]), **look)
         axes.set_xlabel("seconds")
         axes.set_title(title, fontsize=9)
-        most = axes.dataLim.ymax
-        axes.set_ylim(bottom=0, top=None if most > 0 else 1)
+        axes.set_ylim(bottom=0, top=None if axes.dataLim.ymax > 0 else 1)
         axes.grid(alpha=0.3)
     if rate is not None:
         grid.flat[0].set_ylabel(f"at {rate:g} requests/s")

@@ -55,7 +55,8 @@ def seeds_for(num_runs: int | None, seeds: Sequence[int] | None) -> tuple[int, .
     """Seeds of the runs: as given, or 0, 1, ... for ``num_runs``.
 
     Raises:
-        UsageError: the two contradict each other, or a seed is repeated or negative.
+        UsageError: the two contradict each other, there are too many runs, or a seed is repeated or
+            negative.
 
     """
     if seeds is None:

@@ -16,8 +16,7 @@ CHUNK, KEEP, LENGTH = 64, 14, 700
 TWO_DECISIONS = 420
 """Tokens for what ranks keys. The oracle in float16, its weights as they are and with six errors of
 half a last place, keeps 0.989 to 0.995 of such sets alike after two decisions, and 0.937 to 0.966
-after the six of ``LENGTH``: too little to judge by. With steps in flight each comes a
-chunk later."""
+after the six of ``LENGTH``: too little to judge by."""
 
 
 def mean(token, now):
@@ -87,7 +86,7 @@ def test_engine_equals_oracle(case, asynchronous, engines, peaked):
     from transformers import LlamaForCausalLM
 
     length, method, recent, choose = CASES[case]
-    length += CHUNK * asynchronous
+    length += CHUNK * asynchronous  # each decision comes a chunk later
     prompt = np.random.default_rng(3).integers(0, 512, size=length).tolist()
     llm = engines(
         {"granularity": "token"},

@@ -100,7 +100,7 @@ def test_logits_processors_may_stand_in_the_file(settings, flags, others, serve)
         ("print-command: false", "and give --print-command"),
         ("polcy: h2o", "unknown flag --polcy; did you mean --policy?"),
         ("block-s: 64", "unknown flag --block-s; did you mean --block-size?"),
-        ("block-size: many", "block-size in --config is 'many'; give a whole number"),
+        ("block-size: many", "block-size in --config is 'many'; give a whole number of at least 1"),
         ("block-size: 0", "block-size in --config is 0; give a whole number of at least 1"),
         ("enable_prefix_caching: false", "write enable-prefix-caching: false"),
     ],
